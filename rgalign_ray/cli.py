@@ -1,0 +1,147 @@
+"""`rgalign …`: reads the arguments, calls the room that does the work, turns failures into exit codes.
+
+Every command imports what it needs when it runs, so that `rgalign --help` imports neither torch nor ray.
+Exit codes: 0 done, 2 a configuration that cannot be run, 3 an input with a fault, 4 infrastructure that
+failed for good, 130 interrupted; a bug keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rgalign_ray import __version__
+from rgalign_ray.errors import ConfigError, InfrastructureError, UserError
+
+if TYPE_CHECKING:
+    from rgalign_ray.config import Config
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Align a reasoner LLM to a frozen ranker, retrain the ranker on it, repeat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigName = Annotated[str, typer.Option("--config", "-c", help="A configuration of the package, or a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, as in ranker.dim=64; repeatable."),
+]
+
+
+class Source(StrEnum):
+    """Logs that `rgalign prepare` can write."""
+
+    shop = "shop"
+    movielens = "movielens"
+
+
+@app.command()
+def loop(
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: Annotated[str | None, typer.Option(help="Folder or URI of the run; overrides run_dir.")] = None,
+) -> None:
+    """Run the closed loop; the same command again resumes where it stopped."""
+    settings = _load(config, override)
+    if run_dir is not None:
+        settings = settings.model_copy(update={"run_dir": run_dir})
+    _ray_token(settings)
+    from rgalign_ray.loop.controller import run
+
+    try:
+        run(settings)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; the same command resumes from {settings.run_uri}.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
+    """Show what every stage will ask of the cluster, without starting anything."""
+    settings = _load(config, override)
+    from rich.console import Console
+
+    from rgalign_ray.loop.plan import table
+
+    Console().print(table(settings))
+
+
+@app.command()
+def prepare(
+    source: Annotated[Source, typer.Argument(help="Which log to write.")],
+    out: Annotated[str, typer.Option(help="Folder or URI to write the log's tables into.")],
+    folder: Annotated[Path | None, typer.Option(help="movielens: a folder with the ml-100k files.")] = None,
+    config: ConfigName = "demo",
+    override: Overrides = None,
+) -> None:
+    """Write a log's tables: the simulated shop's, or MovieLens-100k's."""
+    overrides = [*(override or []), f"log.source={source}"]
+    if folder is not None:
+        if source is Source.shop:
+            raise ConfigError("--folder: the shop is simulated and reads no files; leave it out.")
+        overrides.append(f"log.uri={folder.absolute()}")
+    settings = _load(config, overrides)
+    from rgalign_ray.loop import log_stages
+    from rgalign_ray.loop.stage import Run
+
+    make = log_stages.make_shop if source is Source.shop else log_stages.make_movielens
+    counts = make(Run(settings), out).rows
+    print(f"{out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+
+
+@app.command("config")
+def show_config(config: ConfigName = "demo", override: Overrides = None) -> None:
+    """Print the whole resolved configuration as YAML; the output is itself a valid --config file."""
+    import yaml
+
+    print(yaml.safe_dump(_load(config, override).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """The console script: runs `app`, and turns the package's own errors into one line and an exit code."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except InfrastructureError as error:
+        traceback.print_exception(error)
+        sys.exit(error.exit_code)
+
+
+def _load(name_or_path: str, overrides: list[str] | None) -> Config:
+    from rgalign_ray.config import load
+
+    return load(name_or_path, overrides)
+
+
+def _ray_token(config: Config) -> None:
+    """Lets a Ray that this process starts answer this process alone; must run before ray is imported.
+
+    Ray knows two modes, `disabled` and `token`, and reads RAY_AUTH_MODE when it is imported. Its GCS and
+    its workers listen on every interface, so `disabled` would let anyone on the network run code here.
+    Left to itself Ray writes a token, readable by all, into the home folder; a token in the environment
+    reaches Ray's own processes and leaves nothing behind. With an address given the cluster decides, and
+    the caller's environment stands as it is.
+    """
+    if config.cluster.address is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

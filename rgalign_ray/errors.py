@@ -1,0 +1,34 @@
+"""The three kinds of failure, and the sentence a user sees.
+
+`InfrastructureError` is worth another try elsewhere, `DataError` names what is wrong in an input,
+`ConfigError` names the key to change. Everything else is a bug and keeps its traceback.
+The command line prints a `UserError` as one line and exits with its `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class RGAlignError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class UserError(RGAlignError):
+    """What a user can cause and mend: one sentence with the place and the way out."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message starts with the full name of the key."""
+
+
+class DataError(UserError):
+    """An input with a structural fault; the message names file, column and what was expected."""
+
+    exit_code = 3
+
+
+class InfrastructureError(RGAlignError):
+    """A worker, node or deadline that failed, after its retries were used up."""
+
+    exit_code = 4

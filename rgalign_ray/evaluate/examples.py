@@ -1,0 +1,38 @@
+"""The test sessions that a run shows in full, and how they looked before and after alignment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+
+from rgalign_ray import config, storage
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import session_keys
+
+
+def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
+    """Ids of `settings.examples` clicked test sessions, in an order drawn by hash.
+
+    A session whose click was on `settings.first_example` stands first, where there is one.
+    """
+    folder = storage.join(log_uri, "sessions")
+    columns = [name for name in ("candidates", "candidate_set") if name in _columns(folder)]
+    table = storage.read_table(folder, ["session_id", "clicks", *columns], filters=pc.field("role") == "test")
+    catalogue = Catalogue.load(log_uri)
+    candidates = catalogue.candidates(table)
+    clicks = catalogue.padded(table["clicks"], candidates)
+    ids = table["session_id"].to_pylist()
+    first = catalogue.index.get(settings.first_example or "", -2)
+    on_first = (clicks & (candidates == first)).any(axis=1)
+    clicked = np.flatnonzero(clicks.any(axis=1))
+    keys = session_keys(ids)
+    order = sorted(clicked.tolist(), key=lambda row: keys[row])
+    leading = [row for row in order if on_first[row]][:1]
+    return [ids[row] for row in [*leading, *(row for row in order if row not in leading)][: settings.examples]]
+
+
+def _columns(folder: str) -> list[str]:
+    import pyarrow.parquet as pq
+
+    fs, path = storage.filesystem(storage.list_files(folder, ".parquet")[0])
+    return pq.read_schema(path, filesystem=fs).names

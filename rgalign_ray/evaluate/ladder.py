@@ -1,0 +1,208 @@
+"""Rankers side by side on the same test sessions: metrics with intervals, paired differences, controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from rgalign_ray import config, metrics, storage
+from rgalign_ray.errors import DataError
+from rgalign_ray.evaluate.report import Comparison, Estimate, Row
+from rgalign_ray.evaluate.statistics import Estimate as Interval
+from rgalign_ray.evaluate.statistics import bootstrap, paired_bootstrap
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker.base import candidate_vectors
+from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ranker.fit import READOUTS, SCORE_BATCH, available, query_input, to_batch
+from rgalign_ray.world.oracle import Oracle
+
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A ranker of the comparison."""
+
+    name: str
+    ranker: str
+    """Artefact."""
+    embeddings: str | None = None
+    """Artefact of the reasoner version it was trained on."""
+    query: str = "own"
+    """What each session's query tower reads: own, shuffled (another user's), or mean (the same for all)."""
+    prior: bool = False
+    """Scores candidates by the ranker's frozen base rates alone."""
+    control: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Per-session values of each metric and their weights: float64 [S], nan where a session does not count."""
+
+    values: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    scores: np.ndarray
+    """float32 [S, C]."""
+
+
+class TestSessions:
+    """The sessions of role test with their labels and, on the shop, their truth.
+
+    Raises:
+        DataError: when no test session has both a click and an unclicked candidate.
+    """
+
+    __test__ = False  # the name is no invitation to pytest
+
+    def __init__(self, log_uri: str, truth_uri: str | None, settings: config.Evaluate) -> None:
+        self.settings = settings
+        self.table = storage.read_table(storage.join(log_uri, "sessions"), filters=pc.field("role") == "test")
+        self.table = self.table.sort_by("session_id")
+        self.catalogue = Catalogue.load(log_uri)
+        self.ids: list[str] = self.table["session_id"].to_pylist()
+        self.users: list[str] = self.table["user_id"].to_pylist()
+        self.candidates = self.catalogue.candidates(self.table)
+        self.mask = self.candidates >= 0
+        self.clicks = self.catalogue.padded(self.table["clicks"], self.candidates)
+        self.oracle = Oracle.load(truth_uri) if truth_uri else None
+        if not (self.clicks.any(axis=1) & (self.mask & ~self.clicks).any(axis=1)).any():
+            raise DataError(f"role test: {len(self.ids)} sessions, none with a click to judge by; raise roles.test.")
+
+    def needs(self) -> np.ndarray | None:
+        """bool [S, C]: the candidate that is the true need; None without an oracle."""
+        if self.oracle is None:
+            return None
+        need = np.array([self.catalogue.index[intent] for intent in self.oracle.needs(self.ids)])
+        return self.candidates == need[:, None]
+
+    def judge(self, scores: np.ndarray) -> Judged:
+        """Every metric of one ranker's scores [S, C]."""
+        k = self.settings.k
+        session = np.nonzero(self.mask)[0]
+        auc = metrics.group_auc(scores[self.mask], self.clicks[self.mask], session)
+        gauc = np.full(len(self.ids), np.nan)
+        gauc[auc.groups] = auc.auc
+        values = {
+            "GAUC": gauc,
+            f"Recall@{k}": metrics.recall_at_k(scores, self.clicks, self.mask, k),
+            f"NDCG@{k}": metrics.ndcg_at_k(scores, self.clicks, self.mask, k),
+        }
+        needs = self.needs()
+        if self.oracle is not None and needs is not None:
+            values[f"need Recall@{k}"] = metrics.recall_at_k(scores, needs, self.mask, k)
+            ctr, resolved = self.oracle.expected(self.ids, self.top(scores, k))
+            values[f"true CTR@{k}"], values[f"resolved@{k}"] = ctr, resolved
+        return Judged(values, {"GAUC": self.mask.sum(axis=1).astype(np.float64)}, scores)
+
+    def top(self, scores: np.ndarray, k: int) -> np.ndarray:
+        """int [S, k]: intent indices of the best candidates, equal ones by index."""
+        masked = np.where(self.mask, scores, -np.inf)
+        order = np.lexsort((self.candidates, -masked), axis=1)[:, :k]
+        return np.take_along_axis(self.candidates, order, axis=1)
+
+    def score(self, rung: Rung) -> np.ndarray:
+        """Scores float32 [S, C] of a rung, -inf on padding."""
+        ranker = scoring.load(rung.ranker)
+        ranker.require(intent_ids=self.catalogue.ids)
+        if rung.prior:
+            prior = ranker.model.prior.numpy()
+            return np.where(self.mask, prior[self.candidates.clip(min=0)], -np.inf)
+        with torch.inference_mode():
+            if not ranker.model.reads_queries:
+                return self._score(ranker, rung, None)
+            z = self._queries(ranker, rung)
+            return self._score(ranker, rung, z.mean(dim=0).expand_as(z) if rung.query == "mean" else z)
+
+    def between_session_variance(self, rung: Rung) -> float:
+        """Share of the query tower's signal that differs between sessions: sum_d Var_s(z_d) / sum_d E_s(z_d^2).
+
+        0 is a tower that says the same of every session, such as which intents are popular.
+        """
+        with torch.inference_mode():
+            z = self._queries(scoring.load(rung.ranker), rung).double()
+        energy = (z**2).mean(dim=0).sum()
+        return float(z.var(dim=0, correction=0).sum() / energy) if energy > 0 else 0.0
+
+    def _queries(self, ranker: scoring.LoadedRanker, rung: Rung) -> torch.Tensor:
+        """z float32 [S, d]."""
+        rows = self._rows(ranker, rung)
+        reads = available(rows, np.full(len(self.ids), READOUTS[self.settings.readout]))
+        return ranker.model.queries(*query_input(rows, reads, slice(None)))
+
+    def _score(self, ranker: scoring.LoadedRanker, rung: Rung, z: torch.Tensor | None) -> np.ndarray:
+        model, rows = ranker.model, self._rows(ranker, rung)
+        items, scores = model.items(), []
+        for start in range(0, len(self.ids), SCORE_BATCH):
+            part = slice(start, start + SCORE_BATCH)
+            batch = to_batch({name: values[part] for name, values in rows.items()})
+            candidates = candidate_vectors(items, batch["candidates"])
+            scores.append(model.score(model.users(batch), candidates, None if z is None else z[part]).numpy())
+        return np.where(self.mask, np.concatenate(scores), -np.inf)
+
+    def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> dict[str, np.ndarray]:
+        embeddings = Embeddings.load(rung.embeddings) if rung.embeddings else None
+        if embeddings is not None:
+            ranker.require(reasoner_version=embeddings.reasoner_version)
+            if rung.query == "shuffled":
+                embeddings = embeddings.shuffled(self.ids, self.users, SHUFFLE_SEED)
+        return scoring.with_embeddings(examples(self.table, ranker.space, self.catalogue), embeddings)
+
+
+def table_rows(rungs: list[Rung], judged: list[Judged], users: list[str], settings: config.Evaluate) -> list[Row]:
+    """The table's rows: each metric's mean and its interval over users."""
+    return [
+        Row(
+            name=rung.name,
+            metrics={
+                metric: _estimate(
+                    bootstrap(
+                        values,
+                        users,
+                        weights=result.weights.get(metric),
+                        repetitions=settings.bootstrap,
+                        confidence=settings.confidence,
+                    )
+                )
+                for metric, values in result.values.items()
+            },
+            note=rung.note,
+            control=rung.control,
+        )
+        for rung, result in zip(rungs, judged, strict=True)
+    ]
+
+
+def compare(
+    better: Rung, worse: Rung, ours: Judged, baseline: Judged, users: list[str], settings: config.Evaluate
+) -> list[Comparison]:
+    """Paired differences of two rungs in every metric. One seed: separated speaks of users, not of seeds."""
+    comparisons = []
+    for metric, values in ours.values.items():
+        difference = paired_bootstrap(
+            values,
+            baseline.values[metric],
+            users,
+            weights=ours.weights.get(metric),
+            repetitions=settings.bootstrap,
+            confidence=settings.confidence,
+        )
+        comparisons.append(
+            Comparison(
+                better=better.name,
+                worse=worse.name,
+                metric=metric,
+                difference=_estimate(difference),
+                separated=difference.separated,
+            )
+        )
+    return comparisons
+
+
+def _estimate(interval: Interval) -> Estimate:
+    return Estimate(value=interval.mean, low=interval.users[0], high=interval.users[1])

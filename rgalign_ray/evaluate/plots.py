@@ -1,0 +1,210 @@
+"""The report's plots, as inline SVG whose colours follow the page's light or dark scheme.
+
+matplotlib writes fixed colours. Each stands here for a role (ink, grid, series …) and is replaced by the
+CSS variable of that role, so that the page's style sheet decides, and text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from rgalign_ray.evaluate.report import Curves, Report, RewardGate, Row, Stage
+
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+SERIES = ("#040404", "#050505", "#060606", "#070707")
+ROLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)},
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+WIDTH = 4.6
+"""Inches; narrow enough that a phone shows the text at its own size."""
+
+
+def all_of(report: Report) -> dict[str, list[Markup]]:
+    """The plots by section of the page: headline, reward, curves, stages; a section without data has none."""
+    gate = report.reward
+    return {
+        "headline": [intervals(metric, report.rows) for metric in report.columns],
+        "reward": [reward_spread(gate), best_of_n(gate)] if gate else [],
+        "curves": [curves(it) for it in report.curves if it.lines],
+        "stages": [stage_times(report.stages)] if report.stages else [],
+    }
+
+
+def intervals(metric: str, rows: Sequence[Row]) -> Markup:
+    """A dot and its interval per row; controls are hollow."""
+    shown = [row for row in rows if metric in row.metrics and math.isfinite(row.metrics[metric].value)]
+    shown.sort(key=lambda row: row.control)
+
+    def draw(axes: Axes) -> None:
+        for position, row in enumerate(shown):
+            it = row.metrics[metric]
+            colour = MUTED if row.control else SERIES[0]
+            if it.low is not None and it.high is not None:
+                axes.hlines(position, it.low, it.high, color=colour, linewidth=1.6)
+            fill = "none" if row.control else colour
+            axes.plot(it.value, position, "o", markersize=5.5, markeredgecolor=colour, markerfacecolor=fill)
+        axes.set_yticks(range(len(shown)), [_short(row.name) for row in shown])
+        for label, row in zip(axes.get_yticklabels(), shown, strict=True):
+            label.set_color(MUTED if row.control else INK)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(metric)
+
+    return _svg(f"headline {metric}", draw, height=0.7 + 0.26 * len(shown))
+
+
+def reward_spread(gate: RewardGate) -> Markup:
+    """How far a session's queries lie apart in reward, against how far two judges do."""
+
+    def draw(axes: Axes) -> None:
+        lines = (("between a session's queries", gate.spread_by_session), ("between judges", gate.noise_by_session))
+        top = _quantile([value for _, values in lines for value in values], 0.98)
+        for colour, (label, values) in zip(SERIES, lines, strict=False):
+            kept = [min(value, top) for value in values if math.isfinite(value)]
+            axes.hist(kept, bins=24, range=(0, top), histtype="stepfilled", color=colour, alpha=0.25, edgecolor="none")
+            axes.hist(kept, bins=24, range=(0, top), histtype="step", color=colour, linewidth=1.4, label=label)
+        axes.set(xlabel="standard deviation of the reward", ylabel="sessions", title="Signal against noise")
+        axes.grid(axis="x", visible=False)
+        axes.legend()
+
+    return _svg("reward spread", draw)
+
+
+def best_of_n(gate: RewardGate) -> Markup:
+    """Mean reward of the best of the first N queries."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(range(1, len(gate.best_of_n) + 1), gate.best_of_n, "o-", color=SERIES[0], markersize=4)
+        axes.set(xlabel="queries sampled, N", ylabel="mean reward", title="Best of N")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _svg("best of n", draw)
+
+
+def curves(it: Curves) -> Markup:
+    """Lines over epochs or steps, counted from 1."""
+
+    def draw(axes: Axes) -> None:
+        for number, (label, values) in enumerate(it.lines.items()):
+            marker = "o" if len(values) <= 30 else ""
+            dashes = "-" if number < len(SERIES) else "--"
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                dashes,
+                marker=marker,
+                markersize=3,
+                color=SERIES[number % len(SERIES)],
+                label=_short(label),
+            )
+        axes.set(xlabel=it.x, ylabel=it.y, title=it.title)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if len(it.lines) > 1:
+            axes.legend()
+
+    return _svg(f"curves {it.title}", draw)
+
+
+def stage_times(stages: Sequence[Stage]) -> Markup:
+    """Wall time by stage, in the order of the run; stages taken over from an earlier run are pale."""
+
+    def draw(axes: Axes) -> None:
+        for position, stage in enumerate(stages):
+            axes.barh(position, stage.seconds, height=0.62, color=SERIES[0], alpha=0.35 if stage.resumed else 1.0)
+            axes.annotate(
+                f"{stage.seconds:,.0f} s",
+                (stage.seconds, position),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(stages)), [_short(stage.name) for stage in stages])
+        for label in axes.get_yticklabels():
+            label.set_color(INK)
+        axes.set_ylim(len(stages) - 0.4, -0.6)
+        axes.margins(x=0.16)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="seconds", title="Wall time by stage")
+
+    return _svg("stages", draw, height=0.8 + 0.24 * len(stages))
+
+
+def _svg(name: str, draw: Callable[[Axes], None], height: float = 2.7) -> Markup:
+    """Draws on fresh axes and returns the SVG element; equal data give equal text.
+
+    `name` keeps the element ids of several plots on one page apart.
+    """
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The browser's fonts draw the text; what matplotlib's own lack does not matter.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    prefix = re.sub(r"\W+", "-", name).strip("-").lower()
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    for colour, variable in ROLES.items():
+        text = text.replace(colour, f"var({variable})")
+    # matplotlib escapes the texts it draws; the rest of the element is its own.
+    return Markup(text)
+
+
+def _short(text: str, length: int = 34) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the finite `values` lie; 1 where there is none above zero."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    return (finite[int(share * (len(finite) - 1))] if finite else 0.0) or 1.0

@@ -1,0 +1,296 @@
+"""A run's report: what it is made of, the page that shows it, and its headline for the terminal.
+
+`Report` is plain data that the loop fills in. `write_report` makes one HTML file of it that loads nothing
+from anywhere; `headline` and `examples` show the same figures in the terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from rgalign_ray import __version__, storage
+from rgalign_ray.progress import clock
+
+ABSENT = "–"
+
+
+class Part(BaseModel):
+    """Base of the report's parts: plain, immutable, no unknown fields; survives a round trip through JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Estimate(Part):
+    """A figure and its confidence interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        return _number(self.value)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text, or nothing."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"{_number(self.low)} … {_number(self.high)}"
+
+
+class Row(Part):
+    """One ranker, judged on the test sessions."""
+
+    name: str
+    metrics: dict[str, Estimate]
+    """By metric; the first row's order is the order of the columns."""
+    note: str = ""
+    control: bool = False
+    """A row that is there to unmask a gain (base rate, shuffled query, mean query), not to win."""
+
+
+class Comparison(Part):
+    """A paired difference between two rows."""
+
+    better: str
+    """The row expected to be the better one; the difference is it minus `worse`."""
+    worse: str
+    metric: str
+    difference: Estimate
+    separated: bool
+    """Whether the interval excludes zero."""
+
+
+class Example(Part):
+    """One test session before and after alignment. All texts may come from users."""
+
+    session: str
+    """The session's text, as the reasoner reads it."""
+    query_before: str
+    query_after: str
+    intents_before: list[str]
+    """Titles of the top intents, best first."""
+    intents_after: list[str]
+    wanted: list[str]
+    """Titles of the intents that count as right: the true need where the world knows it, else the clicked."""
+    wanted_is: str = "clicked"
+    """What `wanted` is: clicked, or true need."""
+
+
+class RewardGate(Part):
+    """Whether the reward tells a session's queries apart at all, before anything is built on it."""
+
+    spread: float
+    """Mean over sessions of the reward's standard deviation over the session's queries."""
+    noise: float
+    """The same unit: standard deviation of the difference between judges of other seeds, per judge."""
+    reliability: float
+    """Share of the within-session variance that another judge repeats, in [0, 1]."""
+    spread_by_session: list[float]
+    noise_by_session: list[float]
+    best_of_n: list[float]
+    """Mean reward of the best of the first N queries, N = 1, 2, …; a diagnostic, not a servable gain."""
+    valid_rate: float
+    """Share of sampled queries that are neither empty nor cut nor looping."""
+
+
+class Curves(Part):
+    """Lines of one plot over epochs or steps."""
+
+    title: str
+    x: str
+    y: str
+    lines: dict[str, list[float]]
+
+
+class Stage(Part):
+    name: str
+    seconds: float
+    peak_mb: float | None = None
+    """Largest resident memory of any of its processes, in MiB."""
+    resumed: bool = False
+    """Found complete from an earlier run; `seconds` is what it took then."""
+
+
+class Ingest(Part):
+    sessions: int
+    roles: dict[str, int]
+    quarantined: dict[str, int] = {}
+    """Rows set aside, by reason."""
+
+
+class Report(Part):
+    """Everything the page shows. Empty parts leave no trace on it."""
+
+    title: str
+    summary: list[str] = []
+    """What was found, one sentence each."""
+    facts: dict[str, str] = {}
+    """The run in short: log, reasoner, sessions, seed …"""
+    config: dict[str, Any] = {}
+    """The resolved configuration, shown as YAML at the end."""
+    metrics: dict[str, str] = {}
+    """What each metric means, by name."""
+    rows: list[Row]
+    comparisons: list[Comparison] = []
+    query_variance: dict[str, float] = {}
+    """By ranker: share of the query tower's variance that lies between sessions, in [0, 1]."""
+    examples: list[Example] = []
+    reward: RewardGate | None = None
+    curves: list[Curves] = []
+    stages: list[Stage] = []
+    ingest: Ingest | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Metrics in the order in which the rows bring them."""
+        return list(dict.fromkeys(metric for row in self.rows for metric in row.metrics))
+
+
+def write_report(uri: str, report: Report) -> str:
+    """Writes the report as one self-contained HTML file at `uri`, and returns `uri`.
+
+    Every text is escaped; plots are inline SVG; the page asks the network for nothing.
+    """
+    storage.write_bytes(uri, render(report).encode())
+    return uri
+
+
+def render(report: Report) -> str:
+    """The report as the text of one HTML page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from rgalign_ray.evaluate import plots
+
+    environment = Environment(
+        loader=PackageLoader("rgalign_ray", "evaluate"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=_number, percent=_percent, clock=clock, signed=_signed, signed_interval=_signed_interval
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        version=__version__,
+        absent=ABSENT,
+        best={metric: _best(report, metric) for metric in report.columns},
+        config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True) if report.config else "",
+        plots=plots.all_of(report),
+    )
+
+
+def headline(report: Report) -> Table:
+    """The headline as a table for the terminal: rows by metric, intervals below, controls last, notes under it."""
+    notes = "\n".join(f"{escape(row.name)}: {escape(row.note)}" for row in report.rows if row.note)
+    table = Table(
+        title=escape(report.title),
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        caption=notes or None,
+        caption_justify="left",
+    )
+    table.add_column("ranker", min_width=18)
+    for metric in report.columns:
+        table.add_column(escape(metric), justify="right")
+    best = {metric: _best(report, metric) for metric in report.columns}
+    rows = sorted(report.rows, key=lambda row: row.control)
+    for position, row in enumerate(rows):
+        cells = [_cell(row, metric, best[metric]) for metric in report.columns]
+        last_rival = position + 1 < len(rows) and rows[position + 1].control and not row.control
+        table.add_row(
+            escape(row.name),
+            *cells,
+            style="dim" if row.control else None,
+            end_section=last_rival,
+        )
+    return table
+
+
+def examples(report: Report) -> RenderableType:
+    """The example sessions, one panel each, with the latent query and top intents before and after."""
+    return Group(*(_panel(number, example) for number, example in enumerate(report.examples, start=1)))
+
+
+def comparisons(report: Report) -> RenderableType:
+    """The paired differences, one line each; one whose interval holds zero is called not separated."""
+    table = Table.grid(padding=(0, 2))
+    for it in report.comparisons:
+        verdict = "" if it.separated else "[yellow]not separated[/]"
+        table.add_row(
+            f"{escape(it.metric)}: {escape(it.better)} − {escape(it.worse)}",
+            _signed(it.difference.value),
+            f"[dim]{_signed_interval(it.difference)}[/]",
+            verdict,
+        )
+    return table
+
+
+def _signed(value: float) -> str:
+    """A difference with its sign, +0.012 or −0.003."""
+    text = _number(abs(value))
+    return text if not math.isfinite(value) else f"{'−' if value < 0 else '+'}{text}"
+
+
+def _signed_interval(estimate: Estimate) -> str:
+    """The interval of a difference, or nothing."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_signed(estimate.low)} … {_signed(estimate.high)}"
+
+
+def _panel(number: int, example: Example) -> Panel:
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    lines.add_row("session", escape(example.session))
+    lines.add_row(escape(example.wanted_is), escape(", ".join(example.wanted)) or ABSENT)
+    for when, query, intents in (
+        ("before", example.query_before, example.intents_before),
+        ("after", example.query_after, example.intents_after),
+    ):
+        lines.add_row(when, f"“{escape(query)}”")
+        lines.add_row("", " · ".join(_mark(title, example.wanted) for title in intents))
+    return Panel(lines, title=f"example {number}", title_align="left", border_style="dim")
+
+
+def _mark(title: str, wanted: list[str]) -> str:
+    return f"[green]✓ {escape(title)}[/]" if title in wanted else escape(title)
+
+
+def _cell(row: Row, metric: str, best: float | None) -> str:
+    estimate = row.metrics.get(metric)
+    if estimate is None:
+        return ABSENT
+    value = f"[bold]{estimate}[/]" if not row.control and estimate.value == best else str(estimate)
+    if estimate.low is None or estimate.high is None:
+        return value
+    low, high = (f"{bound:.3f}".replace("0.", ".", 1) for bound in (estimate.low, estimate.high))
+    return f"{value}\n[dim]{low}–{high}[/]"
+
+
+def _best(report: Report, metric: str) -> float | None:
+    """The highest value among the rows that compete; None where fewer than two do."""
+    values = [row.metrics[metric].value for row in report.rows if metric in row.metrics and not row.control]
+    finite = [value for value in values if math.isfinite(value)]
+    return max(finite) if len(finite) > 1 else None
+
+
+def _number(value: float) -> str:
+    """Four decimals, as small gains of GAUC need them; a value that is no number is a dash."""
+    return f"{value:.4f}" if math.isfinite(value) else ABSENT
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %" if math.isfinite(value) else ABSENT

@@ -1,0 +1,116 @@
+"""What every objective shares: the model to train, DeepSpeed's configuration, and the export of the result.
+
+No Ray in here: an objective runs wherever torch.distributed has a process group.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from rgalign_ray import config, storage
+from rgalign_ray.reasoner import models
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerTask:
+    """One objective's work; plain data that travels to the learners."""
+
+    objective: str
+    reasoner: config.Reasoner
+    learner: config.Learner
+    optimisation: config.Sft | config.Contrastive
+    weights: str | None
+    """Reasoner artefact to start from; None starts from the base model."""
+    data: str
+    """Folder with `selected.parquet` (and, for RG-CL, `positives.parquet`)."""
+    ranker: str | None
+    """Ranker artefact that RG-CL reads through."""
+    out: str
+    """Folder that receives the new reasoner artefact."""
+    version: str
+    """Version name of the new reasoner."""
+    seed: int
+
+    @property
+    def workers(self) -> int:
+        return max(self.learner.workers, 1)
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes of one worker in one optimiser step."""
+        return self.optimisation.batch_sessions // (self.workers * self.learner.micro_batch)
+
+
+Advance = Callable[[int], None]
+
+
+def trainable(task: LearnerTask) -> PreTrainedModel:
+    """The model whose weights the objective moves: LoRA layers over frozen base weights, or all weights.
+
+    A round's second objective continues the adapter of its first.
+    """
+    torch.manual_seed(task.seed)  # fresh adapters are drawn at random; every rank must draw the same
+    settings = task.reasoner
+    if settings.lora is None:
+        return models.load_reasoner(settings, task.weights).train()
+    from peft import PeftModel, get_peft_model
+
+    base = models.load_base(settings)
+    if task.weights is not None:
+        with models.local_copy(task.weights) as folder:
+            return PeftModel.from_pretrained(base, folder, is_trainable=True).train()
+    return get_peft_model(base, models.lora_config(settings.lora, base.config.num_hidden_layers)).train()
+
+
+def deepspeed_config(task: LearnerTask) -> dict[str, Any]:
+    """DeepSpeed's configuration: stage, precision and batch sizes. Optimisers are torch's, which need no compiler."""
+    return {
+        "train_micro_batch_size_per_gpu": task.learner.micro_batch,
+        "gradient_accumulation_steps": task.micro_steps,
+        "gradient_clipping": task.optimisation.max_grad_norm,
+        "bf16": {"enabled": task.learner.bf16},
+        "zero_optimization": {
+            "stage": task.learner.zero_stage,
+            "overlap_comm": False,  # a second stream has no meaning on CPU, and hides races on GPU
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def forbid_compilation() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory collectives inside `initialize`.
+
+    The build takes over a minute, needs a compiler, and a worker killed during it leaves a lock on which
+    every later run waits for ever; gloo does the same work.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def export(model: PreTrainedModel, task: LearnerTask) -> None:
+    """Writes the reasoner artefact (safetensors) from rank 0; every rank must call it, since ZeRO-3 gathers."""
+    import deepspeed
+
+    full = task.reasoner.lora is None
+    parameters = [p for p in model.parameters() if full or p.requires_grad]
+    with deepspeed.zero.GatheredParameters(parameters, enabled=task.learner.zero_stage == 3):
+        if dist.get_rank() == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder, safe_serialization=True)
+                fs, path = storage.filesystem(task.out)
+                fs.create_dir(path, recursive=True)
+                pafs.copy_files(folder, path, destination_filesystem=fs)
+            models.describe(task.out, base=task.reasoner.model, version=task.version, adapter=not full)
+    dist.barrier()

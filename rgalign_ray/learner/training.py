@@ -1,0 +1,87 @@
+"""Learners as Ray Train workers: each rank one DeepSpeed engine, gloo on CPU and NCCL on GPU, by the same code."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rgalign_ray import progress
+from rgalign_ray.learner import contrastive, sft
+from rgalign_ray.learner.engine import LearnerTask
+
+OBJECTIVES = {"sft": sft.train, "contrastive": contrastive.train}
+
+
+def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str, Any]:
+    """Runs one objective on `task.learner.workers` workers and returns the figures of rank 0.
+
+    A worker that dies is started again with the others, up to `learner.retries` times; an objective then
+    begins anew. With `learner.workers = 0` it runs in this process (for tests).
+
+    Args:
+        task: the objective's work.
+        steps: optimiser steps, for the progress display.
+        storage_uri: folder for Ray Train's own records.
+        name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
+    """
+    learner = task.learner
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task, "steps": steps},
+        torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=learner.workers,
+            use_gpu=learner.use_gpu,
+            resources_per_worker={"CPU": learner.cpus_per_worker, **({"GPU": 1} if learner.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            logging_config=LoggingConfig(log_level="ERROR"),
+            name=name,
+            storage_path=storage_uri,
+            failure_config=FailureConfig(max_failures=learner.retries),
+            worker_runtime_env={"env_vars": _environment(task)},
+        ),
+    )
+    return trainer.fit().return_value
+
+
+def _environment(task: LearnerTask) -> dict[str, str]:
+    # one thread a worker makes sums repeatable; the accelerator is named so that DeepSpeed does not guess
+    return {
+        "DS_ACCELERATOR": "cuda" if task.learner.use_gpu else "cpu",
+        "OMP_NUM_THREADS": str(task.reasoner.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _worker(loop: dict[str, Any]) -> dict[str, Any]:
+    task: LearnerTask = loop["task"]
+    torch.set_num_threads(task.reasoner.threads)
+    os.environ.update(_environment(task))
+    alone = not dist.is_initialized()
+    if alone:
+        _group_of_one()
+    try:
+        if dist.get_rank() == 0:
+            with progress.track(f"RG-{task.objective}", loop["steps"], "steps") as advance:
+                return OBJECTIVES[task.objective](task, advance)
+        return OBJECTIVES[task.objective](task, lambda n: None)
+    finally:
+        if alone:
+            dist.destroy_process_group()
+
+
+def _group_of_one() -> None:
+    """Ray Train's local mode makes no process group, and DeepSpeed insists on one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})

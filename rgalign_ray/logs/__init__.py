@@ -1,0 +1,1 @@
+"""Where sessions come from: sources, ingest, and what features and prompts make of them."""

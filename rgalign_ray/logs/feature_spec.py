@@ -1,0 +1,141 @@
+"""Which columns of a log are features, and of what kind: a YAML file."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pyarrow as pa
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rgalign_ray import storage
+from rgalign_ray.errors import ConfigError, DataError
+
+Kind = Literal["categorical", "numeric", "multi"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FieldSpec(BaseModel):
+    """One feature column.
+
+    categorical: a string, whole number or boolean. numeric: a number, cut into quantile buckets.
+    multi: a list of strings or whole numbers, of which the first `length` are read.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    buckets: Annotated[int, Field(ge=2)] = 16
+    length: Annotated[int, Field(ge=1)] = 5
+
+
+class HistorySpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    length: Annotated[int, Field(ge=1)] = 20
+    """Newest events that are read, where the run's configuration does not say."""
+
+
+class FeatureSpec(BaseModel):
+    """The feature columns of a log; `history` is always read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fields: Annotated[tuple[FieldSpec, ...], Field(min_length=1)]
+    history: HistorySpec = HistorySpec()
+    min_count: Annotated[int, Field(ge=1)] = 2
+    """A value or event seen less often while fitting is unknown: unknown then has training data too."""
+
+    @classmethod
+    def load(cls, name_or_path: str) -> FeatureSpec:
+        """A spec of the package (configs/features) by name, or of a YAML file by path.
+
+        Raises:
+            ConfigError: for an unknown name, an unreadable file or a key that is none.
+        """
+        where = f"features.spec: {name_or_path}"
+        spec = parse(cls, read_config(name_or_path, "features", where), where)
+        names = [field.name for field in spec.fields]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{where}: field '{twice}' is listed twice.")
+        return spec
+
+    @property
+    def key(self) -> str:
+        """Hash of the content, for manifests."""
+        return storage.content_key(self.model_dump(mode="json"))
+
+    def of_kind(self, kind: Kind) -> list[FieldSpec]:
+        return [field for field in self.fields if field.kind == kind]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a sessions table that features come from."""
+        return [*(field.name for field in self.fields), "history", "ts"]
+
+    def check(self, found: pa.Schema, where: str) -> None:
+        """Raises `DataError` naming `where` and the first field whose column is missing or of a type it cannot be."""
+        for field in self.fields:
+            index = found.get_field_index(field.name)
+            if index < 0:
+                raise DataError(f"{where}: column '{field.name}' is missing; the feature spec reads it ({field.kind}).")
+            kind = found.field(index).type
+            if not _fits(field.kind, kind):
+                expected = _EXPECTED[field.kind]
+                raise DataError(f"{where}: column '{field.name}' is {kind}; a {field.kind} feature is {expected}.")
+
+
+_EXPECTED = {
+    "categorical": "a string, a whole number or a boolean",
+    "numeric": "a number or a boolean",
+    "multi": "a list of strings or whole numbers",
+}
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+
+
+def _fits(kind: Kind, found: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if kind == "multi":
+        return _is_list(found) and _fits("categorical", found.value_type)
+    whole = pa.types.is_integer(found) or pa.types.is_boolean(found)
+    if kind == "numeric":
+        return whole or pa.types.is_floating(found)
+    return whole or pa.types.is_string(found) or pa.types.is_large_string(found)
+
+
+def read_config(name_or_path: str, folder: str, where: str) -> Any:
+    """The YAML content of a path ending in .yaml or .yml, or of a file of the package's configs/`folder` by name."""
+    packaged = resources.files("rgalign_ray") / "configs" / folder
+    if Path(name_or_path).suffix in (".yaml", ".yml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ConfigError(f"{where}: no such file.")
+        text = path.read_text()
+    elif (packaged / f"{name_or_path}.yaml").is_file():
+        text = (packaged / f"{name_or_path}.yaml").read_text()
+    else:
+        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml")))
+        raise ConfigError(f"{where}: not one of {known}, nor a .yaml file.")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from None
+
+
+def parse(model: type[Model], data: Any, where: str) -> Model:
+    """A model from plain data, or a `ConfigError` with its first fault."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message[0].lower()}{message[1:]}.") from None

@@ -1,0 +1,262 @@
+"""From any log in our schema to the sessions that a run reads: validated, with roles, by day and region.
+
+    source files ──structure──▶ first pass: ids, days, regions ──▶ second pass, batch by batch:
+                   (stops)      which rows, last day, repeats       faults ──▶ quarantine.parquet
+                                                                    the rest ──role──▶ sessions/dt=…/region=…/
+
+Memory is bounded by one batch, the writer's buffer, and ten bytes per row of the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rgalign_ray import schema, storage
+from rgalign_ray.config import Log, Roles
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs import lists, source
+from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
+from rgalign_ray.logs.faults import Examination, Examiner
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.partitions import PartitionWriter
+from rgalign_ray.logs.roles import NONE, role_of
+
+__all__ = ["QUARANTINE_FILE", "Summary", "ingest", "role_of"]
+
+QUARANTINE_FILE = "quarantine.parquet"
+
+
+@dataclass
+class Summary:
+    """What became of every row of the source: rows = outside + quarantined + kept."""
+
+    files: int = 0
+    rows: int = 0
+    outside: int = 0
+    """Rows of other days or regions than the configuration reads."""
+    kept: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    """By reason (`faults.REASONS`)."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """Kept rows by role, those of role `none` included."""
+    without_click: int = 0
+    """Kept rows without a click; they are part of the log."""
+    history_capped: int = 0
+    """Kept rows whose history was cut to its newest `log.history_length` events."""
+    first_day: str = ""
+    last_day: str = ""
+
+    @property
+    def without_role(self) -> int:
+        """Kept rows that no role may read."""
+        return self.roles[NONE]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "quarantined": dict(self.quarantined), "roles": dict(sorted(self.roles.items()))}
+
+
+def ingest(
+    source_uri: str,
+    intents_uri: str,
+    candidate_sets_uri: str | None,
+    out_uri: str,
+    roles: Roles,
+    rounds: int,
+    *,
+    log: Log,
+    feature_columns: FeatureSpec,
+    on_rows: Callable[[int], None] | None = None,
+) -> Summary:
+    """Writes sessions, intents, candidate_sets and the quarantine of a run under `out_uri`.
+
+    Args:
+        source_uri: folder of Parquet files of the `sessions` table, or one such file.
+        intents_uri, candidate_sets_uri: Parquet files; None where sessions list their candidates.
+        log: which days and regions are read, and how many events of a history are kept.
+        feature_columns: columns that every file must have, with their kinds.
+        on_rows: called with the number of rows of each batch that was read.
+
+    Raises:
+        DataError: for a structural fault, and when no row is left.
+    """
+    files = source.open_sessions(source_uri, feature_columns)
+    intents = source.read_intents(intents_uri)
+    candidate_sets = source.read_candidate_sets(candidate_sets_uri, intents) if candidate_sets_uri else None
+    chosen = _choose(files, log, source_uri)
+    examiner = Examiner(intents, candidate_sets, feature_columns)
+    extra = source.extra_columns(files)
+    summary = Summary(files=len(files), rows=len(chosen.inside), outside=int((~chosen.inside).sum()))
+    summary.first_day, summary.last_day = str(chosen.first_day), str(chosen.last_day)
+    writer = PartitionWriter(storage.join(out_uri, "sessions"))
+    with _Quarantine(storage.join(out_uri, QUARANTINE_FILE)) as quarantine:
+        for start, table in _batches(files, [*schema.SESSIONS.names, *extra.names]):
+            if on_rows:
+                on_rows(table.num_rows)
+            rows = start + np.flatnonzero(chosen.inside[start : start + table.num_rows])
+            table = table.take(pa.array(rows - start))
+            found = examiner.examine(table, chosen.repeated[rows])
+            quarantine.add(table, found, *chosen.origin(rows))
+            sound = _finished(table.filter(pa.array(found.reason == "")), extra, log.history_length, summary)
+            user_ids = sound["user_id"].to_numpy()
+            role = role_of(user_ids, sound["ts"].to_numpy(), roles, rounds, chosen.last_day)
+            sound = sound.append_column(schema.ROLE, pa.array(role, pa.string()))
+            summary.roles.update(role.tolist())
+            summary.kept += sound.num_rows
+            writer.write(sound)
+        writer.close()
+        summary.quarantined = quarantine.counts
+        if not summary.kept:
+            reason, count = quarantine.counts.most_common(1)[0]
+            raise DataError(f"{source_uri}: no sound session is left; {count} of {summary.rows} rows have '{reason}'.")
+    storage.write_table(storage.join(out_uri, INTENTS_FILE), intents)
+    if candidate_sets is not None:
+        storage.write_table(storage.join(out_uri, CANDIDATE_SETS_FILE), candidate_sets)
+    return summary
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the first pass finds out about each row, files one after another."""
+
+    files: np.ndarray
+    """str [F], the files' names."""
+    starts: np.ndarray
+    """int64 [F], the number of each file's first row in the whole log."""
+    inside: np.ndarray
+    """bool [N], of the days and regions that are read; rows without a day or region count as inside."""
+    repeated: np.ndarray
+    """bool [N], an earlier row inside has the same session id."""
+    first_day: np.datetime64
+    last_day: np.datetime64
+
+    def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The file of each row of the log, and its number there."""
+        file = np.searchsorted(self.starts, rows, side="right") - 1
+        return self.files[file], rows - self.starts[file]
+
+
+def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chosen:
+    ids, days, regions = [], [], []
+    for file in files:
+        for table in file.batches(["session_id", "ts", "region"]):
+            ids.append(_hashes(table["session_id"]))
+            days.append(lists.microseconds(table["ts"]) // 86_400_000_000)
+            wanted = pa.array(log.regions or [], pa.string())
+            region = pc.cast(table["region"], pa.string())
+            known = pc.or_kleene(pc.is_null(region), pc.is_in(region, value_set=wanted))
+            regions.append(lists.combined(known).to_numpy(zero_copy_only=False) | (log.regions is None))
+    day = np.concatenate(days).astype("datetime64[D]")
+    timeless = np.concatenate(days) == lists.MISSING_TIME // 86_400_000_000
+    inside = np.concatenate(regions)
+    if log.start:
+        inside &= timeless | (day >= np.datetime64(log.start))
+    if log.end:
+        inside &= timeless | (day <= np.datetime64(log.end))
+    if not (inside & ~timeless).any():
+        asked = f"start {log.start}, end {log.end}, regions {log.regions}"
+        raise DataError(f"{source_uri}: no session has a day and region that log.* asks for ({asked}).")
+    repeated = _repeated(np.concatenate(ids), inside)
+    names, sizes = np.array([file.name for file in files]), np.array([file.rows for file in files])
+    known = day[inside & ~timeless]
+    return _Chosen(names, np.cumsum(sizes) - sizes, inside, repeated, known.min(), known.max())
+
+
+def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
+    """uint64 [B], a hash of each id; 0 for null. Two of ten million ids meet with a chance of 3 in a million."""
+    digest = (hashlib.blake2b(i.encode(), digest_size=8).digest() if i else bytes(8) for i in ids.to_pylist())
+    return np.frombuffer(b"".join(digest), dtype="<u8")
+
+
+def _repeated(ids: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    rows = np.flatnonzero(inside & (ids != 0))
+    _, first = np.unique(ids[rows], return_index=True)
+    repeated = np.zeros(len(ids), dtype=bool)
+    repeated[rows] = True
+    repeated[rows[first]] = False
+    return repeated
+
+
+def _batches(files: list[source.SourceFile], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Tables of about `BATCH_ROWS` rows with the number of their first row in the log.
+
+    Small files of one schema are put together: a log has many of them, and each table costs the same.
+    """
+    start = 0
+    held: list[pa.Table] = []
+    for file in files:
+        for table in file.batches(columns):
+            full = sum(part.num_rows for part in held) + table.num_rows > source.BATCH_ROWS
+            if held and (full or held[0].schema != table.schema):
+                yield start, pa.concat_tables(held)
+                start += sum(part.num_rows for part in held)
+                held = []
+            held.append(table)
+    if held:
+        yield start, pa.concat_tables(held)
+
+
+def _finished(table: pa.Table, extra: pa.Schema, history_length: int, summary: Summary) -> pa.Table:
+    """The rows in the written schema: history oldest first and capped, columns that the file lacks as nulls."""
+    counts, events = lists.past_events(table)
+    summary.history_capped += int((counts > history_length).sum())
+    newest = np.repeat(counts, counts) - lists.places(counts) <= history_length
+    columns = {"history": _events(np.minimum(counts, history_length), events.filter(pa.array(newest)))}
+    clicked = np.bincount(lists.rows(lists.lengths(table["clicks"]))[_true(table["clicks"])], minlength=len(counts))
+    summary.without_click += int((clicked == 0).sum())
+    target = pa.schema([*schema.SESSIONS, *extra])
+    for name, kind in zip(target.names, target.types, strict=True):
+        if name in table.column_names and name not in columns:
+            columns[name] = pc.cast(table[name], kind, safe=False)
+    absent = {name: pa.nulls(table.num_rows, target.field(name).type) for name in target.names if name not in columns}
+    return pa.table({**columns, **absent}).select(target.names).cast(target)
+
+
+def _true(column: pa.ChunkedArray) -> np.ndarray:
+    return lists.flat(column).to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _events(counts: np.ndarray, events: pa.StructArray) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    parts = [pc.cast(pc.struct_field(events, f.name), f.type, safe=False) for f in schema.EVENT]
+    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, fields=list(schema.EVENT)))
+
+
+class _Quarantine:
+    """The rows that were set aside, written as they come."""
+
+    def __init__(self, uri: str) -> None:
+        self.counts: Counter[str] = Counter()
+        fs, path = storage.filesystem(uri)
+        fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        self._writer = pq.ParquetWriter(path, schema.QUARANTINE, filesystem=fs, compression="zstd")
+
+    def __enter__(self) -> _Quarantine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def add(self, table: pa.Table, found: Examination, files: np.ndarray, rows: np.ndarray) -> None:
+        """Adds the rows of a batch that have a reason; `files` and `rows` say where they stand."""
+        bad = np.flatnonzero(found.reason != "")
+        if not len(bad):
+            return
+        self.counts.update(found.reason[bad].tolist())
+        aside = {
+            "session_id": pc.cast(table["session_id"].take(pa.array(bad)), pa.string()),
+            "file": pa.array(files[bad].tolist()),
+            "row": pa.array(rows[bad]),
+            "reason": pa.array(found.reason[bad].tolist()),
+            "detail": pa.array([found.detail[int(row)] for row in bad]),
+        }
+        self._writer.write_table(pa.table(aside, schema=schema.QUARANTINE))

@@ -1,0 +1,135 @@
+"""Sessions and intents as text for the reasoner, from a template that can see nothing it must not.
+
+A prompt never holds a click, a label, anything later than the entry, or an id. The template is given
+`ts`, `region`, `history` and feature columns; every other column a log is known to have is refused by
+name when the template is loaded, and never reaches the template whatever the table holds.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import pyarrow as pa
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from rgalign_ray import schema, storage
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs import lists
+from rgalign_ray.logs.feature_spec import parse, read_config
+
+VISIBLE = ("ts", "region", "history")
+"""Columns every log has that a prompt may read, besides feature columns."""
+
+HIDDEN = frozenset({*schema.SESSIONS.names, *schema.SESSIONS_OPTIONAL.names, schema.ROLE.name, "dt"} - set(VISIBLE))
+
+_ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+class Template(BaseModel):
+    """The texts of one prompt; prefix + session text + suffix is what the reasoner reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    prefix: str
+    """Instruction and examples, shared by all sessions; ends right before the session text."""
+    session: str
+    """Jinja text over one session; `history` is a list of {event, text, ts}, newest first."""
+    suffix: str
+    """Follows the session text; ends where the latent query starts."""
+    item: str
+    """Jinja text over one row of the `intents` table."""
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Template:
+        """A template of the package (configs/prompts) by name, or of a YAML file by path.
+
+        Raises:
+            ConfigError: for an unknown name, an unreadable file, a fault of the template, or a column
+                that a prompt must not see.
+        """
+        where = f"prompt.template: {name_or_path}"
+        return parse(cls, read_config(name_or_path, "prompts", where), where)
+
+    @model_validator(mode="after")
+    def _sees_nothing_hidden(self) -> Template:
+        hidden = HIDDEN & _variables(self.session, "session")
+        if hidden:
+            raise ValueError(f"session reads '{sorted(hidden)[0]}', which a prompt must not see")
+        foreign = _variables(self.item, "item") - set(schema.INTENTS.names)
+        if foreign:
+            raise ValueError(f"item reads '{sorted(foreign)[0]}'; an intent has {', '.join(schema.INTENTS.names)}")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Hash of the content, for manifests."""
+        return storage.content_key(self.model_dump())
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns that `sessions` reads."""
+        return sorted(_variables(self.session, "session") | {"history", "ts"})
+
+    def sessions(self, table: pa.Table) -> list[str]:
+        """The session texts of a table, one per row.
+
+        Only `columns` reach the template, and of the history only what does not lie after `ts`. Text of
+        users is made harmless by `neutral`.
+
+        Raises:
+            DataError: when a column that the template reads is missing.
+        """
+        for name in self.columns:
+            if name not in table.column_names:
+                raise DataError(f"prompt.template: the session text reads '{name}', no column of the sessions.")
+        counts, events = lists.past_events(table)
+        past = iter(events.to_pylist())
+        rows = table.select([name for name in self.columns if name != "history"]).to_pylist()
+        text = _ENVIRONMENT.from_string(self.session)
+        texts = []
+        for row, count in zip(rows, counts, strict=True):
+            oldest_first = [next(past) for _ in range(count)]
+            texts.append(text.render(neutral({**row, "history": oldest_first[::-1]})).strip())
+        return texts
+
+    def items(self, intents: pa.Table) -> list[str]:
+        """The texts of a table of intents, one per row."""
+        text = _ENVIRONMENT.from_string(self.item)
+        rows = intents.select([name for name in schema.INTENTS.names if name in intents.column_names]).to_pylist()
+        return [text.render(neutral(row)).strip() for row in rows]
+
+
+def _variables(source: str, name: str) -> set[str]:
+    try:
+        return jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) - set(_ENVIRONMENT.globals)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{name} is not a valid Jinja template ({error})") from None
+
+
+_SQUARE_TOKEN = re.compile(r"\[(/?[A-Z_]+)\]")
+
+
+def neutral(value: Any) -> Any:
+    """The value with all its texts on one line and without anything a tokenizer takes for a control token.
+
+    Control tokens are matched letter by letter, so one blank breaks them: `<|im_start|>` becomes
+    `< |im_start|>`, `</s>` becomes `< /s>`, `[INST]` becomes `[ INST ]`. A line break would end the
+    completion or forge the next turn.
+    """
+    if isinstance(value, str):
+        if not value.isprintable():
+            value = "".join(c if c.isprintable() else " " for c in value)
+        if "<" in value or "[" in value:
+            value = _SQUARE_TOKEN.sub(r"[ \1 ]", value.replace("<", "< "))
+        return " ".join(value.split())
+    if isinstance(value, list):
+        return [neutral(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: neutral(entry) for name, entry in value.items()}
+    return value

@@ -1,0 +1,68 @@
+"""Who may learn from whom: each session's role, from its user and its day."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rgalign_ray.config import Roles
+from rgalign_ray.errors import ConfigError
+
+NONE = "none"
+"""Sessions that no role may read, such as those of a test user before the test period."""
+
+
+def role_names(rounds: int) -> list[str]:
+    """Every role of a run of `rounds` rounds, without `none`."""
+    return ["rank", *(f"align_{r}" for r in range(1, rounds + 1)), "audit", "valid", "test"]
+
+
+def role_of(
+    user_ids: Sequence[str] | np.ndarray, ts: np.ndarray, roles: Roles, rounds: int, last_day: np.datetime64
+) -> np.ndarray:
+    """str [B], the role of each session.
+
+    A user's place in [0, 1) is a hash of its id and `roles.seed`; the roles' shares cut that interval.
+    The test period is the last `roles.test_days` days up to `last_day`.
+
+    split `user`: test is the test users inside the test period; every other role ends before it. What
+    remains (test users before it, all others inside it) is `none`. With `test_days` 0 the user alone
+    decides. split `time`: test is every session inside the test period; before it, users are spread
+    over the other roles, whose shares are scaled up to 1.
+
+    Args:
+        user_ids: [B]
+        ts: datetime64 [B]
+        rounds: align is cut evenly into align_1 … align_R.
+        last_day: last day of the log.
+
+    Raises:
+        ConfigError: for split `time` without a test period.
+    """
+    if roles.split == "time" and roles.test_days == 0:
+        raise ConfigError("roles.test_days: must be above 0 where roles.split is 'time'.")
+    days = np.asarray(ts).astype("datetime64[D]")
+    in_test_period = days > np.asarray(last_day).astype("datetime64[D]") - np.timedelta64(roles.test_days, "D")
+    by_user = _cut(_place(user_ids, roles.seed), roles, rounds)
+    if roles.split == "time":
+        return np.where(in_test_period, "test", by_user)
+    if roles.test_days == 0:
+        return by_user
+    return np.where((by_user == "test") == in_test_period, by_user, NONE)
+
+
+def _cut(place: np.ndarray, roles: Roles, rounds: int) -> np.ndarray:
+    test = 0.0 if roles.split == "time" else roles.test
+    shares = np.array([roles.rank, *[roles.align / rounds] * rounds, roles.audit, roles.valid, test])
+    names = np.array(role_names(rounds))[shares > 0]
+    upper = np.cumsum(shares[shares > 0]) / shares.sum()
+    return names[np.searchsorted(upper[:-1], place, side="right")]
+
+
+def _place(user_ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+    """float64 [B] in [0, 1)."""
+    users, which = np.unique(np.asarray(user_ids, dtype=str), return_inverse=True)
+    digests = b"".join(hashlib.blake2b(f"{seed}/{user}".encode(), digest_size=8).digest() for user in users)
+    return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) / 2.0**53)[which]

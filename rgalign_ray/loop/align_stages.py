@@ -1,0 +1,248 @@
+"""Stages of one round of alignment: rollouts, rewards, the selection, and the objectives that learn from it."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from rgalign_ray import progress, schema, storage
+from rgalign_ray.config import Config
+from rgalign_ray.errors import DataError
+from rgalign_ray.learner import training
+from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.logs import examples, stream
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop.rank_stages import engine_spec
+from rgalign_ray.loop.stage import Outcome, Run, Stage
+from rgalign_ray.reasoner.engine import sample_seed
+from rgalign_ray.reward import actor
+from rgalign_ray.reward.gate import gate
+from rgalign_ray.reward.selection import select
+from rgalign_ray.rollout.pool import RolloutPool
+from rgalign_ray.rollout.worker import Instruction, Unit
+
+OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL"}
+
+
+def stages(config: Config, round_: int) -> list[Stage]:
+    """rollouts_r → rewards_r → selected_r → align_r_…, one stage an objective, each starting from the one before."""
+    before = round_ - 1
+    previous = f"align_{before}_{config.align[-1]}" if before else None
+    judges = [f"ranker_{before}", *(f"ranker_{before}_judge_{i}" for i in range(1, config.reward.judge_seeds))]
+    sequence = [
+        Stage(
+            f"rollouts_{round_}",
+            f"sample {config.rollout.n} queries a session",
+            partial(roll_out, round_=round_),
+            ("rollout", "prompt", "reasoner"),
+            ("sessions", *((previous,) if previous else ())),
+            ray=True,
+        ),
+        Stage(
+            f"rewards_{round_}",
+            "judge them with the frozen ranker",
+            partial(judge, round_=round_, judges=judges),
+            ("reward",),
+            ("sessions", f"rollouts_{round_}", *judges),
+            ray=True,
+        ),
+        Stage(
+            f"selected_{round_}",
+            f"select: {config.select.method}",
+            partial(choose, round_=round_),
+            ("select",),
+            ("sessions", f"rollouts_{round_}", f"rewards_{round_}"),
+        ),
+    ]
+    for objective in config.align:
+        name = f"align_{round_}_{objective}"
+        inputs = [f"selected_{round_}", *((previous,) if previous else ())]
+        if objective == "contrastive":
+            inputs.append(f"ranker_{before}")
+        sequence.append(
+            Stage(
+                name,
+                f"{OBJECTIVE_NAMES[objective]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
+                partial(align, objective=objective, round_=round_, weights=previous),
+                ("reasoner", "learner", objective),
+                tuple(inputs),
+                ray=True,
+            )
+        )
+        previous = name
+    return sequence
+
+
+def roll_out(run: Run, out: str, round_: int) -> Outcome:
+    config = run.config
+    template = Template.load(config.prompt.template)
+    sessions, without_click = align_sessions(run, round_, [*template.columns, "session_id", "clicks"])
+    units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), config.rollout.unit_sessions)
+    engine = engine_spec(run, round_ - 1)
+    pool = RolloutPool(
+        config.rollout,
+        {
+            "engine": engine,
+            "instruction": Instruction(template.prefix, template.suffix, template.version),
+            "settings": config.rollout,
+            "run_seed": config.seed,
+            "round_": round_,
+            "out_uri": out,
+        },
+    )
+    context = storage.content_key(config.rollout.model_dump(), template.key, asdict(engine)["weights"], round_)
+    try:
+        with progress.track("rollouts", sessions.num_rows, f"sessions x {config.rollout.n}") as advance:
+            for _, count in pool.run(units, context):
+                advance(count)
+    finally:
+        pool.close()
+    faults = Counter(storage.read_table(storage.join(out, "rollouts"), columns=["fault"])["fault"].to_pylist())
+    total = sum(faults.values())
+    rows = {"sessions": sessions.num_rows, "rollouts": total, "sessions without a click left out": without_click}
+    reasons = {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None}
+    return Outcome(rows, {"faults": reasons, "valid_rate": faults[None] / total, "worker_deaths": pool.deaths})
+
+
+def align_sessions(run: Run, round_: int, columns: list[str]) -> tuple[pa.Table, int]:
+    """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
+
+    Raises:
+        DataError: when none has a click.
+    """
+    role = f"align_{round_}"
+    sessions = stream.sessions(run.uri("sessions"), columns=list(dict.fromkeys(columns)), roles=[role])
+    batches = list(stream.batches(sessions))
+    table = pa.concat_tables(batches).sort_by("session_id") if batches else None
+    clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
+    if table is None or not any(clicked):
+        raise DataError(f"role {role}: no session with a click; raise roles.align or the number of sessions.")
+    return table.filter(pa.array(clicked)), clicked.count(False)
+
+
+def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
+    """Work units of sessions whose texts are of like length, so that little of a batch is padding."""
+    order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), session_ids[row]))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    return [Unit([session_ids[row] for row in chunk], [texts[row] for row in chunk]) for chunk in chunks]
+
+
+def judge(run: Run, out: str, round_: int, judges: list[str]) -> Outcome:
+    config = run.config
+    space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
+    sessions, _ = align_sessions(run, round_, examples.columns(space, stream.column_names(run.uri("sessions"))))
+    place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
+    folder = run.uri(f"rollouts_{round_}")
+    files = storage.list_files(storage.join(folder, "rollouts"), ".parquet")
+
+    def requests() -> Iterator[tuple[pa.Table, str, str]]:
+        for file in files:
+            ids = storage.read_table(file, columns=["session_id"])["session_id"].unique().to_pylist()
+            rows = sessions.take(pa.array([place[session] for session in ids]))
+            yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
+
+    model = actor.remote(config.reward.cpus, [run.uri(name) for name in judges], run.uri("sessions"), config.reward)
+    with progress.track("rewards", len(files), "units") as advance:
+        results = []
+        for result in actor.score_all(model, requests()):
+            results.append(result)
+            advance(1)
+    ray.kill(model)
+    scored = pa.concat_tables([table for table, _ in results])
+    judged = np.concatenate([rewards for _, rewards in results])
+    storage.write_table(storage.join(out, "scored.parquet"), scored)
+    rows = {"rollouts": scored.num_rows, "valid": pc.sum(scored["valid"]).as_py()}
+    return Outcome(rows, {"gate": asdict(gate(judged))})
+
+
+def choose(run: Run, out: str, round_: int) -> Outcome:
+    """Writes `selected.parquet` for RG-SFT and `positives.parquet` for RG-CL, which learns from every session."""
+    config = run.config
+    order = [("session_id", "ascending"), ("sample", "ascending")]
+    scored = storage.read_table(run.uri(f"rewards_{round_}", "scored.parquet")).sort_by(order)
+    rollouts = storage.read_table(run.uri(f"rollouts_{round_}", "rollouts")).sort_by(order)
+    ids = list(dict.fromkeys(scored["session_id"].to_pylist()))
+    reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
+    seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in ids])
+    chosen = select(reward, uplift, config.select, seeds)
+    n = reward.shape[1]
+    rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
+    taken = np.flatnonzero(chosen >= 0)
+    picked = rollouts.take(pa.array(taken * n + chosen[taken]))
+    selected = pa.table(
+        [
+            *(picked[name] for name in ("session_id", "prompt_ids", "completion_ids", "query")),
+            pa.array(np.ones(len(taken)), pa.float32()),
+            pa.array(rank[taken], pa.int32()),
+            pa.nulls(len(taken), pa.string()),
+        ],
+        schema=schema.SELECTED,
+    )
+    storage.write_table(storage.join(out, "selected.parquet"), selected)
+    storage.write_table(storage.join(out, "positives.parquet"), positives(run, round_, rollouts, selected, n))
+    gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
+    return Outcome(
+        {"sessions": len(ids), "selected": len(taken), "taught nothing": len(ids) - len(taken)},
+        {"gain_over_mean": float(gain.mean()) if len(taken) else 0.0, "lift": float(np.nanmean(uplift))},
+    )
+
+
+def positives(run: Run, round_: int, rollouts: pa.Table, selected: pa.Table, n: int) -> pa.Table:
+    """A row per session: its prompt, its selected query's tokens (null: none) and the indices of its clicked intents."""
+    catalogue = Catalogue.load(run.uri("sessions"))
+    names = [name for name in stream.column_names(run.uri("sessions")) if name in ("candidates", "candidate_set")]
+    sessions, _ = align_sessions(run, round_, ["session_id", "clicks", names[0]])
+    candidates = catalogue.candidates(sessions)
+    clicks = catalogue.padded(sessions["clicks"], candidates)
+    query = dict(zip(selected["session_id"].to_pylist(), selected["completion_ids"].to_pylist(), strict=True))
+    prompts = rollouts.take(pa.array(np.arange(0, rollouts.num_rows, n)))
+    assert prompts["session_id"].equals(sessions["session_id"]), "both hold the round's sessions, sorted"
+    return pa.table(
+        {
+            "session_id": sessions["session_id"],
+            "prompt_ids": prompts["prompt_ids"],
+            "completion_ids": pa.array(
+                [query.get(i) for i in sessions["session_id"].to_pylist()], pa.list_(pa.int32())
+            ),
+            "positives": pa.array(
+                [row[clicked].tolist() for row, clicked in zip(candidates, clicks, strict=True)], pa.list_(pa.int32())
+            ),
+        }
+    )
+
+
+def align(run: Run, out: str, objective: str, round_: int, weights: str | None) -> Outcome:
+    config = run.config
+    optimisation = getattr(config, objective)
+    task = LearnerTask(
+        objective=objective,
+        reasoner=config.reasoner,
+        learner=config.learner,
+        optimisation=optimisation,
+        weights=run.uri(weights) if weights else None,
+        data=run.uri(f"selected_{round_}"),
+        ranker=run.uri(f"ranker_{round_ - 1}") if objective == "contrastive" else None,
+        out=out,
+        version=f"{config.reasoner.model}+{round_}.{objective}",
+        seed=config.seed * 1000 + round_,
+    )
+    table = "selected.parquet" if objective == "sft" else "positives.parquet"
+    rows = storage.read_table(storage.join(task.data, table), columns=["session_id"]).num_rows
+    if not rows:
+        raise DataError(
+            f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."
+        )
+    steps = math.ceil(rows / optimisation.batch_sessions) * optimisation.epochs
+    figures = training.fit(task, steps, run.uri(".train"), f"{objective}-{round_}-{storage.content_key(out)}")
+    return Outcome({"sessions": figures["sessions"], "steps": figures["steps"]}, figures)

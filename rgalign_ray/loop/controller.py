@@ -1,0 +1,153 @@
+"""The controller: runs the stages that are not done yet, in order.
+
+  for each stage:  key = hash(its settings, keys of its inputs)
+                   manifest with that key?  ── yes ──▶ skip
+                                            └─ no ───▶ run into a folder beside, write the manifest, rename
+
+Killed anywhere, the same command skips what is whole and redoes the rest: a stage sees nothing but its
+settings and its inputs, so what comes out is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import resources
+
+from rich.console import Console
+
+from rgalign_ray import __version__, progress, storage
+from rgalign_ray.config import Config
+from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.loop import plan, summary
+from rgalign_ray.loop.meter import PeakMemory
+from rgalign_ray.loop.stage import Run, Stage
+from rgalign_ray.loop.stages import stages
+
+console = Console(stderr=True)
+
+
+def run(config: Config) -> Run:
+    """Runs the closed loop to its end; what an earlier run finished under equal settings is skipped.
+
+    Raises:
+        ConfigError: when the cluster cannot hold the plan.
+        DataError: when the log has a structural fault.
+    """
+    job = Run(config)
+    console.print(plan.table(config))
+    storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
+    sequence = stages(config)
+    if config.cluster.address is None:
+        plan.check(config, plan.local_cpus(config), float("inf"))
+    for number, stage in enumerate(sequence, 1):
+        key = stage_key(job, stage)
+        head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"
+        manifest = storage.read_manifest(job.uri(stage.name))
+        if manifest is not None and manifest.key == key:
+            console.print(f"{head} · [dim]done already[/dim]")
+            continue
+        console.print(head)
+        if stage.ray:
+            connect(config)
+        _execute(job, stage, key)
+    show(job)
+    return job
+
+
+def show(job: Run) -> None:
+    """Writes the report and prints its headline, comparisons and examples."""
+    from rgalign_ray.evaluate import report
+
+    made = summary.report(job)
+    place = report.write_report(job.uri("report.html"), made)
+    out = Console()
+    for part in (report.headline(made), report.comparisons(made), report.examples(made)):
+        out.print(part)
+    out.print("\n".join(made.summary))
+    out.print(f"report: {place}")
+
+
+def stage_key(job: Run, stage: Stage) -> str:
+    """Hash of everything that decides what the stage writes."""
+    settings = job.config.model_dump(mode="json")
+    chosen = {name: settings[name] for name in ("seed", *stage.settings)}
+    return storage.content_key(__version__, stage.name, chosen, {name: job.manifest(name).key for name in stage.inputs})
+
+
+def _execute(job: Run, stage: Stage, key: str) -> None:
+    started = time.monotonic()
+    with PeakMemory() as memory, storage.writing(job.uri(stage.name), resume_key=key) as work:
+        outcome = stage.run(job, work)
+        storage.write_json(
+            storage.join(work, storage.MANIFEST),
+            storage.Manifest(
+                stage=stage.name,
+                key=key,
+                inputs={name: job.manifest(name).key for name in stage.inputs},
+                rows=outcome.rows,
+                figures=outcome.figures,
+                seconds=round(time.monotonic() - started, 1),
+                peak_memory_mb=round(memory.peak_mb),
+            ).model_dump(),
+        )
+    counts = ", ".join(f"{value:,} {name}" for name, value in outcome.rows.items())
+    console.print(f"      {progress.clock(time.monotonic() - started)} · {counts}")
+
+
+def connect(config: Config) -> None:
+    """Starts Ray on this machine, or joins `cluster.address`; does nothing when that is done.
+
+    Raises:
+        ConfigError: when the cluster cannot hold the plan.
+        InfrastructureError: when the address does not answer.
+    """
+    if config.cluster.address is None:
+        os.environ.update(_local_environment())  # some of it is read when ray is imported
+    import ray
+
+    if not ray.is_initialized():
+        cluster = config.cluster
+        quiet = {"logging_level": "error", "logging_config": ray.LoggingConfig(log_level="ERROR")}
+        if cluster.address is None:
+            environment = _environment() | _local_environment()
+            ray.init(
+                num_cpus=plan.local_cpus(config),
+                object_store_memory=cluster.object_store_mb * 2**20,
+                include_dashboard=False,
+                runtime_env={"env_vars": environment},
+                **quiet,
+            )
+        else:
+            try:
+                ray.init(address=cluster.address, runtime_env={"env_vars": _environment()}, **quiet)
+            except ConnectionError as error:
+                raise InfrastructureError(f"cluster.address: {cluster.address} does not answer ({error}).") from None
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    there = ray.cluster_resources()
+    plan.check(config, there.get("CPU", 0.0), there.get("GPU", 0.0))
+
+
+def _local_environment() -> dict[str, str]:
+    """Ray's own knobs, for a Ray that runs on this machine alone."""
+    return {
+        # Ray Data reads Parquet footers with 32 actors, whose start costs a small machine a minute
+        "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+        "RAY_DATA_LOGGING_CONFIG": str(resources.files("rgalign_ray") / "configs" / "logging" / "ray_data.yaml"),
+        # nobody drains the only node, and prints of a worker need not be logged as well
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+
+
+def _environment() -> dict[str, str]:
+    """What every Ray worker needs to agree on with the driver, and what keeps libraries quiet in it."""
+    names = ("RGALIGN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return quiet | {name: os.environ[name] for name in names if name in os.environ}

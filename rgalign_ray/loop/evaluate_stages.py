@@ -1,0 +1,101 @@
+"""The last stage: every ranker of the run on the same test sessions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config
+from rgalign_ray.evaluate.examples import example_sessions
+from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
+from rgalign_ray.evaluate.report import Example
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop.stage import Outcome, Run, Stage
+
+TOP_SHOWN = 3
+
+
+def stages(config: Config) -> list[Stage]:
+    rounds = {0, config.rounds}
+    inputs = ["sessions", "features", *config.baselines]
+    inputs += [f"{kind}_{r}{control}" for r in sorted(rounds) for kind, control in
+               (("embeddings", ""), ("ranker", ""), ("ranker", "_shuffled"))]  # fmt: skip
+    if config.log.source == "shop":
+        inputs.append("log")
+    return [
+        Stage("evaluation", "judge every ranker on the test sessions", evaluate, ("evaluate", "prompt"), tuple(inputs))
+    ]
+
+
+def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
+    """The ladder, each rung against the one before; and the controls."""
+    last = run.config.rounds
+    embeddings = {r: run.uri(f"embeddings_{r}") for r in (0, last)}
+    ladder = [Rung(name.replace("_", "-"), run.uri(name)) for name in run.config.baselines]
+    ladder.append(Rung("QE-Rec", run.uri("ranker_0"), embeddings[0], note="frozen reasoner"))
+    ladder.append(Rung("RGAlign-Rec", run.uri(f"ranker_{last}"), embeddings[last], note="aligned reasoner, retrained"))
+    trained = "trained and tested with queries shuffled across users"
+    controls = [
+        Rung("base rate", run.uri("ranker_0"), prior=True, control=True, note="each intent's share of clicks"),
+        Rung("QE-Rec shuffled", run.uri("ranker_0_shuffled"), embeddings[0], "shuffled", control=True, note=trained),
+        Rung("RGAlign shuffled", run.uri(f"ranker_{last}_shuffled"), embeddings[last], "shuffled", control=True, note=trained),
+        Rung("RGAlign mean query", run.uri(f"ranker_{last}"), embeddings[last], "mean", control=True,
+             note="every session reads the mean query vector"),
+    ]  # fmt: skip
+    return ladder, controls
+
+
+def evaluate(run: Run, out: str) -> Outcome:
+    """Writes `evaluation.json`: rows, comparisons, query variance and examples, as the report's parts."""
+    settings = run.config.evaluate
+    truth = run.uri("log") if run.config.log.source == "shop" else None
+    test = TestSessions(run.uri("sessions"), truth, settings)
+    ladder, controls = rungs(run)
+    judged = {rung.name: test.judge(test.score(rung)) for rung in [*ladder, *controls]}
+    rows = table_rows([*ladder, *controls], list(judged.values()), test.users, settings)
+    comparisons = []
+    for better, worse in zip(ladder[1:], ladder[:-1], strict=True):
+        comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
+    aligned, control = ladder[-1], controls[2]
+    comparisons += compare(aligned, control, judged[aligned.name], judged[control.name], test.users, settings)
+    evaluation = {
+        "rows": [row.model_dump() for row in rows],
+        "comparisons": [comparison.model_dump() for comparison in comparisons],
+        "query_variance": {rung.name: test.between_session_variance(rung) for rung in ladder if rung.embeddings},
+        "examples": [example.model_dump() for example in _examples(run, test, judged)],
+    }
+    storage.write_json(storage.join(out, "evaluation.json"), evaluation)
+    return Outcome(
+        {"test sessions": len(test.ids), "with a click": int(test.clicks.any(axis=1).sum())},
+        {row.name: {metric: estimate.value for metric, estimate in row.metrics.items()} for row in rows},
+    )
+
+
+def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[Example]:
+    place = {session: row for row, session in enumerate(test.ids)}
+    chosen = [place[session] for session in example_sessions(run.uri("sessions"), run.config.evaluate)]
+    texts = Template.load(run.config.prompt.template).sessions(test.table.take(chosen))
+    titles = test.catalogue.titles
+    needs = test.needs()
+    wanted = test.clicks if needs is None else needs
+    queries = {r: _queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
+    top = {name: test.top(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", "RGAlign-Rec")}
+    return [
+        Example(
+            session=text,
+            query_before=queries[0].get(test.ids[row], ""),
+            query_after=queries[run.config.rounds].get(test.ids[row], ""),
+            intents_before=[titles[intent] for intent in top["QE-Rec"][row]],
+            intents_after=[titles[intent] for intent in top["RGAlign-Rec"][row]],
+            wanted=[titles[intent] for intent in test.candidates[row][wanted[row]]],
+            wanted_is="clicked" if needs is None else "true need",
+        )
+        for row, text in zip(chosen, texts, strict=True)
+    ]
+
+
+def _queries(uri: str) -> dict[str, str]:
+    table = storage.read_table(uri, columns=["id", "query"])
+    return {i: q for i, q in zip(*(table[name].to_pylist() for name in ("id", "query")), strict=True) if q is not None}

@@ -1,0 +1,97 @@
+"""Stages from a source to sessions that rankers can read: log, sessions, features."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rgalign_ray import progress, storage
+from rgalign_ray.config import Config
+from rgalign_ray.logs import ingest, stream
+from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
+from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
+from rgalign_ray.loop.stage import Outcome, Run, Stage
+
+WORDINGS = {"valid": 1, "test": 2}
+"""Wording sets of the shop's texts: what validates and tests is phrased as nothing that trains."""
+
+
+def stages(config: Config) -> list[Stage]:
+    """log (where this project makes it), sessions, features."""
+    sequence = []
+    if config.log.source == "shop":
+        sequence.append(Stage("log", "simulate the shop", make_shop, ("world", "roles", "log"), ()))
+    elif config.log.source == "movielens":
+        sequence.append(Stage("log", "prepare MovieLens-100k", make_movielens, ("log",), ()))
+    made = tuple(stage.name for stage in sequence)
+    return [
+        *sequence,
+        Stage(
+            "sessions",
+            "validate, quarantine, assign roles",
+            ingest_sessions,
+            ("log", "roles", "rounds", "features"),
+            made,
+        ),
+        Stage("features", "fit the feature space", fit_features, ("features", "log"), ("sessions",), ray=True),
+    ]
+
+
+def make_shop(run: Run, out: str) -> Outcome:
+    from rgalign_ray.world.generate import generate
+
+    config = run.config
+
+    def wording_of(users: list[str], ts: np.ndarray) -> np.ndarray:
+        roles = ingest.role_of(users, ts, config.roles, config.rounds, last_day(config))
+        return np.array([WORDINGS.get(role, 0) for role in roles])
+
+    with progress.track("shop", config.world.days, "days") as advance:
+        return Outcome(
+            rows=generate(
+                config.world,
+                out,
+                wording_of=wording_of,
+                on_day=lambda sessions: advance(1),
+                test_days=config.roles.test_days,
+            )
+        )
+
+
+def make_movielens(run: Run, out: str) -> Outcome:
+    from rgalign_ray.logs.sources import movielens
+    from rgalign_ray.reasoner.models import cache_dir
+
+    folder = run.config.log.uri or movielens.fetch(cache_dir())
+    return Outcome(rows=movielens.prepare(folder, out))
+
+
+def ingest_sessions(run: Run, out: str) -> Outcome:
+    config = run.config
+    log = config.log
+    if log.source == "parquet":
+        assert log.uri is not None and log.intents is not None
+        sources = (log.uri, log.intents, log.candidate_sets)
+    else:
+        sets = run.uri("log", CANDIDATE_SETS_FILE)
+        sources = (run.uri("log", "sessions"), run.uri("log", INTENTS_FILE), sets if storage.exists(sets) else None)
+    spec = FeatureSpec.load(config.features.spec)
+    summary = ingest.ingest(*sources, out, config.roles, config.rounds, log=log, feature_columns=spec)
+    quarantined = sum(summary.quarantined.values())
+    for reason, count in sorted(summary.quarantined.items()):
+        progress.note(f"{count:,} rows set aside: {reason} (see {run.uri('sessions', ingest.QUARANTINE_FILE)})")
+    return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=summary.to_dict())
+
+
+def fit_features(run: Run, out: str) -> Outcome:
+    spec = FeatureSpec.load(run.config.features.spec)
+    sessions = stream.sessions(run.uri("sessions"), columns=spec.columns, roles=["rank"])
+    space = FeatureSpace.fit(spec, stream.batches(sessions), run.config.log.history_length)
+    storage.write_json(storage.join(out, "features.json"), space.to_dict())
+    return Outcome(rows={"fields": space.num_fields}, figures={"version": space.version})
+
+
+def last_day(config: Config) -> np.datetime64:
+    """Last day of the simulated log, which ingest will find as well."""
+    from rgalign_ray.world.parameters import FIRST_DAY
+
+    return FIRST_DAY + np.timedelta64(config.world.days - 1, "D")

@@ -1,0 +1,55 @@
+"""What a stage is: a function of the configuration and of artefacts, that writes one artefact.
+
+A stage gets a `Run` and the folder to write into, and returns what it counted and measured. Everything
+it reads is in `inputs` and everything that decides its result in `settings`: the controller makes its
+key of both, and skips a stage whose key is already there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory and its configuration."""
+
+    config: Config
+
+    def uri(self, name: str, *parts: str) -> str:
+        """Place of the artefact `name`."""
+        return storage.join(self.config.run_uri, name, *parts)
+
+    def manifest(self, name: str) -> storage.Manifest:
+        manifest = storage.read_manifest(self.uri(name))
+        assert manifest is not None, f"{name} is an input of a stage that runs before it"
+        return manifest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage reports into its manifest; equal inputs give equal outcomes."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage and all that its result depends on."""
+
+    name: str
+    does: str
+    """A few words for the user."""
+    run: Callable[[Run, str], Outcome]
+    settings: tuple[str, ...]
+    """Sections (or single keys) of the configuration."""
+    inputs: tuple[str, ...]
+    """Names of the artefacts it reads."""
+    ray: bool = False
+    """Whether it needs a cluster."""

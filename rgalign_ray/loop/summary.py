@@ -1,0 +1,96 @@
+"""A finished run as a report: what its manifests and its evaluation say, put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rgalign_ray import progress, storage
+from rgalign_ray.evaluate.report import Comparison, Curves, Example, Ingest, Report, RewardGate, Row
+from rgalign_ray.evaluate.report import Stage as StageTime
+from rgalign_ray.loop.stage import Run
+from rgalign_ray.loop.stages import stages
+
+METRICS = {
+    "GAUC": "Mean over sessions of the AUC of clicked against unclicked candidates, weighted by candidates.",
+    "Recall@{k}": "Share of a session's clicked intents among the first {k}; sessions with a click.",
+    "NDCG@{k}": "Discounted gain of the clicked intents among the first {k}, relative to the best possible.",
+    "need Recall@{k}": "Share of sessions whose true need is among the first {k} (simulated shop only).",
+    "true CTR@{k}": "Expected probability of a click when the first {k} are shown, by the shop's own click model.",
+    "resolved@{k}": "The same for a click that resolves the need.",
+}
+
+
+def report(run: Run) -> Report:
+    """The report of a run all of whose stages are done."""
+    config = run.config
+    evaluation = storage.read_json(run.uri("evaluation", "evaluation.json"))
+    sequence = stages(config)
+    manifests = {stage.name: run.manifest(stage.name) for stage in sequence}
+    sessions = manifests["sessions"].figures
+    comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
+    rewards = manifests[f"rewards_{config.rounds}"].figures["gate"]
+    return Report(
+        title=f"{config.name}: RGAlign-Rec on {config.log.source}",
+        summary=_summary(run, manifests, comparisons, rewards),
+        facts={
+            "log": config.log.source,
+            "sessions": f"{sessions['kept']:,}, {sessions['first_day']} to {sessions['last_day']}",
+            "reasoner": config.reasoner.model,
+            "alignment": " + ".join(config.align),
+            "queries a session": str(config.rollout.n),
+            "seed": str(config.seed),
+            "intervals": f"{config.evaluate.confidence:.0%}, bootstrap over users, one seed",
+        },
+        config=config.model_dump(mode="json"),
+        metrics={name.format(k=config.evaluate.k): text.format(k=config.evaluate.k) for name, text in METRICS.items()},
+        rows=[Row.model_validate(row) for row in evaluation["rows"]],
+        comparisons=comparisons,
+        query_variance=evaluation["query_variance"],
+        examples=[Example.model_validate(example) for example in evaluation["examples"]],
+        reward=RewardGate(
+            **{
+                name: rewards[name]
+                for name in ("spread", "noise", "reliability", "spread_by_session", "noise_by_session")
+            },
+            best_of_n=rewards["best_of_n"],
+            valid_rate=manifests[f"rollouts_{config.rounds}"].figures["valid_rate"],
+        ),
+        curves=_curves(manifests),
+        stages=[StageTime(name=name, seconds=m.seconds, peak_mb=m.peak_memory_mb) for name, m in manifests.items()],
+        ingest=Ingest(sessions=sessions["kept"], roles=sessions["roles"], quarantined=sessions["quarantined"]),
+    )
+
+
+def _summary(
+    run: Run, manifests: dict[str, storage.Manifest], comparisons: list[Comparison], gate: dict[str, Any]
+) -> list[str]:
+    """What was found, a sentence each; differences that may be chance are called so."""
+    lines = []
+    for comparison in comparisons:
+        if comparison.metric != "GAUC":
+            continue
+        gap = comparison.difference
+        verdict = "separated over users (one seed)" if comparison.separated else "not separated"
+        lines.append(
+            f"{comparison.better} over {comparison.worse}: GAUC {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}), {verdict}."
+        )
+    lines.append(
+        f"Reward gate, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} nats against judge noise "
+        f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; the second judge sees {gate['agreement']:+.4f} "
+        f"± {gate['agreement_error']:.4f} (standard error) in the first one's best of {run.config.rollout.n}."
+    )
+    rates = [manifests[f"embeddings_{r}"].figures["valid_rate"] for r in (0, run.config.rounds)]
+    lines.append(f"Valid latent queries: {rates[0]:.1%} before alignment, {rates[1]:.1%} after.")
+    total, peak = sum(m.seconds for m in manifests.values()), max(m.peak_memory_mb for m in manifests.values())
+    lines.append(f"Wall time of all stages: {progress.clock(total)}; peak memory {peak / 1024:.1f} GiB.")
+    return lines
+
+
+def _curves(manifests: dict[str, storage.Manifest]) -> list[Curves]:
+    gauc = {name: m.figures["gaucs"] for name, m in manifests.items() if "gaucs" in m.figures}
+    curves = [Curves(title="Rankers: validation GAUC", x="epoch", y="GAUC", lines=gauc)]
+    for name, manifest in manifests.items():
+        if name.startswith("align_"):
+            lines = {key: manifest.figures[key] for key in ("loss", "accuracy") if key in manifest.figures}
+            curves.append(Curves(title=name, x="step", y="nats; accuracy as a share", lines=lines))
+    return curves

@@ -1,0 +1,157 @@
+"""Ranking metrics, vectorised: GAUC, Recall@k, NDCG@k and what must be printed beside them.
+
+Ties never depend on the order of the rows: an AUC counts them half, Recall@k and NDCG@k take the mean
+over all orders of the tied candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class GroupAuc:
+    """AUC of each group that has both classes, sorted by group."""
+
+    groups: np.ndarray
+    """[G], the groups' keys."""
+    auc: np.ndarray
+    """float64 [G]"""
+    weight: np.ndarray
+    """int64 [G], impressions (rows) of the group."""
+
+
+def group_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> GroupAuc:
+    """AUC by group: the share of (positive, negative) pairs in the right order, ties counted half.
+
+    It is the Mann-Whitney statistic: (rank sum of the positives - P(P+1)/2) / (P N), with mean ranks
+    for ties.
+
+    Args:
+        scores: float [N].
+        labels: bool or 0/1 [N].
+        groups: [N], keys of any sortable type, in any order.
+
+    Raises:
+        ValueError: for unequal lengths, scores that are nan, or labels other than 0 and 1.
+    """
+    scores, labels = _checked(scores, labels, groups)
+    keys, group = np.unique(np.asarray(groups), return_inverse=True)
+    above, tied = _above_and_tied(scores, group)
+    size = np.bincount(group, minlength=len(keys))
+    positives = np.bincount(group, weights=labels, minlength=len(keys))
+    negatives = size - positives
+    rank = size[group] - above - (tied - 1) / 2  # 1 is the lowest score; mean rank among the tied
+    rank_sum = np.bincount(group, weights=rank * labels, minlength=len(keys))
+    both = (positives > 0) & (negatives > 0)
+    p, n = positives[both], negatives[both]
+    return GroupAuc(keys[both], (rank_sum[both] - p * (p + 1) / 2) / (p * n), size[both])
+
+
+def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
+    """Mean AUC of the groups with both classes, weighted by impressions; nan where no group has both.
+
+    Source: Zhou et al., Deep Interest Network (2018), equation 7, with ties counted half.
+
+    Args and raises: as `group_auc`.
+    """
+    result = group_auc(scores, labels, groups)
+    return float(np.average(result.auc, weights=result.weight)) if len(result.auc) else float("nan")
+
+
+def coverage(labels: np.ndarray, groups: np.ndarray) -> float:
+    """Share of groups that have both classes, that is, that count in GAUC; nan without rows."""
+    keys, group = np.unique(np.asarray(groups), return_inverse=True)
+    size = np.bincount(group, minlength=len(keys))
+    positives = np.bincount(group, weights=np.asarray(labels, dtype=np.float64), minlength=len(keys))
+    return float(np.mean((positives > 0) & (positives < size))) if len(keys) else float("nan")
+
+
+def error_reduction(value: float, baseline: float) -> float:
+    """Share of the baseline's error that is gone: (g - b) / (1 - b); nan for a baseline without error."""
+    return (value - baseline) / (1 - baseline) if baseline != 1 else float("nan")
+
+
+def recall_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
+    """Share of each session's relevant candidates that stand among its first k.
+
+    Args:
+        scores: float [S, C].
+        relevant: bool [S, C].
+        mask: bool [S, C], which candidates exist.
+        k: at least 1.
+
+    Returns:
+        float64 [S], nan for a session without a relevant candidate.
+
+    Raises:
+        ValueError: for unequal shapes, a score that is nan where the mask is set, or k below 1.
+    """
+    above, tied, relevant = _standing(scores, relevant, mask, k)
+    in_first_k = np.clip((k - above) / tied, 0, 1)
+    return _share((in_first_k * relevant).sum(axis=1), relevant.sum(axis=1))
+
+
+def ndcg_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
+    """DCG of each session's first k, over the best that k candidates could reach; discount 1 / log2(rank + 1).
+
+    Args, returns and raises: as `recall_at_k`. Source: Järvelin and Kekäläinen (2002), binary gain.
+    """
+    above, tied, relevant = _standing(scores, relevant, mask, k)
+    summed = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
+    discount = (summed[np.minimum(above + tied, k)] - summed[np.minimum(above, k)]) / tied
+    best = summed[np.minimum(relevant.sum(axis=1), k)]
+    return _share((discount * relevant).sum(axis=1), best)
+
+
+def _standing(
+    scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each candidate [S, C]: how many stand above it, how many tie with it (itself included), is it relevant."""
+    scores, mask = np.asarray(scores, dtype=np.float64), np.asarray(mask, dtype=bool)
+    relevant = np.asarray(relevant, dtype=bool)
+    if not scores.shape == relevant.shape == mask.shape or scores.ndim != 2:
+        raise ValueError(f"scores {scores.shape}, relevant {relevant.shape} and mask {mask.shape} must be one [S, C].")
+    if k < 1:
+        raise ValueError(f"k must be at least 1; it is {k}.")
+    if np.isnan(scores[mask]).any():
+        raise ValueError("scores must not be nan.")
+    session = np.nonzero(mask)[0]
+    above = np.zeros(scores.shape, dtype=np.int64)
+    tied = np.ones(scores.shape, dtype=np.int64)
+    above[mask], tied[mask] = _above_and_tied(scores[mask], session)
+    return above, tied, relevant & mask
+
+
+def _above_and_tied(scores: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N] twice: rows of the same group with a greater score, and with an equal one (the row itself included)."""
+    order = np.lexsort((-scores, group))
+    g, s = group[order], scores[order]
+    new_group = np.concatenate([[True], g[1:] != g[:-1]]) if len(g) else np.empty(0, dtype=bool)
+    new_run = new_group.copy()
+    new_run[1:] |= s[1:] != s[:-1]
+    starts = np.flatnonzero(new_run)
+    run = np.cumsum(new_run) - 1
+    group_start = np.flatnonzero(new_group)[np.cumsum(new_group) - 1]
+    above = np.empty(len(order), dtype=np.int64)
+    tied = np.empty(len(order), dtype=np.int64)
+    above[order] = starts[run] - group_start
+    tied[order] = np.diff(np.append(starts, len(order)))[run]
+    return above, tied
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
+
+def _checked(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if scores.ndim != 1 or not scores.shape == labels.shape == np.shape(groups):
+        raise ValueError(f"scores {scores.shape}, labels {labels.shape} and groups {np.shape(groups)} must be one [N].")
+    if np.isnan(scores).any():
+        raise ValueError("scores must not be nan.")
+    if not np.isin(labels, (0.0, 1.0)).all():
+        raise ValueError("labels must be 0 or 1.")
+    return scores, labels

@@ -1,0 +1,74 @@
+"""Progress of long stages: a bar with the remaining time on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+
+LINE_EVERY_S = 15.0
+"""Without a terminal (logs, CI) one line at most this often."""
+
+
+@contextmanager
+def track(label: str, total: int, unit: str = "") -> Iterator[Advance]:
+    """Shows how far `total` steps of `label` have come; the block calls `advance(n)` after each n of them."""
+    if sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+        return
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_S and done < total:
+            left = (now - started) / max(done, 1) * (total - done)
+            print(f"  {label}: {done:,}/{total:,} {unit}, about {clock(left)} left", file=sys.stderr, flush=True)
+            last = now
+
+    yield advance
+    print(f"  {label}: {done:,} {unit} in {clock(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("· left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n=1: bar.advance(task, n)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 42 s or 3 min 05 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def note(text: str) -> None:
+    """A line that must not be missed, beside the progress."""
+    print(f"  {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,75 @@
+"""What every ranker is: towers whose vectors are computed once, and a score that joins them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rgalign_ray import config
+from rgalign_ray.ranker.sizes import Sizes
+
+Batch = dict[str, Tensor]
+"""Sessions as tensors: fields [B, F], multi [B, M, L], history [B, H] and candidates [B, C] as integers
+(0 pads multi and history, -1 pads candidates), shown and clicks [B, C] as booleans."""
+
+
+class Ranker(nn.Module):
+    """Scores a session's candidates.
+
+    Buffers fixed before training starts:
+        prior: float32 [I], log share of the training clicks that fell on each intent, one click added to
+            each; intents that were never shown get the mean of the others, since nothing is known of them.
+        seen: bool [I], intents that training sessions were shown.
+    """
+
+    kind: ClassVar[str]
+    reads_queries: ClassVar[bool]
+    prior: Tensor
+    seen: Tensor
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.settings = settings
+        self.register_buffer("prior", torch.zeros(sizes.num_intents))
+        self.register_buffer("seen", torch.ones(sizes.num_intents, dtype=torch.bool))
+
+    def users(self, batch: Batch) -> Tensor:
+        """u [B, d]."""
+        raise NotImplementedError
+
+    def items(self) -> Tensor:
+        """v [I, d], one row per intent of the catalogue."""
+        raise NotImplementedError
+
+    def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
+        """z [..., d] of embeddings [..., De]; the learned null vector where `is_null` [...] or without embeddings."""
+        raise NotImplementedError
+
+    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from u [B, d], v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d]."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, embedding: Tensor | None = None, is_null: Tensor | None = None) -> Tensor:
+        """Scores [B, C], -inf where candidates are padded.
+
+        Args:
+            batch: at least fields, multi, history and candidates.
+            embedding: [B, De]; None reads the null query everywhere.
+            is_null: bool [B], sessions that read the null query all the same; None means none of them.
+        """
+        z = None
+        if self.reads_queries:
+            if is_null is None:
+                is_null = torch.full((len(batch["fields"]),), embedding is None, device=self.prior.device)
+            z = self.queries(embedding, is_null)
+        scores = self.score(self.users(batch), candidate_vectors(self.items(), batch["candidates"]), z)
+        return scores.masked_fill(batch["candidates"] < 0, -torch.inf)
+
+
+def candidate_vectors(items: Tensor, candidates: Tensor) -> Tensor:
+    """[B, C, d], rows of `items` [I, d]; padding reads row 0 and must be masked afterwards."""
+    return F.embedding(candidates.clamp(min=0), items)

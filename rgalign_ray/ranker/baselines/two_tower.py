@@ -1,0 +1,32 @@
+"""AutoInt + mixture of experts against the item tower, joined by a dot product: the rival without an LLM."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Batch, Ranker
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.towers import ItemTower, UserTower
+
+
+class TwoTower(Ranker):
+    """⟨u, v_i⟩/√d with the very user and item towers of QE-Rec; it reads no query."""
+
+    kind = "two_tower"
+    reads_queries = False
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__(sizes, settings)
+        self.user_tower = UserTower(sizes, settings)
+        self.item_tower = ItemTower(sizes, settings)
+
+    def users(self, batch: Batch) -> Tensor:
+        return self.user_tower(batch)
+
+    def items(self) -> Tensor:
+        return self.item_tower(self.seen)
+
+    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        assert z is None, "the two-tower baseline reads no query"
+        return (v @ u[..., None]).squeeze(-1) * u.shape[-1] ** -0.5

@@ -1,0 +1,352 @@
+"""Training of one ranker by a group of workers that each hold a part of the sessions.
+
+Which sessions form a step is a function of (seed, epoch, session id), so it does not matter which worker
+holds which session, how many each holds, or how many workers there are:
+
+    order of an epoch   = session ids sorted by a hash of (seed, epoch, id)
+    global batch b      = places b·batch … (b+1)·batch of that order; a worker takes those it holds
+    gradient            = Σ over workers of the gradient of (Σ of its sessions' losses) / (size of the batch)
+
+Nothing is dropped: the last batch is smaller, and a worker that holds none of a batch adds zero.
+Repeated with the same workers holding the same sessions, in whatever order they came, results are equal to
+the bit. With another number of workers only the order of float additions differs, provided dropout is 0:
+dropout masks are drawn per worker (the intents whose id is hidden are drawn alike by all).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgalign_ray import config
+from rgalign_ray.errors import DataError
+from rgalign_ray.metrics import group_auc
+from rgalign_ray.ranker import losses
+from rgalign_ray.ranker.base import Batch, Ranker, candidate_vectors
+from rgalign_ray.ranker.baselines.two_tower import TwoTower
+from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.qe_rec import QERec
+from rgalign_ray.ranker.rows import Rows
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.whitening import Moments
+
+MODELS: dict[str, type[Ranker]] = {model.kind: model for model in (QERec, TwoTower)}
+
+NULL, PROMPT, QUERY = 0, 1, 2
+READOUTS = {"null": NULL, "prompt": PROMPT, "query": QUERY}
+
+SCORE_BATCH = 256
+
+
+@dataclass
+class Progress:
+    """Where training stands; together with model and optimiser all that a resumed run needs."""
+
+    epoch: int = 0
+    """Epochs that are over."""
+    best_epoch: int = 0
+    best_gauc: float = -1.0
+    losses: list[float] = field(default_factory=list)
+    """Mean training loss per session of each epoch."""
+    gaucs: list[float] = field(default_factory=list)
+    """Validation GAUC after each epoch, read through the prompt."""
+
+
+class Fit:
+    """One ranker in training.
+
+    Raises:
+        DataError: when there is no session to learn from, or none with a click and a non-click to choose
+            the epoch by.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        sizes: Sizes,
+        settings: config.Ranker,
+        rows: Rows,
+        items: np.ndarray | None,
+        seed: int,
+        group: Group,
+        device: str = "cpu",
+    ) -> None:
+        self.settings, self.seed, self.group, self.device = settings, seed, group, device
+        rows = _take(rows, np.argsort(rows["session_key"], kind="stable"))
+        valid = rows["valid"]
+        self.train, self.valid = _take(rows, ~valid), _take(rows, valid)
+        self.keys = np.sort(group.concatenate(self.train["session_key"]))
+        self.counts = group.sum(_counts(self.train, self.valid)).astype(int)
+        _check(self.counts)
+        _manual_seed(seed, "init")
+        self.model = MODELS[kind](sizes, settings)
+        self._statistics(items)
+        group.same_(self.model)
+        self.model.to(device)
+        self.gradients = _flat_gradients(self.model)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, settings))
+        self.progress = Progress()
+        self.best = _copy(self.model)
+
+    def run(self, after_epoch: Callable[[Fit], None] = lambda fit: None) -> dict[str, Any]:
+        """Trains to the end, keeps the best epoch's weights, and returns the figures."""
+        while not self.finished:
+            loss = self._epoch(self.progress.epoch)
+            gauc = self.validation_gauc("prompt")
+            self.progress.epoch += 1
+            self.progress.losses.append(loss)
+            self.progress.gaucs.append(gauc)
+            if gauc > self.progress.best_gauc:
+                self.progress.best_gauc, self.progress.best_epoch = gauc, self.progress.epoch
+                self.best = _copy(self.model)
+            after_epoch(self)
+        self.model.load_state_dict(self.best)
+        return self._figures()
+
+    @property
+    def finished(self) -> bool:
+        stale = self.progress.epoch - self.progress.best_epoch
+        return self.progress.epoch >= self.settings.epochs or stale >= self.settings.patience
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from `state` as if training had not been interrupted."""
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        self.best = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def validation_gauc(self, readout: str) -> float:
+        """GAUC over all candidates of the validation sessions, the session being the group."""
+        scores = score_rows(self.model, self.valid, readout, self.device)
+        mask = self.valid["candidates"] >= 0
+        groups = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)
+        auc = group_auc(scores[mask], self.valid["clicks"][mask], groups[mask])
+        total = self.group.sum(np.array([(auc.auc * auc.weight).sum(), auc.weight.sum()]))
+        return float(total[0] / total[1])
+
+    def _statistics(self, items: np.ndarray | None) -> None:
+        """Base rates, seen intents and whitening, from the training sessions of all workers."""
+        model, size = self.model, self.model.sizes.num_intents
+        candidates = self.train["candidates"]
+        clicks = _per_intent(candidates, self.train["clicks"], size)
+        shown = _per_intent(candidates, self.train["shown"], size)
+        clicks, shown = self.group.sum(np.stack([clicks, shown]))
+        seen = shown > 0
+        prior = np.log(clicks + 1.0) - np.log(clicks.sum() + size)
+        prior[~seen] = prior[seen].mean()
+        model.prior.copy_(torch.from_numpy(prior))
+        model.seen.copy_(torch.from_numpy(seen))
+        if items is not None:
+            model.item_tower.set_text(items)
+        if isinstance(model, QERec):
+            prompt = Moments.of(self.train["prompt"][self.train["has_prompt"]])
+            query = Moments.of(self.train["query"][self.train["has_query"]])
+            total = self.group.sum((prompt + query).flat())
+            model.query_tower.whitening.fit(Moments.from_flat(total, model.sizes.embedding_dim))
+
+    def _epoch(self, epoch: int) -> float:
+        size = self.settings.batch_sessions
+        place = _places(self.keys, self.train["session_key"], self.seed, epoch)
+        order = np.argsort(place, kind="stable")
+        bounds = np.searchsorted(place[order], np.arange(0, len(self.keys) + size, size))
+        rows = _take(self.train, order)
+        reads = self._readouts(rows, epoch)
+        total = torch.zeros(1, dtype=torch.float64)
+        self.model.train()
+        for step, (start, end) in enumerate(pairwise(bounds)):
+            sessions = min(size, len(self.keys) - step * size)
+            total += self._step(rows, reads, slice(start, end), (epoch, step), sessions)
+        return float(self.group.add_(total)) / len(self.keys)
+
+    def _step(self, rows: Rows, reads: np.ndarray, part: slice, at: tuple[int, int], sessions: int) -> float:
+        """One optimiser step on a global batch of `sessions` sessions; returns this worker's summed loss."""
+        self.gradients.zero_()
+        loss = 0.0
+        if part.stop > part.start:
+            batch = to_batch(_take(rows, part), self.device)
+            embedding, is_null = query_input(rows, reads, part, self.device)
+            summed = self._loss(batch, embedding, is_null, at)
+            (summed / sessions).backward()
+            loss = float(summed.detach())
+        self.group.add_(self.gradients)
+        self.optimizer.step()
+        return loss
+
+    def _loss(self, batch: Batch, embedding: Tensor | None, is_null: Tensor, at: tuple[int, int]) -> Tensor:
+        """Summed loss of a batch. Candidates that training never showed take no part: they could not be clicked."""
+        model, settings = self.model, self.settings
+        candidates = batch["candidates"].clamp(min=0).long()
+        mask = (batch["candidates"] >= 0) & model.seen[candidates]
+        _manual_seed(self.seed, "items", *at)
+        items = model.items()
+        _manual_seed(self.seed, "sessions", *at, self.group.rank)
+        u, v = model.users(batch), candidate_vectors(items, candidates)
+        z = model.queries(embedding, is_null) if model.reads_queries else None
+        scores = model.score(u, v, z)
+        loss = losses.listnet(scores, batch["clicks"], mask).total
+        no_click = losses.pointwise(scores, batch["shown"], batch["clicks"], mask).total
+        loss = loss + settings.no_click_weight * no_click
+        if isinstance(model, QERec) and settings.kl != "off":
+            student = model.query_logits(z, items).gather(1, candidates)
+            teacher = scores if settings.kl == "fused" else model.user_logits(u, items).gather(1, candidates)
+            loss = loss + settings.kl_weight * losses.agreement(teacher, student, mask, is_null).total
+        return loss
+
+    def _readouts(self, rows: Rows, epoch: int) -> np.ndarray:
+        share = self.settings.query_input
+        drawn = uniform(rows["session_key"], self.seed, f"readout/{epoch}")
+        wanted = np.digitize(drawn, [share.null, share.null + share.prompt])
+        return available(rows, wanted)
+
+    def _figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = dict(zip(COUNTS, self.counts.tolist(), strict=True))
+        figures |= asdict(self.progress)
+        figures["parameters"] = sum(p.numel() for p in self.model.parameters())
+        figures["intents_shown"] = int(self.model.seen.sum())
+        if isinstance(self.model, QERec):
+            figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
+            figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}
+        return figures
+
+
+def score_rows(model: Ranker, rows: Rows, readout: str, device: str = "cpu", batch: int = SCORE_BATCH) -> np.ndarray:
+    """Scores float32 [n, C] of rows, -inf where candidates are padded.
+
+    A session without e(x,q) is read through e(x), and one without either through the null query.
+    """
+    reads = available(rows, np.full(len(rows["session_key"]), READOUTS[readout]))
+    training = model.training
+    model.eval()
+    scores = [np.zeros((0, rows["candidates"].shape[1]), np.float32)]
+    with torch.inference_mode():
+        for start in range(0, len(reads), batch):
+            part = slice(start, start + batch)
+            embedding, is_null = query_input(rows, reads, part, device)
+            scores.append(model(to_batch(_take(rows, part), device), embedding, is_null).cpu().numpy())
+    model.train(training)
+    return np.concatenate(scores)
+
+
+def available(rows: Rows, wanted: np.ndarray) -> np.ndarray:
+    """The readout each session can have: e(x) stands in for a missing e(x,q), null for a missing e(x)."""
+    reads = np.where((wanted == QUERY) & ~rows["has_query"], PROMPT, wanted)
+    return np.where((reads == PROMPT) & ~rows["has_prompt"], NULL, reads)
+
+
+def query_input(rows: Rows, reads: np.ndarray, part: slice, device: str = "cpu") -> tuple[Tensor | None, Tensor]:
+    """Embeddings [b, De] and is_null [b] of the rows of `part`, each by its readout; None where there are none."""
+    reads = reads[part]
+    is_null = torch.from_numpy(reads == NULL).to(device)
+    if not rows["prompt"].shape[1]:
+        return None, is_null
+    chosen = np.where((reads == QUERY)[:, None], rows["query"][part], rows["prompt"][part])
+    return torch.from_numpy(chosen.astype(np.float32)).to(device), is_null
+
+
+def to_batch(rows: Rows, device: str = "cpu") -> Batch:
+    names = ("fields", "multi", "history", "candidates", "shown", "clicks")
+    return {name: torch.from_numpy(np.ascontiguousarray(rows[name])).to(device) for name in names if name in rows}
+
+
+def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """float64 [n] in [0, 1), a hash of (seed, purpose, key): the same wherever a session is held."""
+    return (_mixed(keys, seed, purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014) over key and salt."""
+    salt = np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little"))
+    with np.errstate(over="ignore"):
+        x = keys.astype(np.uint64) ^ salt
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _places(all_keys: np.ndarray, keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The place of each of `keys` in the epoch's order of `all_keys`."""
+    return np.searchsorted(np.sort(_mixed(all_keys, seed, f"order/{epoch}")), _mixed(keys, seed, f"order/{epoch}"))
+
+
+def _manual_seed(seed: int, *purpose: Any) -> None:
+    digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _take(rows: Rows, index: Any) -> Rows:
+    return {name: values[index] for name, values in rows.items()}
+
+
+def _copy(model: Ranker) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _per_intent(candidates: np.ndarray, chosen: np.ndarray, size: int) -> np.ndarray:
+    return np.bincount(candidates[chosen & (candidates >= 0)], minlength=size).astype(np.float64)
+
+
+def _flat_gradients(model: Ranker) -> Tensor:
+    """One buffer whose slices are the parameters' gradients, so that workers add them in one call."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return flat
+
+
+def _parameter_groups(model: Ranker, settings: config.Ranker) -> list[dict[str, Any]]:
+    """The gate learns faster than the rest and does not decay: it must be able to open."""
+    gate = [p for name, p in model.named_parameters() if name.endswith("query_tower.gate")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("query_tower.gate")]
+    groups = [{"params": rest, "lr": settings.lr, "weight_decay": settings.weight_decay}]
+    if gate:
+        groups.append({"params": gate, "lr": settings.lr * settings.gate_lr_scale, "weight_decay": 0.0})
+    return groups
+
+
+COUNTS = (
+    "sessions",
+    "sessions_with_click",
+    "sessions_without_click",
+    "sessions_with_prompt",
+    "sessions_with_query",
+    "validation_sessions",
+    "validation_sessions_ranked",
+)
+
+
+def _counts(train: Rows, valid: Rows) -> np.ndarray:
+    clicked = train["clicks"].any(axis=1)
+    mask = valid["candidates"] >= 0
+    ranked = (valid["clicks"] & mask).any(axis=1) & (~valid["clicks"] & mask).any(axis=1)
+    sessions, with_click = len(train["clicks"]), clicked.sum()
+    train_counts = [sessions, with_click, sessions - with_click, train["has_prompt"].sum(), train["has_query"].sum()]
+    return np.array([*train_counts, len(mask), ranked.sum()])
+
+
+def _check(counts: np.ndarray) -> None:
+    figures = dict(zip(COUNTS, counts.tolist(), strict=True))
+    if not figures["sessions_with_click"]:
+        raise DataError(f"role rank: {figures['sessions']} sessions, none with a click to learn from.")
+    if not figures["validation_sessions_ranked"]:
+        raise DataError(
+            f"role valid: {figures['validation_sessions']} sessions, none with both clicked and unclicked "
+            "candidates; raise roles.valid or the number of sessions."
+        )

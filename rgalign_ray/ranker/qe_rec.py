@@ -1,0 +1,83 @@
+"""QE-Rec: a query-enhanced ranker, in which user, candidate and latent query attend to one another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Batch, Ranker
+from rgalign_ray.ranker.mutual_attention import MutualAttention
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.towers import ItemTower, QueryTower, UserTower
+
+
+class Head(nn.Module):
+    """The score of a candidate from the three attended vectors and the products u⊙v, z⊙v.
+
+    An MLP over all five, beside a linear reading of the products that starts as ⟨u, v⟩/√d + ⟨z, v⟩/√d:
+    training sets out from the two-tower model, and the attention adds to it.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attended = nn.Linear(3 * dim, dim)
+        self.products = nn.Linear(2 * dim, dim, bias=False)
+        self.output = nn.Linear(dim, 1, bias=False)
+        self.linear = nn.Linear(2 * dim, 1)
+        nn.init.constant_(self.linear.weight, dim**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, attended: Tensor, products: Tensor) -> Tensor:
+        hidden = torch.relu(self.attended(attended) + self.products(products))
+        return (self.output(hidden) + self.linear(products)).squeeze(-1)
+
+
+class QERec(Ranker):
+    """The ranker that reads query embeddings.
+
+    ⟨z, v_i⟩/τ + prior_i is the query tower's own opinion: with the base rate added, what is left for the
+    vector to say is what distinguishes the session.
+    """
+
+    kind = "qe_rec"
+    reads_queries = True
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__(sizes, settings)
+        self.user_tower = UserTower(sizes, settings)
+        self.item_tower = ItemTower(sizes, settings)
+        self.query_tower = QueryTower(sizes, settings)
+        self.layers = nn.ModuleList(
+            MutualAttention(settings.dim, settings.heads) for _ in range(settings.attention_layers)
+        )
+        self.head = Head(settings.dim)
+
+    def users(self, batch: Batch) -> Tensor:
+        return self.user_tower(batch)
+
+    def items(self) -> Tensor:
+        return self.item_tower(self.seen)
+
+    def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
+        return self.query_tower(embedding, is_null)
+
+    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        assert z is not None, "QE-Rec scores with a query vector; the null query has one too"
+        single = z.dim() == 2
+        wide_u, wide_v = u[:, None, None], v[:, None]  # [B, 1, 1, d], [B, 1, C, d]
+        wide_z = (z[:, None] if single else z)[:, :, None]  # [B, N, 1, d]
+        attended: tuple[Tensor, Tensor, Tensor] = (wide_u, wide_v, wide_z)
+        for layer in self.layers:
+            attended = layer(*attended)
+        products = torch.cat(torch.broadcast_tensors(wide_u * wide_v, wide_z * wide_v), dim=-1)
+        scores = self.head(torch.cat(torch.broadcast_tensors(*attended), dim=-1), products)
+        return scores[:, 0] if single else scores
+
+    def query_logits(self, z: Tensor, items: Tensor | None = None) -> Tensor:
+        """⟨z, v_i⟩/τ + prior_i for every intent: [..., I] from z [..., d]; `items` [I, d] where already computed."""
+        return z @ (self.items() if items is None else items).T / self.settings.tau + self.prior
+
+    def user_logits(self, u: Tensor, items: Tensor) -> Tensor:
+        """The user tower's ranking in the same form: ⟨u, v_i⟩/τ + prior_i, [B, I]."""
+        return u @ items.T / self.settings.tau + self.prior

@@ -1,0 +1,111 @@
+"""Sessions as the arrays a ranker reads, and as the Arrow tables in which Ray Data carries them to workers.
+
+This module imports no torch: Ray Data starts processes for it, and each would wait for that import.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rgalign_ray.logs import lists
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ranker.sizes import Sizes
+
+Rows = dict[str, np.ndarray]
+"""A ranker's sessions: fields, multi, history, candidates, shown, clicks, session_key; valid [n], sessions
+that choose the epoch; prompt [n, De] and query [n, De] as float16, has_prompt and has_query [n]."""
+
+LISTS = {"candidates": np.int32(-1), "shown": False, "clicks": False}
+"""Columns whose width differs from batch to batch, and what pads them."""
+
+
+def with_embeddings(arrays: dict[str, Any], embeddings: Embeddings | None) -> Rows:
+    """Examples joined with e(x) and e(x,q) by session."""
+    rows = {name: values for name, values in arrays.items() if name != "session_id"}
+    keys = arrays["session_key"]
+    if embeddings is None:
+        nothing = {"prompt": np.zeros((len(keys), 0), np.float16), "has_prompt": np.zeros(len(keys), bool)}
+        return {**rows, **nothing, "query": nothing["prompt"], "has_query": nothing["has_prompt"]}
+    rows["prompt"], rows["has_prompt"] = embeddings.lookup(keys, "prompt")
+    rows["query"], rows["has_query"] = embeddings.lookup(keys, "query")
+    return rows
+
+
+def training_table(
+    sessions: pa.Table,
+    space: dict[str, Any],
+    catalogue: tuple[pa.Table, pa.Table | None],
+    embeddings: Embeddings | None,
+    valid_role: str,
+) -> pa.Table:
+    """A batch of sessions as training rows.
+
+    `space` is what `FeatureSpace.from_dict` takes, `catalogue` what `Catalogue` takes.
+    """
+    rows = with_embeddings(examples(sessions, FeatureSpace.from_dict(space), Catalogue(*catalogue)), embeddings)
+    rows["valid"] = np.array([role == valid_role for role in sessions["role"].to_pylist()], dtype=bool)
+    return to_table(rows)
+
+
+def to_table(rows: Rows) -> pa.Table:
+    """Rows as fixed-size lists; columns without width are left out, and candidates lose their padding."""
+    width = (rows["candidates"] >= 0).sum(axis=1)
+    columns = {}
+    for name, values in rows.items():
+        if name in LISTS:
+            keep = np.arange(values.shape[1]) < width[:, None]
+            offsets = pa.array(np.concatenate([[0], np.cumsum(width)]).astype(np.int32))
+            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values[keep]))
+        elif values.ndim == 1:
+            columns[name] = pa.array(values)
+        elif values[0:1].size:
+            flat = np.ascontiguousarray(values).reshape(-1)
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), int(np.prod(values.shape[1:])))
+    return pa.table(columns)
+
+
+def from_tables(tables: list[pa.Table], sizes: Sizes) -> Rows:
+    """The tables' rows, one after another.
+
+    A worker that was dealt no table gets zero rows of the right shapes, and takes part in every step.
+    """
+    table = pa.concat_tables(tables).combine_chunks() if tables else to_table(_none(sizes))
+    rows: Rows = {}
+    for name in table.column_names:
+        column = lists.combined(table[name])
+        if name in LISTS:
+            counts = lists.lengths(column)
+            values = lists.flat(column).to_numpy(zero_copy_only=False)
+            rows[name] = lists.padded(counts, values, int(counts.max(initial=1)), LISTS[name])
+        elif pa.types.is_fixed_size_list(column.type):
+            rows[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        else:
+            rows[name] = column.to_numpy(zero_copy_only=False)
+    for name, shape in _shapes(sizes).items():
+        values = rows.get(name, np.zeros((len(table), 0), np.int32))
+        rows[name] = values.reshape(len(table), *shape) if len(table) else np.zeros((0, *shape), values.dtype)
+    return rows
+
+
+def _shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    return {
+        "fields": (sizes.num_fields,),
+        "multi": (sizes.num_multi, sizes.multi_length),
+        "history": (sizes.history_length,),
+        "prompt": (sizes.embedding_dim,),
+        "query": (sizes.embedding_dim,),
+    }
+
+
+def _none(sizes: Sizes) -> Rows:
+    whole = {"session_key": np.int64, "valid": bool, "has_prompt": bool, "has_query": bool}
+    kinds = {"prompt": np.float16, "query": np.float16}
+    rows = {name: np.zeros(0, kind) for name, kind in whole.items()}
+    rows |= {name: np.zeros((0, 1), np.asarray(fill).dtype) for name, fill in LISTS.items()}
+    return rows | {name: np.zeros((0, *s), kinds.get(name, np.int32)) for name, s in _shapes(sizes).items()}

@@ -1,0 +1,182 @@
+"""The three towers: a session's user and context → u, an intent → v, a query embedding → z."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Batch
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.whitening import Moments, Whitening
+
+EMBEDDING_STD = 0.1
+MIN_HEAD = 16
+"""Numbers of a field-attention head at least: narrower ones cost three times as much on a CPU's vector units."""
+ID_DROPOUT = 0.1
+"""Share of intents whose id is hidden in a training step, so that text alone learns to rank."""
+
+
+class AutoInt(nn.Module):
+    """One layer of multi-head self-attention over field tokens [B, T, d] with a residual.
+
+    Song et al. 2019, "AutoInt: Automatic Feature Interaction Learning via Self-Attentive Neural
+    Networks", eq. 5 to 8, with layer normalisation before the attention.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = next(h for h in range(heads, 0, -1) if h == 1 or (dim % h == 0 and dim // h >= MIN_HEAD))
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.residual = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length, dim = tokens.shape
+        qkv = self.qkv(self.norm(tokens)).view(batch, length, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return F.relu(mixed.transpose(1, 2).reshape(batch, length, dim) + self.residual(tokens))
+
+
+class HistoryEncoder(nn.Module):
+    """Event ids [B, H], newest last, 0 = padding → [B, d] by masked multi-head attention pooling.
+
+    Each event is its embedding plus that of its age in places from the newest; a session without events
+    reads as zero.
+    """
+
+    def __init__(self, size: int, length: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.event = nn.Embedding(size, dim, padding_idx=0)
+        self.age = nn.Parameter(torch.empty(length, dim))
+        self.weight = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, heads))
+        self.value = nn.Linear(dim, dim)
+        _normal(self.event)
+        nn.init.normal_(self.age, std=EMBEDDING_STD)
+
+    def forward(self, history: Tensor) -> Tensor:
+        events = self.event(history) + self.age
+        padding = (history == 0)[..., None]
+        weights = self.weight(events).masked_fill(padding, -1e9).softmax(dim=1).masked_fill(padding, 0.0)
+        values = self.value(events).unflatten(-1, (self.heads, -1))
+        return torch.einsum("bth,bthe->bhe", weights, values).flatten(1)
+
+
+class MixtureOfExperts(nn.Module):
+    """[B, n] → [B, d]: experts of two layers, weighted by a softmax gate that reads the same input."""
+
+    def __init__(self, size: int, dim: int, experts: int, dropout: float) -> None:
+        super().__init__()
+        self.experts = experts
+        self.gate = nn.Linear(size, experts)
+        self.hidden = nn.Linear(size, experts * dim)
+        self.output = nn.Parameter(torch.empty(experts, dim, dim))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.output, std=dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(dim=-1)
+        hidden = self.dropout(F.relu(self.hidden(x))).unflatten(-1, (self.experts, -1))
+        return torch.einsum("be,beh,ehd->bd", weights, hidden, self.output)
+
+
+class UserTower(nn.Module):
+    """Fields, multi-valued fields and history as tokens → AutoInt layers → mixture of experts → u [B, d]."""
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.field = nn.Embedding(sizes.field_size, dim)
+        self.multi = nn.Embedding(max(sizes.multi_size, 1), dim, padding_idx=0) if sizes.num_multi else None
+        self.history = HistoryEncoder(sizes.history_size, sizes.history_length, dim, settings.heads)
+        self.interactions = nn.Sequential(*(AutoInt(dim, settings.heads) for _ in range(settings.autoint_layers)))
+        tokens = sizes.num_fields + sizes.num_multi + 1
+        self.dropout = nn.Dropout(settings.dropout)
+        self.experts = MixtureOfExperts(tokens * dim, dim, settings.experts, settings.dropout)
+        self.norm = nn.LayerNorm(dim)
+        _normal(self.field)
+        if self.multi:
+            _normal(self.multi)
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = [self.field(batch["fields"]), self.history(batch["history"])[:, None]]
+        if self.multi:
+            tokens.append(self._multi(batch["multi"]))
+        interacted = self.interactions(torch.cat(tokens, dim=1))
+        return self.norm(self.experts(self.dropout(interacted.flatten(1))))
+
+    def _multi(self, ids: Tensor) -> Tensor:
+        assert self.multi is not None
+        values = self.multi(ids)  # padding embeds as zero
+        return values.sum(dim=2) / (ids > 0).sum(dim=2).clamp(min=1)[..., None]
+
+
+class ItemTower(nn.Module):
+    """Intent id ⊕ projected text embedding → v [I, d].
+
+    Row 0 of the id table is the unknown intent. It stands in for intents that training never showed,
+    so that these are ranked by their text, and in training for a random share of the others, so that
+    it means "any intent" when it is needed.
+    """
+
+    text: Tensor
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.id = nn.Embedding(sizes.num_intents + 1, dim)
+        self.register_buffer("text", torch.zeros(sizes.num_intents, sizes.item_dim))
+        self.projection = nn.Linear(sizes.item_dim, dim) if sizes.item_dim else None
+        self.join = nn.Linear(2 * dim if sizes.item_dim else dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        _normal(self.id)
+
+    def set_text(self, embeddings: np.ndarray) -> None:
+        """Whitens text embeddings [I, D] of all intents into the frozen table [I, item_dim]."""
+        whitening = Whitening(embeddings.shape[1], self.text.shape[1])
+        whitening.fit(Moments.of(embeddings))
+        self.text.copy_(whitening(torch.from_numpy(embeddings.astype(np.float32))))
+
+    def forward(self, seen: Tensor) -> Tensor:
+        known = seen
+        if self.training:
+            known = seen & (torch.rand(len(seen), device=seen.device) >= ID_DROPOUT)
+        rows = torch.arange(1, len(seen) + 1, device=seen.device)
+        parts = [self.id(torch.where(known, rows, 0))]
+        if self.projection is not None:
+            parts.append(self.projection(self.text))
+        return self.norm(self.join(torch.cat(parts, dim=-1)))
+
+
+class QueryTower(nn.Module):
+    """z = null + gate ⊙ projection(whiten(e)), with a gate [d] that starts at zero.
+
+    A fresh tower says `null` whatever it reads, so an uninformative reasoner can do no harm before the
+    loss has found a use for it.
+    """
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__()
+        self.whitening = Whitening(sizes.embedding_dim, min(settings.whitened_dim, sizes.embedding_dim))
+        self.projection = nn.Linear(self.whitening.components.shape[1], settings.dim)
+        self.gate = nn.Parameter(torch.zeros(settings.dim))
+        self.null = nn.Parameter(torch.zeros(settings.dim))
+
+    def forward(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
+        """z [..., d] of embeddings [..., De]; exactly `null` where `is_null` [...], even if the embedding is NaN."""
+        if embedding is None:
+            return self.null.expand(*is_null.shape, -1).contiguous()  # strides choose kernels, hence bits
+        readable = embedding.float().masked_fill(is_null[..., None], 0.0)
+        z = self.null + self.gate * self.projection(self.whitening(readable))
+        return torch.where(is_null[..., None], self.null, z)
+
+
+def _normal(embedding: nn.Embedding) -> None:
+    nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+    if embedding.padding_idx is not None:
+        with torch.no_grad():
+            embedding.weight[embedding.padding_idx].zero_()

@@ -1,0 +1,300 @@
+"""Training a ranker with Ray Train, fed by Ray Data.
+
+```
+<log>/sessions ─ read, prune ─▶ examples ⋈ e(x), e(x,q) ─ split ─▶ worker 0 ┐
+   (Parquet)        Ray Data tasks, streamed, in order        └───▶ worker 1 ┴─ epochs in memory (fit.py)
+```
+
+The log is streamed once: each worker holds its part of the sessions as arrays (about 2.5 kB a session at
+80 candidates and 576 numbers an embedding), so an epoch costs no Ray Data work. Ray Data deals blocks to
+the worker with the fewest rows, in the order of the log (`preserve_order`), hence equally whenever it is
+repeated on the same machine; and whatever it deals, `fit` makes the same global batches of it. Blocks are
+not equalised, since that would drop rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import ray.data
+import ray.train
+import torch
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rgalign_ray import config, storage
+from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.logs import stream
+from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalogue
+from rgalign_ray.logs.examples import columns
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ranker.fit import MODELS, Fit
+from rgalign_ray.ranker.group import Group, pack, unpack
+from rgalign_ray.ranker.rows import from_tables, training_table
+from rgalign_ray.ranker.scoring import Meta, meta_of, save
+from rgalign_ray.ranker.sizes import Sizes
+
+TRAIN_ROLE, VALID_ROLE = "rank", "valid"
+DATASET = "sessions"
+MAX_BLOCK_ROWS = 4096
+BLOCKS_PER_WORKER = 4
+"""Blocks are dealt whole, so that workers' loads differ by at most one of this many."""
+CHECKPOINT_EVERY_S = 30.0
+"""At most one checkpoint in this time; a killed worker costs no more than that."""
+MAX_FAILURES = 2
+COLLECTIVE_DEADLINE_S = 600
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class RankerJob:
+    """One ranker to train.
+
+    Args:
+        kind: the model.
+        log_uri: an ingested log.
+        space: `FeatureSpace.to_dict` of the feature space.
+        out_uri: folder that receives the artefact.
+        settings: the ranker's part of the configuration.
+        seed: of initialisation, order, dropout and query inputs.
+        storage_uri: folder for Ray Train's own checkpoints; what this run leaves there is removed at its end.
+        run_name: a job that died is resumed by the same name.
+        embeddings_uri: e(x) and e(x,q) of the sessions; required by qe_rec.
+        item_embeddings_uri: text embeddings of the intents (readout item).
+        shuffle_queries: the control in which every session reads the embeddings of another user's session.
+        local: train in this process, without workers.
+    """
+
+    kind: Literal["qe_rec", "two_tower"]
+    log_uri: str
+    space: dict[str, Any]
+    out_uri: str
+    settings: config.Ranker
+    seed: int
+    storage_uri: str
+    run_name: str
+    embeddings_uri: str | None = None
+    item_embeddings_uri: str | None = None
+    shuffle_queries: bool = False
+    local: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedRanker:
+    uri: str
+    version: str
+    figures: dict[str, Any]
+
+
+def train(job: RankerJob) -> TrainedRanker:
+    """Trains a ranker on role rank, choosing the epoch on role valid, and writes its artefact.
+
+    Raises:
+        ConfigError: for a QE-Rec without embeddings.
+        DataError: for a log without clicks in rank or valid, or embeddings that do not belong to it.
+        ray.train.TrainingFailedError: when workers failed more than `MAX_FAILURES` times.
+    """
+    if MODELS[job.kind].reads_queries and job.embeddings_uri is None:
+        raise ConfigError("ranker: qe_rec reads query embeddings; encode the sessions first.")
+    catalogue = _catalogue(job.log_uri)
+    intent_ids = Catalogue(*catalogue).ids
+    embeddings = _session_embeddings(job)
+    items = Embeddings.load(job.item_embeddings_uri).items(intent_ids) if job.item_embeddings_uri else None
+    item_dim = min(job.settings.whitened_dim, items.shape[1], len(intent_ids) - 1) if items is not None else 0
+    sizes = Sizes.of(
+        FeatureSpace.from_dict(job.space),
+        num_intents=len(intent_ids),
+        embedding_dim=embeddings.dim if embeddings else 0,
+        item_dim=item_dim,
+    )
+    dataset = _dataset(job, catalogue, embeddings)
+    worker_config = {
+        "kind": job.kind,
+        "sizes": asdict(sizes),
+        "settings": job.settings.model_dump(),
+        "items": items,
+        "seed": job.seed,
+        "name": job.run_name,
+    }
+    result = _fit(job, dataset, worker_config)
+    model = MODELS[job.kind](sizes, job.settings)
+    model.load_state_dict(unpack(result["weights"]))
+    meta: Meta = meta_of(
+        model,
+        space=job.space,
+        intent_ids=intent_ids,
+        reasoner_version=embeddings.reasoner_version if embeddings else None,
+        seed=job.seed,
+        figures=result["figures"],
+    )
+    version = save(model, job.out_uri, meta).version
+    storage.delete(storage.join(job.storage_uri, job.run_name))
+    return TrainedRanker(job.out_uri, version, result["figures"])
+
+
+def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, Any]:
+    settings = job.settings
+    fs, path = storage.filesystem(job.storage_uri)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=worker_config,
+        datasets={DATASET: dataset},
+        dataset_config=_WholeBlocks(),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo", timeout_s=COLLECTIVE_DEADLINE_S
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=0 if job.local else settings.workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            logging_config=LoggingConfig(log_level="ERROR"),
+            name=job.run_name,
+            storage_path=path,
+            storage_filesystem=fs,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        ),
+    )
+    outcome = trainer.fit().return_value
+    assert isinstance(outcome, dict), "rank 0 returns weights and figures, or a failure"
+    if "data_error" in outcome:
+        raise DataError(outcome["data_error"])
+    return outcome
+
+
+class _WholeBlocks(DataConfig):
+    """Splits a dataset over workers by whole blocks: uneven, but without a row lost."""
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.context.execution_options = copy.deepcopy(dataset.context.execution_options)
+            dataset.context.execution_options.preserve_order = True
+            for rank, split in enumerate(dataset.streaming_split(world_size, equal=False)):
+                output[rank][name] = split
+        return output
+
+
+def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in every worker (or in this process, locally); only rank 0's return value is used."""
+    started = time.monotonic()
+    sizes = Sizes(**worker_config["sizes"])
+    settings = config.Ranker.model_validate(worker_config["settings"])
+    shard = ray.train.get_dataset_shard(DATASET)
+    blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
+    rows = from_tables(blocks, sizes)
+    group = Group()
+    device = "cuda" if settings.use_gpu else "cpu"
+    with _one_thread():
+        try:
+            items, seed = worker_config["items"], worker_config["seed"]
+            fit = Fit(worker_config["kind"], sizes, settings, rows, items, seed, group, device)
+        except DataError as error:  # from summed counts, hence the same in all workers; a retry would not help
+            return {"data_error": str(error)}
+        _resume(fit)
+        figures = fit.run(_Reporter(worker_config["name"], started))
+        return {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
+
+
+class _Reporter:
+    """After each epoch: a line from rank 0, and now and then a checkpoint of all workers' common state."""
+
+    def __init__(self, name: str, started: float) -> None:
+        self.name, self.started, self.saved = name, started, time.monotonic()
+
+    def __call__(self, fit: Fit) -> None:
+        progress, first = fit.progress, fit.group.rank == 0
+        if first:
+            line = f"  {self.name}: epoch {progress.epoch}/{fit.settings.epochs}, loss {progress.losses[-1]:.4f}, "
+            line += f"validation GAUC {progress.gaucs[-1]:.4f} (best {progress.best_gauc:.4f}), "
+            print(f"{line}{time.monotonic() - self.started:.0f} s", file=sys.stderr, flush=True)
+        due = first and time.monotonic() - self.saved >= CHECKPOINT_EVERY_S
+        if not fit.group.sum(np.array([due]))[0]:
+            return
+        self.saved = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            if first:
+                Path(folder, STATE).write_bytes(pack(fit.state()))
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if first else None
+            ray.train.report({"gauc": progress.gaucs[-1]}, checkpoint=checkpoint)
+
+
+def _resume(fit: Fit) -> None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            fit.resume(unpack(Path(folder, STATE).read_bytes()))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The number of threads decides the order of float additions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _catalogue(log_uri: str) -> tuple[pa.Table, pa.Table | None]:
+    sets = storage.join(log_uri, CANDIDATE_SETS_FILE)
+    intents = storage.read_table(storage.join(log_uri, INTENTS_FILE))
+    return intents, storage.read_table(sets) if storage.exists(sets) else None
+
+
+def _session_embeddings(job: RankerJob) -> Embeddings | None:
+    if not MODELS[job.kind].reads_queries:
+        return None
+    assert job.embeddings_uri is not None
+    embeddings = Embeddings.load(job.embeddings_uri)
+    if job.shuffle_queries:
+        table = storage.read_table(storage.join(job.log_uri, "sessions"), columns=["session_id", "user_id", "role"])
+        table = table.filter(pc.is_in(table["role"], value_set=pa.array([TRAIN_ROLE, VALID_ROLE])))
+        sessions, users = table["session_id"].to_pylist(), table["user_id"].to_pylist()
+        embeddings = embeddings.shuffled(sessions, users, job.seed)
+    return embeddings
+
+
+def _dataset(
+    job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
+) -> ray.data.Dataset:
+    names = [*columns(FeatureSpace.from_dict(job.space), stream.column_names(job.log_uri)), "role"]
+    sessions = stream.sessions(job.log_uri, columns=names, roles=[TRAIN_ROLE, VALID_ROLE])
+    sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
+    return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(
+        training_table,
+        fn_kwargs={
+            "space": job.space,
+            "catalogue": catalogue,
+            "embeddings": embeddings,
+            "valid_role": VALID_ROLE,
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+
+
+def _block_rows(job: RankerJob) -> int:
+    fs, path = storage.filesystem(storage.join(job.log_uri, "sessions"))
+    rows = ds.dataset(path, filesystem=fs, format="parquet").count_rows()
+    return min(MAX_BLOCK_ROWS, max(1, rows // (job.settings.workers * BLOCKS_PER_WORKER)))

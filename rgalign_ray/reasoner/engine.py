@@ -1,0 +1,79 @@
+"""What every engine does: sample latent queries, embed prompts, take new weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Session texts behind one instruction that all of them share, so that it is computed once."""
+
+    prefix: str
+    texts: Sequence[str]
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled latent query."""
+
+    query: str
+    completion_ids: list[int]
+    """Tokens of the query and, where one was sampled, the stop token."""
+    logprobs: list[float]
+    """Log-probability of each completion token under the policy at the sampling temperature (top-p aside)."""
+    finish: str
+    """`stop` or `length`."""
+    seed: int
+    embedding: np.ndarray
+    """e(x,q), float16 [H]: the hidden state at the query's last token (at the prompt's, if it is empty)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one prompt gave: e(x) and its samples, read in one prefill."""
+
+    prompt_ids: list[int]
+    embedding: np.ndarray
+    """e(x), float16 [H]: the hidden state at the prompt's last token."""
+    samples: list[Sample]
+
+
+class Engine(Protocol):
+    """An LLM behind one interface, whatever runs it."""
+
+    version: str
+    """Version of the weights in use; every embedding carries it."""
+    hidden_size: int
+
+    def sample(
+        self,
+        prompts: Prompts,
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+    ) -> list[Group]:
+        """One group per prompt, with one sample per seed; equal seeds and logits give equal samples."""
+        ...
+
+    def embed(self, prompts: Prompts, completions: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        """e(x), or e(x,q) where completions are given: float16 [len(prompts.texts), H]."""
+        ...
+
+    def load(self, weights: str | None) -> None:
+        """Takes the weights of a reasoner artefact (a URI); None returns to the base model."""
+        ...
+
+
+def sample_seed(run_seed: int, round_: int, session_id: str, sample: int) -> int:
+    """The seed of one sample: a 63-bit hash, so that it depends on no order and no batch."""
+    text = f"{run_seed}\x1f{round_}\x1f{session_id}\x1f{sample}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,217 @@
+"""Sampling and embedding with transformers: one prefill per prompt, its KV cache fanned out N ways.
+
+The instruction in front of every session text is computed once per version of the weights. Session
+texts are padded between the instruction and themselves, so the last token of every row is its last
+column; attention masks and explicit positions make the padding invisible. Left out on purpose: static
+caches, continuous batching (vLLM's job).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from rgalign_ray import config
+from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.engine import Group, Prompts, Sample
+
+TOP_TOKENS = 256
+"""Tokens looked at first when cutting to top-p; rows whose mass lies further out are sorted whole."""
+
+
+class TransformersEngine:
+    """A reasoner run by transformers on one device.
+
+    Args:
+        settings: model, dtype, device and threads.
+        max_session_tokens: tokens of a session text that are read; the rest is cut off its end.
+        weights: URI of a reasoner artefact; None for the base model.
+    """
+
+    def __init__(self, settings: config.Reasoner, max_session_tokens: int, weights: str | None = None) -> None:
+        torch.set_num_threads(settings.threads)
+        cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.settings = settings
+        self.max_session_tokens = max_session_tokens
+        self.tokenizer = models.load_tokenizer(settings.model)
+        self.stop_ids = stop_tokens(self.tokenizer)
+        self._stops = torch.tensor(sorted(self.stop_ids), device=self.device)
+        self.load(weights)
+
+    def load(self, weights: str | None) -> None:
+        self.model = models.load_reasoner(self.settings, weights).to(self.device)
+        self.version = models.version_of(self.settings, weights)
+        self.hidden_size: int = self.model.config.hidden_size
+        self._prefix: tuple[str, list[tuple[torch.Tensor, torch.Tensor]], int] | None = None
+
+    def prompt_ids(self, prompts: Prompts) -> list[list[int]]:
+        """Token ids of whole prompts. Their three parts are tokenised apart, so that the first is shared."""
+        prefix, suffix = self._ids(prompts.prefix), self._ids(prompts.suffix)
+        return [prefix + self._ids(text)[: self.max_session_tokens] + suffix for text in prompts.texts]
+
+    @torch.inference_mode()
+    def embed(self, prompts: Prompts, completions: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        rows = self._tails(prompts)
+        if completions is not None:
+            rows = [row + self._content(ids) for row, ids in zip(rows, completions, strict=True)]
+        hidden, _, _ = self._prefill(prompts.prefix, rows)
+        return hidden.cpu().to(torch.float16).numpy()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Prompts,
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+    ) -> list[Group]:
+        n = len(seeds[0])
+        flat_seeds = [seed for group in seeds for seed in group]
+        prompt_hidden, cache, mask = self._prefill(prompts.prefix, self._tails(prompts))
+        cache.batch_repeat_interleave(n)
+        decoded = self._decode(
+            prompt_hidden.repeat_interleave(n, dim=0),
+            cache,
+            mask.repeat_interleave(n, dim=0),
+            uniforms(flat_seeds, max_new_tokens).to(self.device),
+            temperature,
+            top_p,
+        )
+        samples = [Sample(**row, seed=seed) for row, seed in zip(decoded, flat_seeds, strict=True)]
+        embeddings = prompt_hidden.cpu().to(torch.float16).numpy()
+        return [
+            Group(ids, embedding, samples[i * n : (i + 1) * n])
+            for i, (ids, embedding) in enumerate(zip(self.prompt_ids(prompts), embeddings, strict=True))
+        ]
+
+    def _decode(
+        self,
+        hidden: torch.Tensor,
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        uniform: torch.Tensor,
+        temperature: float,
+        top_p: float,
+    ) -> list[dict]:
+        """Samples every row to its stop token or its end. hidden [R, H], mask [R, T], uniform [R, steps]."""
+        total, steps = uniform.shape
+        ids: list[list[int]] = [[] for _ in range(total)]
+        logprobs: list[list[float]] = [[] for _ in range(total)]
+        finish = ["length"] * total
+        last = hidden.clone()  # hidden state at the last token that belongs to the query
+        alive = torch.arange(total, device=self.device)
+        for step in range(steps):
+            logits = self.model.lm_head(hidden).float() / temperature
+            tokens = choose(logits, uniform[alive, step], top_p)
+            picked = torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+            for row, token, logprob in zip(alive.tolist(), tokens.tolist(), picked.tolist(), strict=True):
+                ids[row].append(token)
+                logprobs[row].append(logprob)
+            going = ~torch.isin(tokens, self._stops)
+            for row in alive[~going].tolist():
+                finish[row] = "stop"
+            if not going.any():
+                break
+            if not going.all():  # finished rows leave the batch
+                keep = going.nonzero()[:, 0]
+                alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
+                cache.batch_select_indices(keep)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self._forward(tokens[:, None], mask, cache)[:, -1]
+            last[alive] = hidden
+        embeddings = last.cpu().to(torch.float16).numpy()
+        return [
+            {
+                "query": self.tokenizer.decode(self._content(ids[row]), skip_special_tokens=True).strip(),
+                "completion_ids": ids[row],
+                "logprobs": logprobs[row],
+                "finish": finish[row],
+                "embedding": embeddings[row],
+            }
+            for row in range(total)
+        ]
+
+    def _prefill(self, prefix: str, rows: list[list[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Last hidden states [B, H], the cache, and its mask [B, T], of token rows behind the shared prefix."""
+        keys_values, prefix_length = self._prefix_cache(prefix)
+        width = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id
+        tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.ones(len(rows), prefix_length + width, dtype=torch.long, device=self.device)
+        for i, row in enumerate(rows):
+            mask[i, prefix_length : prefix_length + width - len(row)] = 0
+        cache = DynamicCache(
+            [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in keys_values]
+        )
+        return self._forward(tokens, mask, cache)[:, -1], cache, mask
+
+    def _prefix_cache(self, prefix: str) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
+        if self._prefix is None or self._prefix[0] != prefix:
+            tokens = torch.tensor([self._ids(prefix)], dtype=torch.long, device=self.device)
+            cache = DynamicCache()
+            if tokens.numel():
+                self._forward(tokens, torch.ones_like(tokens), cache)
+            self._prefix = (prefix, [(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
+        return self._prefix[1], self._prefix[2]
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Hidden states [B, T, H] of new tokens; positions count the visible ones."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = self.model.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state
+
+    def _tails(self, prompts: Prompts) -> list[list[int]]:
+        suffix = self._ids(prompts.suffix)
+        return [self._ids(text)[: self.max_session_tokens] + suffix for text in prompts.texts]
+
+    def _content(self, completion: Sequence[int]) -> list[int]:
+        return [token for token in completion if token not in self.stop_ids]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a latent query: the end of the turn or text, and whatever holds a line break."""
+    specials = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    # byte-level vocabularies write the line break as Ċ, sentencepiece ones as <0x0A>
+    breaks = {i for token, i in tokenizer.get_vocab().items() if "Ċ" in token or "\n" in token or token == "<0x0A>"}
+    return {token for token in specials | breaks if token is not None}
+
+
+def uniforms(seeds: Sequence[int], steps: int) -> torch.Tensor:
+    """Uniform numbers [len(seeds), steps], each row from its own generator: a row's draw knows no batch."""
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(seed)).random(steps) for seed in seeds]))
+
+
+def choose(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Nucleus sampling by inverse transform: tokens [R] from logits [R, V] and uniform numbers [R] in [0, 1).
+
+    The nucleus is the shortest list of most probable tokens whose mass reaches `top_p` (Holtzman et al.,
+    2020); each row depends on its own logits and number alone.
+    """
+    probabilities = torch.softmax(logits, dim=-1)
+    top, index = probabilities.topk(min(TOP_TOKENS, logits.shape[-1]), dim=-1)
+    tokens = _pick(top, index, uniform, top_p)
+    far = top.sum(dim=-1) < top_p
+    if far.any():
+        ranked, order = probabilities[far].sort(dim=-1, descending=True, stable=True)
+        tokens[far] = _pick(ranked, order, uniform[far], top_p)
+    return tokens
+
+
+def _pick(ranked: torch.Tensor, index: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Inverse transform over the nucleus of probabilities [R, K] in descending order."""
+    mass = ranked.double().cumsum(dim=-1)
+    inside = (mass - ranked) < top_p
+    nucleus = torch.where(inside, mass, torch.zeros_like(mass)).amax(dim=-1, keepdim=True)
+    place = (mass <= uniform[:, None].double() * nucleus).sum(dim=-1, keepdim=True)
+    return index.gather(1, place.clamp(max=index.shape[-1] - 1))[:, 0]

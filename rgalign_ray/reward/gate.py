@@ -1,0 +1,90 @@
+"""The gate before anything is built on the reward: does it tell a session's queries apart, above its noise?
+
+A query's reward is a function of session and query alone, so its noise is the judge's: another ranker
+of the same data under another seed. What the judges agree on within a session is what a best of N can
+select for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Figures of the reward over sessions with at least two valid queries."""
+
+    sessions: int
+    spread: float
+    """Mean over sessions of the standard deviation of the reward within the session."""
+    noise: float
+    """The same of half the judges' difference: sd(r_1 - r_2) / sqrt(2)."""
+    reliability: float
+    """Correlation of two judges' rewards within sessions; 0 says that the reward is noise."""
+    agreement: float
+    """What the second judge sees in the first one's choice: mean of r_2(best by r_1) - mean r_2."""
+    agreement_error: float
+    """Standard error of `agreement` over sessions."""
+    best_of_n: list[float]
+    """Mean reward, above the session's mean, of the best of the first n queries, n = 1 … N."""
+    best_of_n_judged: list[float]
+    """The same choices in the eyes of the second judge."""
+    spread_by_session: list[float]
+    noise_by_session: list[float]
+
+
+def gate(judged: np.ndarray) -> Gate:
+    """The gate's figures from judged rewards [S, N, J], nan where a query is not valid; J at least 2.
+
+    Raises:
+        ValueError: when no session has two valid queries.
+    """
+    usable = np.isfinite(judged[..., 0]).sum(axis=1) >= 2
+    if not usable.any():
+        raise ValueError("no session has two valid queries, so there is nothing to compare.")
+    first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
+    spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
+    covariance = np.nansum(first * second)
+    scale = np.sqrt(np.nansum(first**2) * np.nansum(second**2))
+    seen = _seen_by_second(first, second, first.shape[1])
+    curves = [_best_of(first, second, n) for n in range(1, first.shape[1] + 1)]
+    return Gate(
+        sessions=int(usable.sum()),
+        spread=float(spread.mean()),
+        noise=float(noise.mean()),
+        reliability=float(covariance / scale) if scale > 0 else 0.0,
+        agreement=float(seen.mean()),
+        agreement_error=float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else float("nan"),
+        best_of_n=[own for own, _ in curves],
+        best_of_n_judged=[judged for _, judged in curves],
+        spread_by_session=spread.tolist(),
+        noise_by_session=noise.tolist(),
+    )
+
+
+def _centred(reward: np.ndarray) -> np.ndarray:
+    return reward - np.nanmean(reward, axis=1, keepdims=True)
+
+
+def _deviation(centred: np.ndarray) -> np.ndarray:
+    """Standard deviation [S] within each session (ddof 1)."""
+    return np.sqrt(np.nansum(centred**2, axis=1) / (np.isfinite(centred).sum(axis=1) - 1))
+
+
+def _best_of(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, float]:
+    own = np.nanmax(np.where(_leading(first, n), first, np.nan), axis=1)
+    return float(own.mean()), float(_seen_by_second(first, second, n).mean())
+
+
+def _seen_by_second(first: np.ndarray, second: np.ndarray, n: int) -> np.ndarray:
+    """[S]: the second judge's reward of the query that the first prefers among the first n valid ones."""
+    choice = np.nanargmax(np.where(_leading(first, n), first, np.nan), axis=1)
+    return np.take_along_axis(second, choice[:, None], axis=1)[:, 0]
+
+
+def _leading(values: np.ndarray, n: int) -> np.ndarray:
+    """The first n valid entries of each row."""
+    valid = np.isfinite(values)
+    return valid & (valid.cumsum(axis=1) <= n)

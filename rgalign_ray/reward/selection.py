@@ -1,0 +1,37 @@
+"""From judged rollouts to what the reasoner learns from: best of N, soft resampling, or the random control."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rgalign_ray import config
+
+
+def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.ndarray:
+    """The chosen sample of each session.
+
+    Args:
+        reward: float [S, N]; nan for queries that were not valid.
+        uplift: float [S, N]; reward above the null query's.
+        settings: method, margin, temperature and the uplift filter.
+        seeds: uint64 [S]; one per session, so that a draw depends on no order.
+
+    Returns:
+        int64 [S]: the sample's number, -1 for a session that teaches nothing (no valid query; with
+        `best`, no reward more than the margin above the session's mean; with `require_uplift`, no query
+        better than none).
+    """
+    chosen = np.full(len(reward), -1, dtype=np.int64)
+    for i, values in enumerate(reward):
+        valid = np.flatnonzero(np.isfinite(values))
+        if not len(valid) or (settings.require_uplift and not (uplift[i, valid] > 0).any()):
+            continue
+        generator = np.random.Generator(np.random.Philox(int(seeds[i])))
+        if settings.method == "random":
+            chosen[i] = generator.choice(valid)
+        elif settings.method == "soft":
+            weights = np.exp((values[valid] - values[valid].max()) / settings.beta)
+            chosen[i] = generator.choice(valid, p=weights / weights.sum())
+        elif len(valid) > 1 and values[valid].max() > values[valid].mean() + settings.margin:
+            chosen[i] = valid[values[valid].argmax()]
+    return chosen

@@ -1,0 +1,165 @@
+"""The encode pass: Ray Data streams sessions through engines, which read e(x) and, for some, e(x,q).
+
+  log (columns pruned, roles pushed down) ──▶ session texts ──▶ encoders (actor pool) ──▶ one file a unit
+
+A unit is a batch of the stream in its fixed order. It is written by the encoder itself under a key of
+its content, so that a killed pass redoes only the units in flight, and nothing gathers in the driver.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, DataContext
+
+from rgalign_ray import config, storage
+from rgalign_ray.logs import stream
+from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
+from rgalign_ray.reward.functions import fault
+from rgalign_ray.rollout.worker import EngineSpec, Instruction, embedding_table, vectors_table
+
+HASHES = 1 << 20
+"""Resolution of the hash that decides which rank sessions get a query."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePlan:
+    """What one encode pass reads and how."""
+
+    log_uri: str
+    template: Template
+    roles: tuple[str, ...]
+    queries_for: tuple[str, ...]
+    """Roles all of whose sessions get a sampled query."""
+    query_sessions: tuple[str, ...]
+    """Further sessions that get one."""
+    encode: config.Encode
+    sampling: config.Rollout
+    run_seed: int
+    round: int
+
+
+def session_texts(batch: pa.Table, template: Template) -> pa.Table:
+    """`session_id`, `role` and the session's text."""
+    return pa.table(
+        {
+            "session_id": batch["session_id"],
+            "role": batch["role"],
+            "text": pa.array(template.sessions(batch), pa.string()),
+        }
+    )
+
+
+class SessionEncoder:
+    """Reads batches of session texts with one engine and writes their vectors; a plain class that Ray Data runs.
+
+    A batch holds `session_id`, `role` and `text`; what comes out is a row per unit: its key, its
+    sessions, the queries it sampled and those that were valid. An invalid query leaves no vector: its
+    session is read without one.
+    """
+
+    def __init__(self, engine: EngineSpec, plan: EncodePlan, out_uri: str) -> None:
+        self.engine = engine.start()
+        template = plan.template
+        self.instruction = Instruction(template.prefix, template.suffix, template.version)
+        self.plan = plan
+        self.out_uri = out_uri
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        ids, texts = batch["session_id"].to_pylist(), batch["text"].to_pylist()
+        wants_query = self._wants_query(ids, batch["role"].to_pylist())
+        key = storage.content_key(ids, texts, wants_query.tolist(), self.engine.version)
+        target = storage.join(self.out_uri, f"{key}.parquet")
+        if storage.exists(target):
+            table = storage.read_table(target)
+        else:
+            groups = self._read(ids, texts, wants_query)
+            table = embedding_table(ids, groups, self.engine)
+            storage.write_table(target, table)
+        valid = len(table) - table["query"].null_count
+        return pa.table({"key": [key], "sessions": [len(ids)], "sampled": [int(wants_query.sum())], "valid": [valid]})
+
+    def _wants_query(self, ids: list[str], roles: list[str]) -> np.ndarray:
+        named = np.isin(roles, self.plan.queries_for) | np.isin(ids, self.plan.query_sessions)
+        share = session_keys(ids) % HASHES < self.plan.encode.query_share * HASHES
+        return named | (share & (np.array(roles) == "rank"))
+
+    def _read(self, ids: list[str], texts: list[str], wants_query: np.ndarray) -> list[Group]:
+        """Groups in the order of `ids`; rows of like length are read together, so that little is padding."""
+        groups: list[Group | None] = [None] * len(ids)
+        for wanted in (True, False):
+            rows = sorted(np.flatnonzero(wants_query == wanted).tolist(), key=lambda row: (len(texts[row]), ids[row]))
+            for start in range(0, len(rows), self.plan.encode.batch_size):
+                chunk = rows[start : start + self.plan.encode.batch_size]
+                prompts = self.instruction.prompts([texts[row] for row in chunk])
+                if wanted:
+                    read = self._sample(prompts, [ids[row] for row in chunk])
+                else:
+                    read = [Group([], vector, []) for vector in self.engine.embed(prompts)]
+                for row, group in zip(chunk, read, strict=True):
+                    groups[row] = group
+        return [group for group in groups if group is not None]
+
+    def _sample(self, prompts: Prompts, ids: list[str]) -> list[Group]:
+        sampling = self.plan.sampling
+        groups = self.engine.sample(
+            prompts,
+            [[sample_seed(self.plan.run_seed, self.plan.round, session, 0)] for session in ids],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
+
+
+def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable[[int], None]) -> dict[str, int]:
+    """Writes the embeddings of every session of `plan.roles` into `out_uri`, a folder of Parquet files.
+
+    Files of an earlier try whose units this pass did not meet are removed.
+
+    Returns:
+        counts: sessions, queries sampled, valid queries.
+    """
+    DataContext.get_current().execution_options.preserve_order = True  # units must not depend on timing
+    columns = sorted({*plan.template.columns, "session_id", "role"})
+    texts = stream.sessions(plan.log_uri, columns=columns, roles=list(plan.roles)).map_batches(
+        session_texts, fn_kwargs={"template": plan.template}, batch_format="pyarrow", num_cpus=0.25
+    )
+    units = texts.map_batches(
+        SessionEncoder,
+        fn_constructor_kwargs={"engine": engine, "plan": plan, "out_uri": out_uri},
+        batch_size=plan.encode.unit_sessions,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=plan.encode.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=plan.encode.cpus_per_worker,
+        num_gpus=plan.encode.gpus_per_worker,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(engine.reasoner.threads)}},
+    )
+    counts = {"sessions": 0, "sampled": 0, "valid": 0}
+    keys = set()
+    for row in units.iter_rows():
+        keys.add(row["key"])
+        for name in counts:
+            counts[name] += row[name]
+        advance(row["sessions"])
+    for uri in storage.list_files(out_uri, ".parquet"):
+        if posixpath.basename(uri).removesuffix(".parquet") not in keys:
+            storage.delete(uri)
+    return counts
+
+
+def encode_items(engine: EngineSpec, ids: list[str], texts: list[str], batch_size: int, uri: str) -> None:
+    """Writes the intents' text embeddings (readout item) as one file."""
+    reader = engine.start()
+    vectors = [
+        reader.embed(Prompts("", texts[start : start + batch_size], "")) for start in range(0, len(texts), batch_size)
+    ]
+    count = len(ids)
+    table = vectors_table(ids, ["item"] * count, [-1] * count, [None] * count, np.concatenate(vectors), reader.version)
+    storage.write_table(uri, table)

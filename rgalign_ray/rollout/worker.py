@@ -1,0 +1,161 @@
+"""A rollout worker: samples N latent queries for each session of a work unit and writes them down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.reasoner.engine import Engine, Group, Prompts, sample_seed
+from rgalign_ray.reward.functions import fault
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that a process needs to start an engine; plain data, so that a restart is a start."""
+
+    reasoner: config.Reasoner
+    max_session_tokens: int
+    weights: str | None
+
+    def start(self) -> Engine:
+        if self.reasoner.engine != "transformers":
+            raise ConfigError(f"reasoner.engine: '{self.reasoner.engine}' is not part of this version.")
+        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+
+        return TransformersEngine(self.reasoner, self.max_session_tokens, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """The shared parts of every prompt, and the version of the template they come from."""
+
+    prefix: str
+    suffix: str
+    version: str
+
+    def prompts(self, texts: list[str]) -> Prompts:
+        return Prompts(self.prefix, texts, self.suffix)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Sessions that are sampled together: a unit fixes its batch and padding, hence its floats."""
+
+    session_ids: list[str]
+    texts: list[str]
+
+    def key(self, *context: object) -> str:
+        return storage.content_key(self.session_ids, self.texts, [str(c) for c in context])
+
+
+class RolloutWorker:
+    """Samples units with one engine. A plain class; `pool.py` makes it an actor.
+
+    Args:
+        engine: how to start the engine.
+        instruction: the shared parts of the prompts.
+        settings: N, temperature, top-p and lengths.
+        run_seed: seed of the run; with round, session and sample it makes the seed of a sample.
+        round_: the round r.
+        out_uri: folder that receives `rollouts/<key>.parquet` and `embeddings/<key>.parquet`.
+    """
+
+    def __init__(
+        self,
+        engine: EngineSpec,
+        instruction: Instruction,
+        settings: config.Rollout,
+        run_seed: int,
+        round_: int,
+        out_uri: str,
+    ) -> None:
+        self.engine = engine.start()
+        self.instruction = instruction
+        self.settings = settings
+        self.run_seed = run_seed
+        self.round = round_
+        self.out_uri = out_uri
+
+    def run(self, unit: Unit, key: str) -> int:
+        """Samples one unit and writes its two tables; returns the number of completion tokens.
+
+        Embeddings are written first, so a rollouts file marks the whole unit as done.
+        """
+        seeds = [
+            [sample_seed(self.run_seed, self.round, session, sample) for sample in range(self.settings.n)]
+            for session in unit.session_ids
+        ]
+        groups = self.engine.sample(
+            self.instruction.prompts(unit.texts),
+            seeds,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+        embeddings = embedding_table(unit.session_ids, groups, self.engine)
+        storage.write_table(storage.join(self.out_uri, "embeddings", f"{key}.parquet"), embeddings)
+        rollouts = self._rollout_table(unit, groups)
+        storage.write_table(storage.join(self.out_uri, "rollouts", f"{key}.parquet"), rollouts)
+        return sum(len(sample.completion_ids) for group in groups for sample in group.samples)
+
+    def _rollout_table(self, unit: Unit, groups: list[Group]) -> pa.Table:
+        rows = [
+            {
+                "session_id": session,
+                "sample": number,
+                "source": "policy",
+                "prompt_version": self.instruction.version,
+                "temperature": self.settings.temperature,
+                "query": sample.query,
+                "prompt_ids": group.prompt_ids,
+                "completion_ids": sample.completion_ids,
+                "logprobs": sample.logprobs,
+                "finish": sample.finish,
+                "fault": fault(sample),
+                "seed": sample.seed,
+                "reasoner_version": self.engine.version,
+            }
+            for session, group in zip(unit.session_ids, groups, strict=True)
+            for number, sample in enumerate(group.samples)
+        ]
+        return pa.Table.from_pylist(rows, schema=schema.ROLLOUTS)
+
+
+def embedding_table(session_ids: list[str], groups: list[Group], engine: Engine) -> pa.Table:
+    """e(x) of every session (sample -1) and e(x,q) of every sample, as `schema.embeddings`."""
+    ids, readouts, samples, queries, vectors = [], [], [], [], []
+    for session, group in zip(session_ids, groups, strict=True):
+        ids += [session] * (1 + len(group.samples))
+        readouts += ["prompt"] + ["query"] * len(group.samples)
+        samples += [-1, *range(len(group.samples))]
+        queries += [None, *(sample.query for sample in group.samples)]
+        vectors += [group.embedding, *(sample.embedding for sample in group.samples)]
+    return vectors_table(ids, readouts, samples, queries, np.stack(vectors), engine.version)
+
+
+def vectors_table(
+    ids: list[str],
+    readouts: list[str],
+    samples: list[int],
+    queries: list[str | None],
+    vectors: np.ndarray,
+    version: str,
+) -> pa.Table:
+    """An embeddings table from parallel lists and float16 vectors [len(ids), H]."""
+    dim = vectors.shape[1]
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
+    return pa.table(
+        [
+            pa.array(ids, pa.string()),
+            pa.array(readouts, pa.string()),
+            pa.array(samples, pa.int32()),
+            pa.array(queries, pa.string()),
+            pa.array([version] * len(ids), pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, dim),
+        ],
+        schema=schema.embeddings(dim),
+    )

@@ -1,0 +1,158 @@
+"""Run directories on any filesystem URI: artefacts written whole or not at all.
+
+An artefact is a folder with a `manifest.json`, written last. A folder without one does not exist for
+any reader. On filesystems that rename (file, hdfs) the folder also appears in one move; on object
+stores the manifest, which is written last, is what makes it appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from rgalign_ray.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `uri` (file path, file://, s3://, gs://, hdfs://) and the path inside it."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except pa.ArrowException as error:
+        raise DataError(f"{uri}: no filesystem for this URI ({error}).") from None
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` extended by path parts."""
+    return posixpath.join(uri, *parts)
+
+
+def content_key(*parts: Any) -> str:
+    """A hash of JSON-able values that changes when, and only when, one of them does (16 hex digits)."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Manifest(BaseModel):
+    """What an artefact is: written beside it, last, and read before anything else of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    key: str
+    """Hash of the stage's name, its part of the configuration and its inputs' keys."""
+    inputs: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    figures: dict[str, Any] = {}
+    """What the stage measured, reproducible from its inputs alone."""
+    seconds: float = 0.0
+    """Wall time of the stage. It and the next are what another run will not repeat."""
+    peak_memory_mb: float = 0.0
+    """Most memory that the driver and its Ray processes held at once, shared pages counted once."""
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def read_json(uri: str) -> Any:
+    fs, path = filesystem(uri)
+    with fs.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes `data` beside its target and renames it: a reader sees the old file or the new one."""
+    fs, path = filesystem(uri)
+    fs.create_dir(posixpath.dirname(path), recursive=True)
+    partial = f"{path}.tmp-{os.getpid()}"
+    with fs.open_output_stream(partial) as stream:
+        stream.write(data)
+    fs.move(partial, path)
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, json.dumps(value, indent=2, sort_keys=True).encode())
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """One Parquet file, written whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_table(uri: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    """A Parquet file, or all Parquet files of a folder in the order of their names (hive partitions decoded)."""
+    fs, path = filesystem(uri)
+    return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """Full URIs of the files under a folder, sorted by name; partial writes are not listed."""
+    fs, path = filesystem(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
+    files = [i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)]
+    return sorted(prefix + p for p in files if ".tmp-" not in posixpath.basename(p))
+
+
+def delete(uri: str) -> None:
+    """Removes a file or a folder; absent is fine."""
+    fs, path = filesystem(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest of an artefact, or None where the artefact is absent or incomplete."""
+    target = join(uri, MANIFEST)
+    if not exists(target):
+        return None
+    return Manifest.model_validate(read_json(target))
+
+
+@contextmanager
+def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
+    """A folder to write an artefact into; it becomes `uri` when the block ends without an error.
+
+    With `resume_key` the working folder carries the key in its name and survives a killed process, so
+    that units already written under the same key are found again; folders of other keys are removed.
+    The block must write the manifest, last. Where folders cannot be renamed (object stores) the block
+    works in `uri` itself, and the manifest alone marks the artefact as complete.
+    """
+    fs, path = filesystem(uri)
+    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
+    if fs.type_name not in ("local", "hdfs"):
+        delete(join(uri, MANIFEST))
+        yield uri
+        return
+    parent, name = posixpath.split(path)
+    work = posixpath.join(parent, f".{name}.{resume_key or os.getpid()}")
+    fs.create_dir(parent, recursive=True)
+    for info in fs.get_file_info(pafs.FileSelector(parent)):
+        stale = info.path != work or resume_key is None
+        if posixpath.basename(info.path).startswith(f".{name}.") and stale:
+            fs.delete_dir(info.path)
+    fs.create_dir(work, recursive=True)
+    yield prefix + work
+    assert read_manifest(prefix + work) is not None, f"{uri}: written without a manifest"
+    delete(uri)
+    fs.move(work, path)

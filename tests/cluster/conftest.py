@@ -1,0 +1,20 @@
+"""One Ray for all tests that need one: it takes seconds to start and is shared by the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rgalign_ray.config import Cluster, Config
+from rgalign_ray.loop.controller import connect
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of two CPUs, started as the loop starts it."""
+    import ray
+
+    connect(Config(cluster=Cluster(num_cpus=2, object_store_mb=256)))
+    yield
+    ray.shutdown()

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray.exceptions import RayError
+
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs import stream
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+
+DAYS, REGIONS, ROLES = ("2026-01-01", "2026-01-02", "2026-01-03"), ("MY", "SG"), ["rank", "align_1", "rank", "test"]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("log")
+    for day in DAYS:
+        for region in REGIONS:
+            folder = root / "sessions" / f"dt={day}" / f"region={region}"
+            folder.mkdir(parents=True)
+            ids = [f"{day}/{region}/{i}" for i in range(4)]
+            rows = {"session_id": ids, "role": ROLES, "x": [0.0, 1.0, 2.0, 3.0], "unread": ["y"] * 4}
+            pq.write_table(pa.table(rows), folder / "part-00000.parquet")
+    return root
+
+
+def ids(dataset) -> list[str]:
+    return [name for batch in stream.batches(dataset, rows=3) for name in batch["session_id"].to_pylist()]
+
+
+def plan(dataset) -> str:
+    """The optimised logical plan that `explain` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        dataset.explain()
+    return printed.getvalue().split("Logical Plan (Optimized)")[1].split("Physical Plan")[0]
+
+
+def test_filter_and_projection_are_folded_into_the_read(log: Path) -> None:
+    dataset = stream.sessions(
+        str(log), columns=["session_id", "x"], roles=["rank"], start=DAYS[1], end=DAYS[1], regions=["SG"]
+    )
+    optimised = plan(dataset)
+    assert "Read" in optimised
+    assert "Filter" not in optimised
+    assert "Project" not in optimised
+    assert dataset.schema().names == ["session_id", "x"]
+    assert ids(dataset) == [f"{DAYS[1]}/SG/0", f"{DAYS[1]}/SG/2"]
+    with_a_map = dataset.map_batches(lambda batch: batch, batch_format="pyarrow")
+    assert "Filter" not in plan(with_a_map)
+    assert "Project" not in plan(with_a_map)
+
+
+def test_pages_of_other_days_and_regions_are_not_even_read(log: Path, tmp_path: Path) -> None:
+    shutil.copytree(log / "sessions", tmp_path / "sessions")
+    wanted = f"dt={DAYS[1]}/region=SG"
+    for file in (tmp_path / "sessions").rglob("*.parquet"):
+        if wanted not in file.as_posix():
+            spoil_pages(file)
+    with pytest.raises(RayError):
+        ids(stream.sessions(str(tmp_path), columns=["session_id"]))
+    dataset = stream.sessions(str(tmp_path), columns=["session_id"], start=DAYS[1], end=DAYS[1], regions=["SG"])
+    assert len(ids(dataset)) == 4
+
+
+def spoil_pages(file: Path) -> None:
+    """Overwrites everything but the footer, so that the schema can be read and no row can."""
+    data = file.read_bytes()
+    footer = 8 + int.from_bytes(data[-8:-4], "little")
+    file.write_bytes(data[:4] + b"\xff" * (len(data) - 4 - footer) + data[-footer:])
+
+
+def test_rows_come_in_the_order_of_files_and_with_day_and_region(log: Path) -> None:
+    dataset = stream.sessions(str(log), columns=["session_id", "dt", "region"], roles=["rank", "test"])
+    rows = [row for batch in stream.batches(dataset, rows=5) for row in batch.to_pylist()]
+    expected = [(d, r, i) for d in DAYS for r in REGIONS for i in (0, 2, 3)]
+    assert [(row["dt"], row["region"], row["session_id"]) for row in rows] == [
+        (d, r, f"{d}/{r}/{i}") for d, r, i in expected
+    ]
+
+
+def test_a_log_without_sessions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no Parquet file"):
+        stream.sessions(str(tmp_path), columns=["session_id"])

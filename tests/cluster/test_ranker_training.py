@@ -1,0 +1,164 @@
+"""Ranker training through Ray Data and Ray Train."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.numpy import load_file
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.ranker import scoring, training
+from rgalign_ray.ranker.embeddings import Embeddings
+
+pytestmark = pytest.mark.cluster
+
+INTENTS, DIM, SESSIONS = 12, 16, 203
+SETTINGS = config.Ranker(dim=8, heads=2, epochs=3, dropout=0.0, batch_sessions=32, whitened_dim=8, workers=2)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sessions of 203 users over several days, ragged candidates, and embeddings that tell the need."""
+    root = tmp_path_factory.mktemp("ranker")
+    draw = np.random.default_rng(0)
+    ids = [f"i{i:02d}" for i in range(INTENTS)]
+    columns = dict.fromkeys(("intent_id", "title", "description", "category"), ids)
+    storage.write_table(str(root / "log/intents.parquet"), pa.table(columns, schema=schema.INTENTS))
+    need = draw.integers(INTENTS, size=SESSIONS)
+    days = [datetime.datetime(2026, 1, 1 + i % 5) for i in range(SESSIONS)]
+    candidates = [
+        sorted({int(need[i]), *draw.choice(INTENTS, size=draw.integers(4, 9), replace=False).tolist()})
+        for i in range(SESSIONS)
+    ]
+    clicks = [[c == need[i] and i % 4 > 0 for c in row] for i, row in enumerate(candidates)]
+    table = pa.table(
+        {
+            "session_id": [f"s{i}" for i in range(SESSIONS)],
+            "user_id": [f"u{i}" for i in range(SESSIONS)],
+            "ts": pa.array(days, schema.TIMESTAMP),
+            "tier": [f"t{i % 3}" for i in range(SESSIONS)],
+            "history": pa.array([[] for _ in range(SESSIONS)], pa.list_(schema.EVENT)),
+            "candidates": [[ids[c] for c in row] for row in candidates],
+            "shown": [[True] * len(row) for row in candidates],
+            "clicks": clicks,
+            "role": ["valid" if i % 6 == 0 else "test" if i % 7 == 0 else "rank" for i in range(SESSIONS)],
+        }
+    )
+    for day in range(1, 6):
+        chosen = np.flatnonzero([d.day == day for d in days])
+        folder = f"log/sessions/dt=2026-01-{day:02d}/region=R1/part-00000.parquet"
+        storage.write_table(str(root / folder), table.take(pa.array(chosen)))
+    meaning = draw.normal(size=(INTENTS, DIM))
+    vectors = meaning[need] + 0.2 * draw.normal(size=(SESSIONS, DIM))
+    prompt = _embeddings(table["session_id"].to_pylist(), "prompt", vectors)
+    query = _embeddings(table["session_id"].to_pylist()[::2], "query", vectors[::2])
+    storage.write_table(str(root / "embeddings/part-00000.parquet"), pa.concat_tables([prompt, query]))
+    storage.write_table(str(root / "items/part-00000.parquet"), _embeddings(ids, "item", meaning))
+    return root
+
+
+def _embeddings(ids: list[str], readout: str, vectors: np.ndarray) -> pa.Table:
+    flat = pa.array(vectors.astype(np.float16).ravel())
+    arrays = [ids, [readout] * len(ids), [-1] * len(ids), [None] * len(ids), ["r0"] * len(ids)]
+    columns = [pa.array(a, t) for a, t in zip(arrays, schema.embeddings(DIM).types[:5], strict=True)]
+    columns.append(pa.FixedSizeListArray.from_arrays(flat, DIM))
+    return pa.table(columns, schema=schema.embeddings(DIM))
+
+
+def _space() -> FeatureSpace:
+    spec = FeatureSpec.model_validate({"fields": [{"name": "tier", "kind": "categorical"}], "history": {"length": 4}})
+    table = pa.table({"tier": ["t0", "t1", "t2"] * 20, "ts": pa.array([None] * 60, schema.TIMESTAMP)})
+    table = table.append_column("history", pa.array([[]] * 60, pa.list_(schema.EVENT)))
+    return FeatureSpace.fit(spec, [table])
+
+
+def _job(log: Path, out: Path, settings: config.Ranker = SETTINGS, **changes: object) -> training.RankerJob:
+    job = training.RankerJob(
+        kind="qe_rec",
+        log_uri=str(log / "log"),
+        space=_space().to_dict(),
+        out_uri=str(out / "ranker"),
+        settings=settings,
+        seed=3,
+        storage_uri=str(out / "train"),
+        run_name="ranker",
+        embeddings_uri=str(log / "embeddings"),
+        item_embeddings_uri=str(log / "items"),
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def _weights(trained: training.TrainedRanker) -> dict[str, np.ndarray]:
+    return load_file(storage.join(trained.uri, scoring.WEIGHTS))
+
+
+def test_two_workers_repeat_to_the_bit_and_agree_with_one(ray_cluster: object, log: Path, tmp_path: Path) -> None:
+    first = training.train(_job(log, tmp_path / "a"))
+    again = training.train(_job(log, tmp_path / "b"))
+    alone = training.train(_job(log, tmp_path / "c", local=True))
+    assert first.version == again.version
+    assert first.figures == again.figures
+    roles = ["valid" if i % 6 == 0 else "test" if i % 7 == 0 else "rank" for i in range(SESSIONS)]
+    assert first.figures["sessions"] == alone.figures["sessions"] == roles.count("rank")
+    assert first.figures["validation_sessions"] == roles.count("valid")
+    one = _weights(alone)
+    for name, values in _weights(first).items():
+        np.testing.assert_allclose(values, one[name], atol=2e-4, err_msg=name)
+    assert not storage.exists(str(tmp_path / "a/train/ranker"))
+
+
+def test_artefact_scores_sessions_and_the_shuffled_control_learns_less(
+    ray_cluster: object, log: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 12, "lr": 1e-2, "patience": 12})
+    trained = training.train(_job(log, tmp_path / "a", settings, local=True))
+    shuffled = training.train(_job(log, tmp_path / "b", settings, local=True, shuffle_queries=True))
+    assert trained.figures["best_gauc"] > shuffled.figures["best_gauc"] + 0.1
+    ranker = scoring.load(trained.uri)
+    table = storage.read_table(str(log / "log/sessions"))
+    batch = examples(table, ranker.space, Catalogue.load(str(log / "log")))
+    embeddings = Embeddings.load(str(log / "embeddings"))
+    scores = scoring.score_sessions(ranker, batch, space_version=ranker.meta.space_version, embeddings=embeddings)
+    assert (np.isneginf(scores) == (batch["candidates"] < 0)).all()
+    assert ranker.meta.reasoner_version == "r0"
+
+
+def test_a_worker_that_dies_resumes_from_the_checkpoint(
+    ray_cluster: object, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = training.train(_job(log, tmp_path / "a", local=True))
+    flag = tmp_path / "died"
+
+    def dies_once(worker_config: dict) -> dict:  # runs in the worker, which imports the package afresh
+        from rgalign_ray.ranker import training as inside
+
+        report = inside._Reporter.__call__
+
+        def report_and_die(self: inside._Reporter, fit: inside.Fit) -> None:
+            self.saved = -1e9  # a checkpoint after every epoch
+            report(self, fit)
+            if fit.progress.epoch == 2 and not flag.exists():
+                flag.touch()
+                raise RuntimeError("killed for the test")
+            if flag.exists():
+                (flag.parent / f"epoch-{fit.progress.epoch}").touch()
+
+        inside._Reporter.__call__ = report_and_die  # type: ignore[method-assign]
+        return inside._worker(worker_config)
+
+    monkeypatch.setattr(training, "_worker", dies_once)
+    one_worker = SETTINGS.model_copy(update={"workers": 1})
+    resumed = training.train(_job(log, tmp_path / "b", one_worker))
+    assert flag.exists()
+    assert not (tmp_path / "epoch-1").exists()
+    assert resumed.version == whole.version
+    assert resumed.figures == whole.figures

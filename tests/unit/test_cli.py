@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rgalign_ray import __version__, cli, config
+from rgalign_ray.errors import DataError, InfrastructureError
+
+HEAVY = ("torch", "ray", "transformers", "numpy", "pyarrow")
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs the console script inside this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["rgalign", *arguments])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    return int(done.value.code or 0)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text("name: small\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["loop", "--help"], ["prepare", "--help"], ["version"]])
+def test_help_imports_neither_torch_nor_ray(arguments: list[str]) -> None:
+    done = python(
+        f"""
+import sys
+from rgalign_ray import cli
+sys.argv = ["rgalign", *{arguments!r}]
+try:
+    cli.main()
+except SystemExit as done:
+    assert not done.code, done.code
+found = [name for name in {HEAVY!r} if name in sys.modules]
+sys.exit(f"imported {{found}}" if found else 0)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_package_and_its_configuration_import_neither_torch_nor_ray() -> None:
+    done = python(
+        "import sys, rgalign_ray, rgalign_ray.config, rgalign_ray.errors\n"
+        "sys.exit('heavy' if {'torch', 'ray'} & set(sys.modules) else 0)"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["loop", "plan", "config"])
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        (["--config", "no-such-config"], "no-such-config"),
+        (["--config", "/no/such/file.yaml"], "no such file"),
+        (["--set", "rollout.temprature=1"], "rollout.temperature"),
+        (["--set", "rollout.n=many"], "rollout.n"),
+        (["--set", "rollout.n"], "KEY=VALUE"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    command: str,
+    wrong: list[str],
+    part: str,
+    small: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [command, *(wrong if "--config" in wrong else ["--config", small, *wrong])]
+    assert run(arguments, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
+def test_the_console_script_shows_no_traceback(small: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from rgalign_ray.cli import main; main()", "config", "-c", small, "-s", "sed=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: sed: no such setting; the nearest is seed.\n"
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name_or_path: str, overrides: list[str] | None) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", fail)
+
+
+def test_a_fault_of_an_input_exits_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(DataError("sessions: column 'ts' is missing."), monkeypatch)
+    assert run(["config"], monkeypatch) == 3
+    assert capsys.readouterr().err == "error: sessions: column 'ts' is missing.\n"
+
+
+def test_infrastructure_that_failed_for_good_exits_with_4_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(InfrastructureError("no worker answered"), monkeypatch)
+    assert run(["config"], monkeypatch) == 4
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "no worker answered" in err
+
+
+def test_a_bug_keeps_its_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(ZeroDivisionError("a bug"), monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["rgalign", "config"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_config_prints_a_file_that_loads_to_the_same_settings(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "--config", small, "--set", "ranker.dim=64"], monkeypatch) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert config.load(str(printed)) == config.load(small, ["ranker.dim=64"])
+    assert next(iter(yaml.safe_load(printed.read_text()))) == "name"
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["version"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def fake_controller(monkeypatch: pytest.MonkeyPatch, run_: object) -> None:
+    import types
+
+    module = types.ModuleType("rgalign_ray.loop.controller")
+    module.run = run_  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rgalign_ray.loop.controller", module)
+
+
+def test_loop_hands_the_settings_and_the_run_directory_to_the_controller(
+    small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[config.Config] = []
+    fake_controller(monkeypatch, seen.append)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert run(["loop", "-c", small, "-s", "seed=7", "--run-dir", "/somewhere/007"], monkeypatch) == 0
+    assert (seen[0].seed, seen[0].run_uri) == (7, "/somewhere/007")
+
+
+def test_an_interrupted_loop_says_how_to_resume_and_exits_with_130(
+    small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(settings: config.Config) -> None:
+        raise KeyboardInterrupt
+
+    fake_controller(monkeypatch, interrupted)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert run(["loop", "-c", small], monkeypatch) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted; the same command resumes from runs/small."
+
+
+@pytest.mark.parametrize(
+    ("address", "before", "mode", "token"),
+    [
+        (None, {}, "token", True),
+        (None, {"RAY_AUTH_TOKEN_PATH": "/a/token"}, "token", False),
+        (None, {"RAY_AUTH_MODE": "disabled"}, "disabled", False),
+        ("auto", {}, None, False),
+    ],
+)
+def test_a_ray_started_here_asks_for_a_token_unless_the_caller_decides(
+    address: str | None, before: dict[str, str], mode: str | None, token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, before.get(name, ""))  # so that monkeypatch restores what the code sets
+        if name not in before:
+            monkeypatch.delenv(name)
+    cli._ray_token(config.validate({"cluster": {"address": address}}))
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+    assert ("RAY_AUTH_TOKEN" in os.environ) == token
+
+
+def test_the_shop_reads_no_folder(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", "shop", "--out", str(tmp_path), "--folder", str(tmp_path), "-c", small]
+    assert run(arguments, monkeypatch) == 2
+    assert "--folder" in capsys.readouterr().err

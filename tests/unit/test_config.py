@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rgalign_ray import config
+from rgalign_ray.config import Config, Settings
+from rgalign_ray.errors import ConfigError
+
+
+def refused(name_or_path: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(name_or_path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> str:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", config.available())
+def test_every_packaged_configuration_is_valid(name: str) -> None:
+    assert isinstance(config.load(name), Config)
+
+
+def test_the_configurations_that_the_documents_name_exist() -> None:
+    assert {"smoke", "demo", "movielens"} <= set(config.available())
+
+
+@given(st.sampled_from(config.keys()))
+def test_a_misspelt_key_is_refused_by_full_name_with_the_nearest_valid_one(key: str) -> None:
+    wrong = key + "z"
+    data: dict = {}
+    config._assign(data, wrong, 1)
+    with pytest.raises(ConfigError) as caught:
+        config.validate(data)
+    assert str(caught.value) == f"{wrong}: no such setting; the nearest is {key}."
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("ranker.dim=wide", "ranker.dim"),
+        ("ranker.dim=3.5", "ranker.dim"),
+        ("rollout.n=1", "rollout.n"),
+        ("reward.kind=clicks", "reward.kind"),
+        ("cluster.num_cpus=0", "cluster.num_cpus"),
+        ("align=[sft, prayer]", "align.1"),
+    ],
+)
+def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, override: str, key: str) -> None:
+    message = refused(empty, override)
+    assert message.startswith(f"{key}: ")
+    assert "found" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("roles.rank=0.9", "add up to 1"),
+        ("ranker.dim=30", "multiple of ranker.heads"),
+        ("encode.query_share=0", "never saw e(x,q)"),
+        ("log.source=parquet", "uri and intents"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(empty: str, override: str, part: str) -> None:
+    assert part in refused(empty, override)
+
+
+@pytest.mark.parametrize("override", ["ranker.dim", "seed.deeper=1", "ranker.dim=[1"])
+def test_an_override_that_cannot_be_read_is_refused(empty: str, override: str) -> None:
+    refused(empty, "seed=1", override)
+
+
+def test_an_unknown_configuration_is_refused_with_those_that_exist() -> None:
+    assert "smoke" in refused("smokey")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    assert str(path) in refused(str(path))
+    assert "no such file" in refused(str(tmp_path / "absent.yaml"))
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_wins(empty: str) -> None:
+    loaded = config.load(
+        empty,
+        ["ranker.lr=1e-4", "reasoner.lora=null", "learner.use_gpu=true", "align=[sft]", "seed=1", "seed=2", "name=a=b"],
+    )
+    assert loaded.ranker.lr == 1e-4
+    assert loaded.reasoner.lora is None
+    assert loaded.learner.use_gpu is True
+    assert loaded.align == ["sft"]
+    assert loaded.seed == 2
+    assert loaded.run_uri == "runs/a=b"
+
+
+def test_an_override_keeps_the_rest_of_its_group(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("ranker:\n  dim: 64\n  heads: 8\n")
+    loaded = config.load(str(path), ["ranker.dim=16"])
+    assert (loaded.ranker.dim, loaded.ranker.heads) == (16, 8)
+
+
+def test_a_configuration_survives_a_round_trip_through_yaml(empty: str) -> None:
+    loaded = config.load(empty, ["ranker.dim=64", "reasoner.lora=null"])
+    assert config.validate(yaml.safe_load(yaml.safe_dump(loaded.model_dump(mode="json")))) == loaded
+
+
+def test_no_setting_can_be_changed_after_loading(empty: str) -> None:
+    loaded = config.load(empty)
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.ranker.dim = 3  # type: ignore[misc]
+
+
+def test_keys_lists_every_leaf() -> None:
+    def leaves(value: object) -> int:
+        return sum(map(leaves, value.__dict__.values())) if isinstance(value, Settings) else 1
+
+    assert len(config.keys()) == len(set(config.keys())) == leaves(Config())

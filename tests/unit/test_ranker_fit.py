@@ -1,0 +1,169 @@
+"""Training without Ray: what is learned, what is exact, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ranker_data import rows, shuffle_embeddings, sizes
+
+from rgalign_ray import config
+from rgalign_ray.errors import DataError
+from rgalign_ray.ranker import fit as fitting
+from rgalign_ray.ranker.fit import Fit
+from rgalign_ray.ranker.group import Group, pack, unpack
+from rgalign_ray.ranker.rows import from_tables, to_table
+
+SIZES = sizes()
+SETTINGS = config.Ranker(dim=16, heads=2, epochs=8, patience=8, batch_sessions=32, whitened_dim=12, lr=5e-3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _fit(data: dict, kind: str = "qe_rec", settings: config.Ranker = SETTINGS, items: np.ndarray | None = None) -> Fit:
+    item_dim = 0 if items is None else 6
+    return Fit(kind, sizes(item_dim=item_dim), settings, data, items, seed=1, group=Group())
+
+
+def test_qe_rec_reads_the_embedding_and_the_shuffled_control_cannot() -> None:
+    data = rows(SIZES, 400)
+    true, shuffled = _fit(data).run(), _fit(shuffle_embeddings(data)).run()
+    assert true["best_gauc"] > 0.9
+    assert true["best_gauc"] > shuffled["best_gauc"] + 0.05
+    by_readout = true["gauc_by_readout"]
+    assert by_readout["prompt"] > by_readout["null"] + 0.05
+    assert true["gate"] > 0.01
+
+
+@pytest.mark.parametrize("kl", ["fused", "user", "off"])
+def test_every_agreement_term_trains_the_query_tower_as_it_says(kl: str) -> None:
+    settings = SETTINGS.model_copy(update={"kl": kl, "epochs": 2, "kl_weight": 1.0})
+    figures = _fit(rows(SIZES, 200), settings=settings).run()
+    assert np.isfinite(figures["losses"]).all()
+
+
+def test_two_tower_reads_the_fields() -> None:
+    told = _fit(rows(SIZES, 400, in_fields=1.0), "two_tower").run()
+    untold = _fit(rows(SIZES, 400, in_fields=0.0), "two_tower").run()
+    assert told["best_gauc"] > untold["best_gauc"] + 0.03
+
+
+def test_training_repeats_to_the_bit_whatever_the_order_of_rows() -> None:
+    data = rows(SIZES, 150)
+    settings = SETTINGS.model_copy(update={"epochs": 2})
+    order = np.random.default_rng(5).permutation(150)
+    first, again = _fit(data, settings=settings), _fit({k: v[order] for k, v in data.items()}, settings=settings)
+    assert first.run() == again.run()
+    assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in first.model.state_dict().items())
+
+
+def test_resumed_training_equals_uninterrupted() -> None:
+    data = rows(SIZES, 150)
+    whole = _fit(data, settings=SETTINGS.model_copy(update={"epochs": 4}))
+    states: list[bytes] = []
+    figures = whole.run(lambda fit: states.append(pack(fit.state())))
+    resumed = _fit(data, settings=SETTINGS.model_copy(update={"epochs": 4}))
+    resumed.resume(unpack(states[1]))
+    assert resumed.run() == figures
+    assert all(torch.equal(t, resumed.model.state_dict()[n]) for n, t in whole.model.state_dict().items())
+
+
+def test_best_epoch_is_kept_and_patience_stops() -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 30, "patience": 2, "lr": 0.05})
+    fit = _fit(rows(SIZES, 150), settings=settings)
+    figures = fit.run()
+    assert figures["epoch"] == min(30, figures["best_epoch"] + 2)
+    assert fit.validation_gauc("prompt") == pytest.approx(max(figures["gaucs"]))
+
+
+def test_every_session_takes_part_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = rows(SIZES, 101)
+    fit = _fit(data)
+    seen: list[int] = []
+    take = fitting._take
+
+    def record(part: dict, index: object) -> dict:
+        taken = take(part, index)
+        if isinstance(index, slice):
+            seen.extend(taken["session_key"].tolist())
+        return taken
+
+    monkeypatch.setattr(fitting, "_take", record)
+    fit._epoch(0)
+    first, seen[:] = list(seen), []
+    fit._epoch(1)
+    assert sorted(first) == sorted(seen) == sorted(data["session_key"][~data["valid"]].tolist())
+    assert first != seen
+
+
+def test_query_inputs_are_drawn_by_share_and_fall_back() -> None:
+    data = rows(SIZES, 3000)
+    fit = _fit(data)
+    drawn = fit._readouts(fit.train, epoch=0)
+    assert (drawn == fitting.NULL).mean() == pytest.approx(0.2, abs=0.03)
+    assert not (drawn[~fit.train["has_query"]] == fitting.QUERY).any()
+    assert (drawn[fit.train["has_query"]] == fitting.QUERY).mean() == pytest.approx(0.3, abs=0.05)
+    assert (drawn != fit._readouts(fit.train, epoch=1)).any()
+    assert (drawn == fit._readouts(fit.train, epoch=0)).all()
+
+
+def test_prior_is_the_log_share_of_clicks_and_unseen_intents_get_the_mean() -> None:
+    data = rows(SIZES, 200)
+    data["shown"] &= data["candidates"] != 7
+    data["clicks"] &= data["candidates"] != 7
+    model = _fit(data).model
+    clicked = data["candidates"][data["clicks"] & ~data["valid"][:, None]]
+    assert not model.seen[7]
+    assert float(model.prior[3]) == pytest.approx(
+        np.log(((clicked == 3).sum() + 1) / (len(clicked) + SIZES.num_intents)), abs=1e-5
+    )
+    assert float(model.prior[7]) == pytest.approx(float(model.prior[model.seen].mean()), abs=1e-5)
+
+
+def test_text_ranks_an_intent_that_training_never_showed() -> None:
+    """Clicks fall on the intents whose text points where the session's embedding points, one intent being new."""
+    draw = np.random.default_rng(0)
+    n, s = 900, sizes(item_dim=6)
+    meaning = draw.normal(size=(s.num_intents, s.embedding_dim))
+    meaning[5] = meaning[4] + 0.1 * draw.normal(size=s.embedding_dim)
+    data = rows(s, n)
+    need = draw.integers(s.num_intents, size=n)
+    need[data["valid"]] = 5
+    need[~data["valid"] & (need == 5)] = 4
+    data["candidates"] = np.tile(np.arange(s.num_intents, dtype=np.int32), (n, 1))
+    data["clicks"] = data["candidates"] == need[:, None]
+    data["shown"] = data["clicks"] | ((draw.random(data["clicks"].shape) < 0.2) & (data["candidates"] != 5))
+    data["prompt"] = (meaning[need] + 0.1 * draw.normal(size=(n, s.embedding_dim))).astype(np.float16)
+    data["has_query"][:] = False
+    figures = _fit(data, items=meaning.astype(np.float16)).run()
+    assert figures["best_gauc"] > 0.85
+
+
+def test_logs_that_teach_nothing_are_refused() -> None:
+    data = rows(SIZES, 60)
+    with pytest.raises(DataError, match="none with a click"):
+        _fit({**data, "clicks": np.zeros_like(data["clicks"])})
+    with pytest.raises(DataError, match="role valid"):
+        _fit({**data, "valid": np.zeros_like(data["valid"])})
+
+
+def test_rows_survive_the_arrow_round_trip_and_an_empty_worker_has_shapes() -> None:
+    data = rows(SIZES, 30)
+    data["candidates"][::2, -3:] = -1
+    for name in ("shown", "clicks"):
+        data[name] &= data["candidates"] >= 0
+    parts = [to_table({k: v[i : i + 11] for k, v in data.items()}) for i in range(0, 30, 11)]
+    back = from_tables(parts, SIZES)
+    assert back.keys() == data.keys()
+    for name, values in data.items():
+        np.testing.assert_array_equal(back[name], values, err_msg=name)
+        assert back[name].dtype == values.dtype
+    empty = from_tables([], SIZES)
+    assert {name: values.shape[2:] for name, values in empty.items()} == {n: v.shape[2:] for n, v in data.items()}
+    assert all(len(values) == 0 for values in empty.values())

@@ -1,0 +1,176 @@
+"""Towers, mutual attention, QE-Rec and the two-tower baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranker_data import rows, sizes
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Ranker, candidate_vectors
+from rgalign_ray.ranker.baselines.two_tower import TwoTower
+from rgalign_ray.ranker.fit import query_input, to_batch
+from rgalign_ray.ranker.mutual_attention import MutualAttention
+from rgalign_ray.ranker.qe_rec import QERec
+from rgalign_ray.ranker.towers import QueryTower
+from rgalign_ray.ranker.whitening import Moments, Whitening
+
+SIZES = sizes()
+SETTINGS = config.Ranker(dim=16, heads=4, attention_layers=2, whitened_dim=8)
+
+
+@pytest.fixture
+def ranker() -> QERec:
+    torch.manual_seed(0)
+    model = QERec(SIZES, SETTINGS).eval()
+    with torch.no_grad():
+        model.query_tower.gate.fill_(1.0)
+        model.query_tower.whitening.components.normal_()
+        model.prior.normal_()
+    return model
+
+
+def _input(n: int = 6) -> tuple:
+    data = rows(SIZES, n)
+    embedding, is_null = query_input(data, np.ones(n, int), slice(0, n))
+    return to_batch(data), embedding, is_null
+
+
+def test_attention_reads_the_other_two_and_never_itself() -> None:
+    """The part of x' that attention adds depends on x through its query alone: with equal values it is constant."""
+    torch.manual_seed(0)
+    layer = MutualAttention(8, 2)
+    u, v, z = (torch.randn(5, 8) for _ in range(3))
+    mixed = _mixed(layer, u, v, z)
+    with torch.no_grad():  # a vector's own key and value must not matter to itself
+        for x in range(3):
+            layer.qkv[x].weight[8:].normal_()
+            changed = _mixed(layer, u, v, z)
+            assert torch.equal(changed[x], mixed[x])
+            assert not torch.allclose(changed[(x + 1) % 3], mixed[(x + 1) % 3])
+            assert not torch.allclose(changed[(x + 2) % 3], mixed[(x + 2) % 3])
+            mixed = changed
+
+
+def _mixed(layer: MutualAttention, *vectors: torch.Tensor) -> list[torch.Tensor]:
+    caught: list[torch.Tensor] = []
+    hooks = [out.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].clone())) for out in layer.out]
+    layer(*vectors)
+    for hook in hooks:
+        hook.remove()
+    return caught
+
+
+def test_mutual_attention_equals_softmax_attention_with_a_mask() -> None:
+    torch.manual_seed(1)
+    layer = MutualAttention(8, 2)
+    vectors = [torch.randn(5, 8) for _ in range(3)]
+    q, k, v = (
+        torch.stack([layer.qkv[x](vectors[x]).chunk(3, -1)[part].view(5, 2, 4) for x in range(3)], dim=2)
+        for part in range(3)
+    )
+    logits = (q @ k.transpose(-1, -2)) / 2.0
+    weights = logits.masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf).softmax(-1)
+    expected = (weights @ v).permute(2, 0, 1, 3).reshape(3, 5, 8)
+    for found, wanted in zip(_mixed(layer, *vectors), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [QERec, TwoTower])
+def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) -> None:
+    torch.manual_seed(0)
+    model = kind(SIZES, SETTINGS).eval()
+    batch, embedding, is_null = _input()
+    scores = model(batch, embedding, is_null)
+    order = torch.randperm(scores.shape[1])
+    torch.testing.assert_close(
+        model({**batch, "candidates": batch["candidates"][:, order]}, embedding), scores[:, order]
+    )
+    padded = torch.cat([batch["candidates"], torch.full((6, 3), -1, dtype=torch.int32)], dim=1)
+    wider = model({**batch, "candidates": padded}, embedding)
+    torch.testing.assert_close(wider[:, :-3], scores)
+    assert torch.isneginf(wider[:, -3:]).all()
+
+
+def test_null_query_ignores_the_embedding_even_if_it_is_nan(ranker: QERec) -> None:
+    batch, embedding, _ = _input()
+    null = torch.ones(6, dtype=torch.bool)
+    expected = ranker(batch, None)
+    assert torch.equal(ranker(batch, embedding, null), expected)
+    assert torch.equal(ranker(batch, torch.full_like(embedding, torch.nan), null), expected)
+    assert not torch.allclose(ranker(batch, embedding), expected)
+
+
+def test_null_query_sends_no_nan_into_the_gradient(ranker: QERec) -> None:
+    batch, embedding, _ = _input()
+    embedding[0] = torch.nan
+    ranker(batch, embedding, torch.arange(6) == 0).sum().backward()
+    assert all(p.grad.isfinite().all() for p in ranker.parameters() if p.grad is not None)
+
+
+def test_fresh_query_tower_says_null_and_its_gate_can_open() -> None:
+    tower = QueryTower(SIZES, SETTINGS)
+    tower.whitening.fit(Moments.of(np.random.default_rng(0).normal(size=(50, SIZES.embedding_dim))))
+    with torch.no_grad():
+        tower.null.normal_()
+    z = tower(torch.randn(7, SIZES.embedding_dim), torch.zeros(7, dtype=torch.bool))
+    assert torch.equal(z, tower.null.expand(7, -1))
+    z.square().sum().backward()
+    assert tower.gate.grad.abs().min() > 0
+
+
+def test_n_queries_at_once_score_as_one_by_one(ranker: QERec) -> None:
+    batch, _, _ = _input()
+    embeddings = torch.randn(6, 4, SIZES.embedding_dim)
+    is_null = torch.zeros(6, 4, dtype=torch.bool)
+    is_null[:, 0] = True
+    u, v = ranker.users(batch), candidate_vectors(ranker.items(), batch["candidates"])
+    together = ranker.score(u, v, ranker.queries(embeddings, is_null))
+    assert together.shape == (6, 4, SIZES.num_intents)
+    for n in range(4):
+        torch.testing.assert_close(together[:, n], ranker(batch, embeddings[:, n], is_null[:, n]))
+
+
+def test_query_logits_are_the_scaled_dot_product_plus_the_prior(ranker: QERec) -> None:
+    z = torch.randn(2, 3, SETTINGS.dim)
+    logits = ranker.query_logits(z)
+    items = ranker.items()
+    expected = float((z[1, 2] @ items[5]).detach()) / SETTINGS.tau + float(ranker.prior[5])
+    assert float(logits[1, 2, 5].detach()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_intent_training_never_showed_is_ranked_by_its_text() -> None:
+    torch.manual_seed(0)
+    with_text = sizes(item_dim=4)
+    tower = QERec(with_text, SETTINGS).eval().item_tower
+    seen = torch.ones(with_text.num_intents, dtype=torch.bool)
+    seen[[2, 3]] = False
+    tower.text.normal_()
+    tower.text[2] = tower.text[3] = tower.text[0]
+    items = tower(seen)
+    assert torch.equal(items[2], items[3])
+    assert not torch.allclose(items[2], items[0])
+    tower.text[3] += 1
+    assert not torch.allclose(tower(seen)[2], tower(seen)[3])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(3, 60), st.integers(2, 12), st.integers(1, 12))
+def test_whitened_vectors_have_unit_variance_and_parts_add_up(seed: int, n: int, dim: int, k: int) -> None:
+    draw = np.random.default_rng(seed)
+    vectors = draw.normal(size=(n, dim)) @ draw.normal(size=(dim, dim)) + 5
+    whitening, parts = Whitening(dim, min(k, dim)), Whitening(dim, min(k, dim))
+    whitening.fit(Moments.of(vectors))
+    parts.fit(Moments.of(vectors[: n // 2]) + Moments.of(vectors[n // 2 :]))
+    torch.testing.assert_close(
+        whitening.components @ whitening.components.T, parts.components @ parts.components.T, rtol=1e-3, atol=1e-3
+    )
+    out = whitening(torch.tensor(vectors, dtype=torch.float32)).numpy()
+    live = min(k, dim, n - 1)
+    variance = out.var(axis=0)
+    assert np.abs(out.mean(axis=0)).max() < 2e-2
+    assert (variance[live:] == 0).all()
+    assert all(v == 0 or abs(v - 1) < 5e-2 for v in variance[:live].tolist())
