@@ -7,8 +7,6 @@ failed for good, 130 interrupted; a bug keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 import traceback
 from enum import StrEnum
@@ -56,7 +54,9 @@ def loop(
     settings = _load(config, override)
     if run_dir is not None:
         settings = settings.model_copy(update={"run_dir": run_dir})
-    _ray_token(settings)
+    from rgalign_ray.loop import environment
+
+    environment.prepare(settings)
     from rgalign_ray.loop.controller import run
 
     try:
@@ -130,18 +130,3 @@ def _load(name_or_path: str, overrides: list[str] | None) -> Config:
     from rgalign_ray.config import load
 
     return load(name_or_path, overrides)
-
-
-def _ray_token(config: Config) -> None:
-    """Lets a Ray that this process starts answer this process alone; must run before ray is imported.
-
-    Ray knows two modes, `disabled` and `token`, and reads RAY_AUTH_MODE when it is imported. Its GCS and
-    its workers listen on every interface, so `disabled` would let anyone on the network run code here.
-    Left to itself Ray writes a token, readable by all, into the home folder; a token in the environment
-    reaches Ray's own processes and leaves nothing behind. With an address given the cluster decides, and
-    the caller's environment stands as it is.
-    """
-    if config.cluster.address is None and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

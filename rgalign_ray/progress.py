@@ -16,14 +16,16 @@ LINE_EVERY_S = 15.0
 @contextmanager
 def track(label: str, total: int, unit: str = "") -> Iterator[Advance]:
     """Shows how far `total` steps of `label` have come; the block calls `advance(n)` after each n of them."""
-    if sys.stderr.isatty():
-        with _bar(label, total, unit) as advance:
-            yield advance
-        return
+    with _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit) as advance:
+        yield advance
+
+
+@contextmanager
+def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
     started = last = time.monotonic()
     done = 0
 
-    def advance(n: int = 1) -> None:
+    def advance(n: int) -> None:
         nonlocal done, last
         done += n
         now = time.monotonic()
@@ -59,7 +61,11 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda n=1: bar.advance(task, n)
+
+        def advance(n: int) -> None:
+            bar.advance(task, n)
+
+        yield advance
 
 
 def clock(seconds: float) -> str:

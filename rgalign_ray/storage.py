@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
@@ -96,10 +97,15 @@ def write_table(uri: str, table: pa.Table) -> None:
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def read_table(uri: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expression | None = None) -> pa.Table:
     """A Parquet file, or all Parquet files of a folder in the order of their names (hive partitions decoded)."""
     fs, path = filesystem(uri)
-    return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
+    if fs.get_file_info(path).type != pafs.FileType.Directory:
+        return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
+    files = [filesystem(file)[1] for file in list_files(uri, ".parquet")]
+    partitions = ds.HivePartitioning.discover()
+    dataset = ds.dataset(files, filesystem=fs, format="parquet", partitioning=partitions, partition_base_dir=path)
+    return dataset.to_table(columns=columns, filter=filters)
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from rgalign_ray.config import Config
+from rgalign_ray.loop import environment
+
 os.environ.setdefault("RGALIGN_CACHE", str(Path(tempfile.gettempdir()) / "rgalign-test-cache"))
+environment.prepare(Config())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

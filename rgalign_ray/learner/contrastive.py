@@ -11,6 +11,7 @@ what is left to learn is the session.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def _step(
 class _Rows:
     """The training sessions; a batch is a pure function of step and rank."""
 
-    def __init__(self, task: LearnerTask, readouts: list[str], ranker: QERec) -> None:
+    def __init__(self, task: LearnerTask, readouts: Sequence[str], ranker: QERec) -> None:
         self.table = storage.read_table(storage.join(task.data, "positives.parquet")).sort_by("session_id")
         self.intents = ranker.items().shape[0]
         self.readouts = readouts

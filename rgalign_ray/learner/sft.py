@@ -10,7 +10,7 @@ import tempfile
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rgalign_ray import config, storage
@@ -55,6 +55,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
             processing_class=models.load_tokenizer(task.reasoner.model),
             callbacks=[_Progress(advance)],
         )
+        trainer.remove_callback(PrinterCallback)  # the curve is in the figures
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
@@ -94,6 +95,3 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the trainer's own per-step print away: the curve is in the figures."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rgalign_ray import progress
-from rgalign_ray.learner import contrastive, sft
 from rgalign_ray.learner.engine import LearnerTask
-
-OBJECTIVES = {"sft": sft.train, "contrastive": contrastive.train}
 
 
 def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str, Any]:
@@ -46,33 +43,24 @@ def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str,
             name=name,
             storage_path=storage_uri,
             failure_config=FailureConfig(max_failures=learner.retries),
-            worker_runtime_env={"env_vars": _environment(task)},
         ),
     )
     return trainer.fit().return_value
 
 
-def _environment(task: LearnerTask) -> dict[str, str]:
-    # one thread a worker makes sums repeatable; the accelerator is named so that DeepSpeed does not guess
-    return {
-        "DS_ACCELERATOR": "cuda" if task.learner.use_gpu else "cpu",
-        "OMP_NUM_THREADS": str(task.reasoner.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
 def _worker(loop: dict[str, Any]) -> dict[str, Any]:
     task: LearnerTask = loop["task"]
     torch.set_num_threads(task.reasoner.threads)
-    os.environ.update(_environment(task))
+    os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
+    objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
     alone = not dist.is_initialized()
     if alone:
         _group_of_one()
     try:
         if dist.get_rank() == 0:
             with progress.track(f"RG-{task.objective}", loop["steps"], "steps") as advance:
-                return OBJECTIVES[task.objective](task, advance)
-        return OBJECTIVES[task.objective](task, lambda n: None)
+                return objective.train(task, advance)
+        return objective.train(task, lambda n: None)
     finally:
         if alone:
             dist.destroy_process_group()

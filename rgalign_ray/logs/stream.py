@@ -40,7 +40,9 @@ def sessions(
     folder = storage.join(uri, "sessions")
     if not storage.list_files(folder, ".parquet"):
         raise DataError(f"{folder}: holds no Parquet file.")
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.use_datasource_v2 = False  # it starts actors to read footers, which take longer than a small log
     hive = Partitioning("hive", field_types={"dt": str, "region": str})
     dataset = ray.data.read_parquet(folder, partitioning=hive)
     for condition in _conditions(roles, start, end, regions):

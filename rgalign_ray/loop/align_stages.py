@@ -32,6 +32,8 @@ from rgalign_ray.reward.selection import select
 from rgalign_ray.rollout.pool import RolloutPool
 from rgalign_ray.rollout.worker import Instruction, Unit
 
+SESSIONS_FILE = "sessions.parquet"
+"""The round's sessions with a click, beside their rollouts."""
 OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL"}
 
 
@@ -39,22 +41,21 @@ def stages(config: Config, round_: int) -> list[Stage]:
     """rollouts_r → rewards_r → selected_r → align_r_…, one stage an objective, each starting from the one before."""
     before = round_ - 1
     previous = f"align_{before}_{config.align[-1]}" if before else None
-    judges = [f"ranker_{before}", *(f"ranker_{before}_judge_{i}" for i in range(1, config.reward.judge_seeds))]
     sequence = [
         Stage(
             f"rollouts_{round_}",
             f"sample {config.rollout.n} queries a session",
             partial(roll_out, round_=round_),
             ("rollout", "prompt", "reasoner"),
-            ("sessions", *((previous,) if previous else ())),
+            ("sessions", "features", *((previous,) if previous else ())),
             ray=True,
         ),
         Stage(
             f"rewards_{round_}",
             "judge them with the frozen ranker",
-            partial(judge, round_=round_, judges=judges),
+            partial(judge, round_=round_),
             ("reward",),
-            ("sessions", f"rollouts_{round_}", *judges),
+            ("sessions", f"rollouts_{round_}", f"rankers_{before}"),
             ray=True,
         ),
         Stage(
@@ -69,7 +70,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
         name = f"align_{round_}_{objective}"
         inputs = [f"selected_{round_}", *((previous,) if previous else ())]
         if objective == "contrastive":
-            inputs.append(f"ranker_{before}")
+            inputs.append(f"rankers_{before}")
         sequence.append(
             Stage(
                 name,
@@ -87,7 +88,8 @@ def stages(config: Config, round_: int) -> list[Stage]:
 def roll_out(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
     template = Template.load(config.prompt.template)
-    sessions, without_click = align_sessions(run, round_, [*template.columns, "session_id", "clicks"])
+    sessions, without_click = align_sessions(run, round_, template)
+    storage.write_table(storage.join(out, SESSIONS_FILE), sessions)
     units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), config.rollout.unit_sessions)
     engine = engine_spec(run, round_ - 1)
     pool = RolloutPool(
@@ -115,15 +117,18 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
     return Outcome(rows, {"faults": reasons, "valid_rate": faults[None] / total, "worker_deaths": pool.deaths})
 
 
-def align_sessions(run: Run, round_: int, columns: list[str]) -> tuple[pa.Table, int]:
+def align_sessions(run: Run, round_: int, template: Template) -> tuple[pa.Table, int]:
     """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
+
+    Their columns are those that prompts and rankers read.
 
     Raises:
         DataError: when none has a click.
     """
-    role = f"align_{round_}"
-    sessions = stream.sessions(run.uri("sessions"), columns=list(dict.fromkeys(columns)), roles=[role])
-    batches = list(stream.batches(sessions))
+    role, uri = f"align_{round_}", run.uri("sessions")
+    space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
+    columns = dict.fromkeys([*template.columns, *examples.columns(space, stream.column_names(uri))])
+    batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
     clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
     if table is None or not any(clicked):
@@ -138,10 +143,11 @@ def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
     return [Unit([session_ids[row] for row in chunk], [texts[row] for row in chunk]) for chunk in chunks]
 
 
-def judge(run: Run, out: str, round_: int, judges: list[str]) -> Outcome:
+def judge(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
-    space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
-    sessions, _ = align_sessions(run, round_, examples.columns(space, stream.column_names(run.uri("sessions"))))
+    judges = ["qe_rec", *(f"judge_{seed}" for seed in range(1, config.reward.judge_seeds))]
+    rankers = [run.uri(f"rankers_{round_ - 1}", name) for name in judges]
+    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
     place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
     folder = run.uri(f"rollouts_{round_}")
     files = storage.list_files(storage.join(folder, "rollouts"), ".parquet")
@@ -152,7 +158,7 @@ def judge(run: Run, out: str, round_: int, judges: list[str]) -> Outcome:
             rows = sessions.take(pa.array([place[session] for session in ids]))
             yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
 
-    model = actor.remote(config.reward.cpus, [run.uri(name) for name in judges], run.uri("sessions"), config.reward)
+    model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward)
     with progress.track("rewards", len(files), "units") as advance:
         results = []
         for result in actor.score_all(model, requests()):
@@ -199,10 +205,9 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
 
 
 def positives(run: Run, round_: int, rollouts: pa.Table, selected: pa.Table, n: int) -> pa.Table:
-    """A row per session: its prompt, its selected query's tokens (null: none) and the indices of its clicked intents."""
+    """A row per session: its prompt, its selected query's tokens (null: none), and its clicked intents by index."""
     catalogue = Catalogue.load(run.uri("sessions"))
-    names = [name for name in stream.column_names(run.uri("sessions")) if name in ("candidates", "candidate_set")]
-    sessions, _ = align_sessions(run, round_, ["session_id", "clicks", names[0]])
+    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
     candidates = catalogue.candidates(sessions)
     clicks = catalogue.padded(sessions["clicks"], candidates)
     query = dict(zip(selected["session_id"].to_pylist(), selected["completion_ids"].to_pylist(), strict=True))
@@ -232,7 +237,7 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         optimisation=optimisation,
         weights=run.uri(weights) if weights else None,
         data=run.uri(f"selected_{round_}"),
-        ranker=run.uri(f"ranker_{round_ - 1}") if objective == "contrastive" else None,
+        ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec") if objective == "contrastive" else None,
         out=out,
         version=f"{config.reasoner.model}+{round_}.{objective}",
         seed=config.seed * 1000 + round_,

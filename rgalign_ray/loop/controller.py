@@ -10,16 +10,16 @@ settings and its inputs, so what comes out is the same.
 
 from __future__ import annotations
 
-import os
 import time
-from importlib import resources
 
 from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import InfrastructureError
-from rgalign_ray.loop import plan, summary
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop import environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
 from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.loop.stages import stages
@@ -71,6 +71,9 @@ def show(job: Run) -> None:
 def stage_key(job: Run, stage: Stage) -> str:
     """Hash of everything that decides what the stage writes."""
     settings = job.config.model_dump(mode="json")
+    # a name stands for a file, and the file may change under the same name
+    settings["features"] = FeatureSpec.load(job.config.features.spec).key
+    settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
     chosen = {name: settings[name] for name in ("seed", *stage.settings)}
     return storage.content_key(__version__, stage.name, chosen, {name: job.manifest(name).key for name in stage.inputs})
 
@@ -102,52 +105,24 @@ def connect(config: Config) -> None:
         ConfigError: when the cluster cannot hold the plan.
         InfrastructureError: when the address does not answer.
     """
-    if config.cluster.address is None:
-        os.environ.update(_local_environment())  # some of it is read when ray is imported
+    environment.prepare(config)
     import ray
 
     if not ray.is_initialized():
         cluster = config.cluster
         quiet = {"logging_level": "error", "logging_config": ray.LoggingConfig(log_level="ERROR")}
         if cluster.address is None:
-            environment = _environment() | _local_environment()
             ray.init(
                 num_cpus=plan.local_cpus(config),
                 object_store_memory=cluster.object_store_mb * 2**20,
                 include_dashboard=False,
-                runtime_env={"env_vars": environment},
                 **quiet,
             )
         else:
             try:
-                ray.init(address=cluster.address, runtime_env={"env_vars": _environment()}, **quiet)
+                ray.init(address=cluster.address, runtime_env={"env_vars": environment.for_workers()}, **quiet)
             except ConnectionError as error:
                 raise InfrastructureError(f"cluster.address: {cluster.address} does not answer ({error}).") from None
         ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
     plan.check(config, there.get("CPU", 0.0), there.get("GPU", 0.0))
-
-
-def _local_environment() -> dict[str, str]:
-    """Ray's own knobs, for a Ray that runs on this machine alone."""
-    return {
-        # Ray Data reads Parquet footers with 32 actors, whose start costs a small machine a minute
-        "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
-        "RAY_DATA_LOGGING_CONFIG": str(resources.files("rgalign_ray") / "configs" / "logging" / "ray_data.yaml"),
-        # nobody drains the only node, and prints of a worker need not be logged as well
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
-
-
-def _environment() -> dict[str, str]:
-    """What every Ray worker needs to agree on with the driver, and what keeps libraries quiet in it."""
-    names = ("RGALIGN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return quiet | {name: os.environ[name] for name in names if name in os.environ}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.evaluate.examples import example_sessions
@@ -18,10 +16,8 @@ TOP_SHOWN = 3
 
 
 def stages(config: Config) -> list[Stage]:
-    rounds = {0, config.rounds}
-    inputs = ["sessions", "features", *config.baselines]
-    inputs += [f"{kind}_{r}{control}" for r in sorted(rounds) for kind, control in
-               (("embeddings", ""), ("ranker", ""), ("ranker", "_shuffled"))]  # fmt: skip
+    inputs = ["sessions", "features"]
+    inputs += [f"{kind}_{r}" for r in sorted({0, config.rounds}) for kind in ("embeddings", "rankers")]
     if config.log.source == "shop":
         inputs.append("log")
     return [
@@ -33,17 +29,18 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
     """The ladder, each rung against the one before; and the controls."""
     last = run.config.rounds
     embeddings = {r: run.uri(f"embeddings_{r}") for r in (0, last)}
-    ladder = [Rung(name.replace("_", "-"), run.uri(name)) for name in run.config.baselines]
-    ladder.append(Rung("QE-Rec", run.uri("ranker_0"), embeddings[0], note="frozen reasoner"))
-    ladder.append(Rung("RGAlign-Rec", run.uri(f"ranker_{last}"), embeddings[last], note="aligned reasoner, retrained"))
+    rankers = {r: partial(run.uri, f"rankers_{r}") for r in (0, last)}
+    ladder = [Rung(name.replace("_", "-"), rankers[0](name)) for name in run.config.baselines]
+    ladder.append(Rung("QE-Rec", rankers[0]("qe_rec"), embeddings[0], note="frozen reasoner"))
+    ladder.append(Rung("RGAlign-Rec", rankers[last]("qe_rec"), embeddings[last], note="aligned reasoner, retrained"))
     trained = "trained and tested with queries shuffled across users"
+    mean = "every session reads the mean query vector"
     controls = [
-        Rung("base rate", run.uri("ranker_0"), prior=True, control=True, note="each intent's share of clicks"),
-        Rung("QE-Rec shuffled", run.uri("ranker_0_shuffled"), embeddings[0], "shuffled", control=True, note=trained),
-        Rung("RGAlign shuffled", run.uri(f"ranker_{last}_shuffled"), embeddings[last], "shuffled", control=True, note=trained),
-        Rung("RGAlign mean query", run.uri(f"ranker_{last}"), embeddings[last], "mean", control=True,
-             note="every session reads the mean query vector"),
-    ]  # fmt: skip
+        Rung("base rate", rankers[0]("qe_rec"), prior=True, control=True, note="each intent's share of clicks"),
+        Rung("QE-Rec shuffled", rankers[0]("shuffled"), embeddings[0], "shuffled", control=True, note=trained),
+        Rung("RGAlign shuffled", rankers[last]("shuffled"), embeddings[last], "shuffled", control=True, note=trained),
+        Rung("RGAlign mean query", rankers[last]("qe_rec"), embeddings[last], "mean", control=True, note=mean),
+    ]
     return ladder, controls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -15,7 +14,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.ranker import training
-from rgalign_ray.ranker.training import RankerJob
+from rgalign_ray.ranker.training import RankerJob, RankerSpec
 from rgalign_ray.rollout import encode
 from rgalign_ray.rollout.worker import EngineSpec
 
@@ -25,39 +24,45 @@ ENCODED = ("rank", "valid", "test")
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
-    """Embeddings of reasoner r and ranker r; in round 0 also the baselines and the reward's other judges."""
-    embeddings = f"embeddings_{round_}"
-    reads = ("prompt", "reasoner", "encode", "rollout", "evaluate")
+    """embeddings_r by reasoner r, and rankers_r trained on them; round 0 also reads the knowledge base."""
     reasoner = reasoner_stage(config, round_)
-    inputs = ("sessions", *((reasoner,) if reasoner else ()))
     who = "frozen reasoner" if round_ == 0 else f"aligned reasoner {round_}"
-    sequence = [
-        Stage(
-            embeddings,
-            f"read sessions with the {who}",
-            partial(encode_sessions, round_=round_),
-            reads,
-            inputs,
-            ray=True,
-        )
+    embeddings = Stage(
+        f"embeddings_{round_}",
+        f"read sessions with the {who}",
+        partial(encode_sessions, round_=round_),
+        ("prompt", "reasoner", "encode", "rollout", "evaluate"),
+        ("sessions", *((reasoner,) if reasoner else ())),
+        ray=True,
+    )
+    rankers = Stage(
+        f"rankers_{round_}",
+        "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
+        partial(train_rankers, round_=round_),
+        ("ranker", "reward", "baselines"),
+        ("sessions", "features", "items", embeddings.name),
+        ray=True,
+    )
+    if round_ > 0:
+        return [embeddings, rankers]
+    items = Stage("items", "read the knowledge base", encode_items, ("prompt", "reasoner"), ("sessions",), ray=True)
+    return [items, embeddings, rankers]
+
+
+def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
+    """Rankers of a round: QE-Rec and its control on shuffled queries; before an alignment the reward's other
+    judges; in round 0 the baselines."""
+
+    def spec(name: str, kind: Literal["qe_rec", "two_tower"], seed: int = 0, shuffled: bool = False) -> RankerSpec:
+        return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled)
+
+    judges = range(1, config.reward.judge_seeds) if round_ < config.rounds else ()
+    return [
+        *(spec(name, name) for name in (config.baselines if round_ == 0 else ())),
+        spec("qe_rec", "qe_rec"),
+        *(spec(f"judge_{seed}", "qe_rec", seed) for seed in judges),
+        spec("shuffled", "qe_rec", shuffled=True),
     ]
-    trained: list[tuple[str, str, str, int, bool]] = [(f"ranker_{round_}", "QE-Rec", "qe_rec", 0, False)]
-    if round_ < config.rounds:
-        trained += [
-            (f"ranker_{round_}_judge_{judge}", f"QE-Rec, another seed ({judge})", "qe_rec", judge, False)
-            for judge in range(1, config.reward.judge_seeds)
-        ]
-    trained.append((f"ranker_{round_}_shuffled", "control: queries shuffled across users", "qe_rec", 0, True))
-    if round_ == 0:
-        sequence.insert(
-            0, Stage("items", "read the knowledge base", encode_items, ("prompt", "reasoner"), ("sessions",), ray=True)
-        )
-        trained = [(name, "baseline", name, 0, False) for name in config.baselines] + trained
-    for name, does, kind, seed, shuffled in trained:
-        needs = ("sessions", "features", "items", *((embeddings,) if kind == "qe_rec" else ()))
-        train = partial(train_ranker, name=name, kind=kind, round_=round_, seed=seed, shuffled=shuffled)
-        sequence.append(Stage(name, f"train {does}", train, ("ranker",), needs, ray=True))
-    return sequence
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -106,21 +111,17 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
 
 
-def train_ranker(
-    run: Run, out: str, name: str, kind: Literal["qe_rec", "two_tower"], round_: int, seed: int, shuffled: bool
-) -> Outcome:
+def train_rankers(run: Run, out: str, round_: int) -> Outcome:
     job = RankerJob(
-        kind=kind,
+        rankers=tuple(ranker_specs(run.config, round_, out)),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
-        out_uri=out,
         settings=run.config.ranker,
-        seed=run.config.seed * 1000 + seed,
         storage_uri=run.uri(".train"),
-        run_name=f"{name}-{storage.content_key(out)}",
-        embeddings_uri=run.uri(f"embeddings_{round_}") if kind == "qe_rec" else None,
+        run_name=f"rankers_{round_}-{storage.content_key(out)}",
+        embeddings_uri=run.uri(f"embeddings_{round_}"),
         item_embeddings_uri=run.uri("items"),
-        shuffle_queries=shuffled,
+        shuffle_seed=run.config.seed,
     )
-    figures = training.train(job).figures
-    return Outcome(rows={"epochs": figures["epoch"]}, figures=figures)
+    trained = training.train(job)
+    return Outcome({"rankers": len(trained)}, {name: ranker.figures for name, ranker in trained.items()})

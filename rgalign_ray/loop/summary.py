@@ -71,13 +71,13 @@ def _summary(
             continue
         gap = comparison.difference
         verdict = "separated over users (one seed)" if comparison.separated else "not separated"
-        lines.append(
-            f"{comparison.better} over {comparison.worse}: GAUC {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}), {verdict}."
-        )
+        interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+        lines.append(f"{comparison.better} over {comparison.worse}: GAUC {interval}, {verdict}.")
     lines.append(
-        f"Reward gate, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} nats against judge noise "
-        f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; the second judge sees {gate['agreement']:+.4f} "
-        f"± {gate['agreement_error']:.4f} (standard error) in the first one's best of {run.config.rollout.n}."
+        f"Reward gate, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
+        f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
+        f"{run.config.rollout.n} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
+        "(standard error) over the session's mean."
     )
     rates = [manifests[f"embeddings_{r}"].figures["valid_rate"] for r in (0, run.config.rounds)]
     lines.append(f"Valid latent queries: {rates[0]:.1%} before alignment, {rates[1]:.1%} after.")
@@ -87,10 +87,16 @@ def _summary(
 
 
 def _curves(manifests: dict[str, storage.Manifest]) -> list[Curves]:
-    gauc = {name: m.figures["gaucs"] for name, m in manifests.items() if "gaucs" in m.figures}
+    gauc = {
+        f"{ranker}, round {name.removeprefix('rankers_')}": figures["gaucs"]
+        for name, manifest in manifests.items()
+        if name.startswith("rankers_")
+        for ranker, figures in manifest.figures.items()
+    }
     curves = [Curves(title="Rankers: validation GAUC", x="epoch", y="GAUC", lines=gauc)]
     for name, manifest in manifests.items():
         if name.startswith("align_"):
-            lines = {key: manifest.figures[key] for key in ("loss", "accuracy") if key in manifest.figures}
+            figures = manifest.figures
+            lines: dict[str, list[float]] = {key: figures[key] for key in ("loss", "accuracy") if key in figures}
             curves.append(Curves(title=name, x="step", y="nats; accuracy as a share", lines=lines))
     return curves

@@ -21,6 +21,11 @@ Rows = dict[str, np.ndarray]
 """A ranker's sessions: fields, multi, history, candidates, shown, clicks, session_key; valid [n], sessions
 that choose the epoch; prompt [n, De] and query [n, De] as float16, has_prompt and has_query [n]."""
 
+READ = ("prompt", "has_prompt", "query", "has_query")
+"""What a row holds of embeddings."""
+SHUFFLED = "shuffled_"
+"""Before a name of `READ`: the same of another user's session, for the control."""
+
 LISTS = {"candidates": np.int32(-1), "shown": False, "clicks": False}
 """Columns whose width differs from batch to batch, and what pads them."""
 
@@ -42,13 +47,18 @@ def training_table(
     space: dict[str, Any],
     catalogue: tuple[pa.Table, pa.Table | None],
     embeddings: Embeddings | None,
+    shuffled: Embeddings | None,
     valid_role: str,
 ) -> pa.Table:
-    """A batch of sessions as training rows.
+    """A batch of sessions as training rows; with `shuffled`, the control's embeddings stand beside the own.
 
     `space` is what `FeatureSpace.from_dict` takes, `catalogue` what `Catalogue` takes.
     """
-    rows = with_embeddings(examples(sessions, FeatureSpace.from_dict(space), Catalogue(*catalogue)), embeddings)
+    arrays = examples(sessions, FeatureSpace.from_dict(space), Catalogue(*catalogue))
+    rows = with_embeddings(arrays, embeddings)
+    if shuffled is not None:
+        others = with_embeddings(arrays, shuffled)
+        rows |= {SHUFFLED + name: others[name] for name in READ}
     rows["valid"] = np.array([role == valid_role for role in sessions["role"].to_pylist()], dtype=bool)
     return to_table(rows)
 
@@ -70,12 +80,18 @@ def to_table(rows: Rows) -> pa.Table:
     return pa.table(columns)
 
 
-def from_tables(tables: list[pa.Table], sizes: Sizes) -> Rows:
-    """The tables' rows, one after another.
+def reading(rows: Rows, shuffled: bool) -> Rows:
+    """The rows as one ranker reads them: with their own embeddings, or with the control's."""
+    own = {name: values for name, values in rows.items() if not name.startswith(SHUFFLED)}
+    return own | {name: rows[SHUFFLED + name] for name in READ} if shuffled else own
+
+
+def from_tables(tables: list[pa.Table], sizes: Sizes, shuffled: bool = False) -> Rows:
+    """The tables' rows, one after another; `shuffled` says that they hold the control's embeddings too.
 
     A worker that was dealt no table gets zero rows of the right shapes, and takes part in every step.
     """
-    table = pa.concat_tables(tables).combine_chunks() if tables else to_table(_none(sizes))
+    table = pa.concat_tables(tables).combine_chunks() if tables else to_table(_none(sizes, shuffled))
     rows: Rows = {}
     for name in table.column_names:
         column = lists.combined(table[name])
@@ -87,25 +103,28 @@ def from_tables(tables: list[pa.Table], sizes: Sizes) -> Rows:
             rows[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
         else:
             rows[name] = column.to_numpy(zero_copy_only=False)
-    for name, shape in _shapes(sizes).items():
+    for name, shape in _shapes(sizes, shuffled).items():
         values = rows.get(name, np.zeros((len(table), 0), np.int32))
         rows[name] = values.reshape(len(table), *shape) if len(table) else np.zeros((0, *shape), values.dtype)
     return rows
 
 
-def _shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    return {
+def _shapes(sizes: Sizes, shuffled: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
         "fields": (sizes.num_fields,),
         "multi": (sizes.num_multi, sizes.multi_length),
         "history": (sizes.history_length,),
-        "prompt": (sizes.embedding_dim,),
-        "query": (sizes.embedding_dim,),
     }
+    for prefix in ("", SHUFFLED) if shuffled else ("",):
+        shapes |= {prefix + "prompt": (sizes.embedding_dim,), prefix + "query": (sizes.embedding_dim,)}
+    return shapes
 
 
-def _none(sizes: Sizes) -> Rows:
-    whole = {"session_key": np.int64, "valid": bool, "has_prompt": bool, "has_query": bool}
-    kinds = {"prompt": np.float16, "query": np.float16}
-    rows = {name: np.zeros(0, kind) for name, kind in whole.items()}
+def _none(sizes: Sizes, shuffled: bool) -> Rows:
+    rows: Rows = {"session_key": np.zeros(0, np.int64), "valid": np.zeros(0, bool)}
+    for prefix in ("", SHUFFLED) if shuffled else ("",):
+        rows |= {prefix + name: np.zeros(0, bool) for name in READ if name.startswith("has_")}
     rows |= {name: np.zeros((0, 1), np.asarray(fill).dtype) for name, fill in LISTS.items()}
-    return rows | {name: np.zeros((0, *s), kinds.get(name, np.int32)) for name, s in _shapes(sizes).items()}
+    for name, shape in _shapes(sizes, shuffled).items():
+        rows[name] = np.zeros((0, *shape), np.float16 if name.endswith(("prompt", "query")) else np.int32)
+    return rows

@@ -1,4 +1,7 @@
-"""The three towers: a session's user and context → u, an intent → v, a query embedding → z."""
+"""The three towers: a session's user and context → u, an intent → v, a query embedding → z.
+
+What a softmax cancels has no bias: without a gradient, Adam would turn its float noise into whole steps.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class AutoInt(nn.Module):
         super().__init__()
         self.heads = next(h for h in range(heads, 0, -1) if h == 1 or (dim % h == 0 and dim // h >= MIN_HEAD))
         self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.residual = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class HistoryEncoder(nn.Module):
         self.heads = heads
         self.event = nn.Embedding(size, dim, padding_idx=0)
         self.age = nn.Parameter(torch.empty(length, dim))
-        self.weight = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, heads))
+        self.weight = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, heads, bias=False))
         self.value = nn.Linear(dim, dim)
         _normal(self.event)
         nn.init.normal_(self.age, std=EMBEDDING_STD)

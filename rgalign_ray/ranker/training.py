@@ -43,7 +43,7 @@ from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import MODELS, Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
-from rgalign_ray.ranker.rows import from_tables, training_table
+from rgalign_ray.ranker.rows import from_tables, reading, training_table
 from rgalign_ray.ranker.scoring import Meta, meta_of, save
 from rgalign_ray.ranker.sizes import Sizes
 
@@ -60,35 +60,50 @@ STATE = "state.pt"
 
 
 @dataclass(frozen=True)
-class RankerJob:
-    """One ranker to train.
+class RankerSpec:
+    """One ranker of a job.
 
     Args:
+        name: unique in the job.
         kind: the model.
+        out_uri: folder that receives the artefact.
+        seed: of initialisation, order, dropout and query inputs.
+        shuffled: the control in which every session reads the embeddings of another user's session.
+    """
+
+    name: str
+    kind: Literal["qe_rec", "two_tower"]
+    out_uri: str
+    seed: int
+    shuffled: bool = False
+
+
+@dataclass(frozen=True)
+class RankerJob:
+    """Rankers to train one after another by one group of workers, over one pass of the log.
+
+    Args:
+        rankers: at least one.
         log_uri: an ingested log.
         space: `FeatureSpace.to_dict` of the feature space.
-        out_uri: folder that receives the artefact.
-        settings: the ranker's part of the configuration.
-        seed: of initialisation, order, dropout and query inputs.
+        settings: the rankers' part of the configuration.
         storage_uri: folder for Ray Train's own checkpoints; what this run leaves there is removed at its end.
         run_name: a job that died is resumed by the same name.
         embeddings_uri: e(x) and e(x,q) of the sessions; required by qe_rec.
         item_embeddings_uri: text embeddings of the intents (readout item).
-        shuffle_queries: the control in which every session reads the embeddings of another user's session.
+        shuffle_seed: of the control's permutation.
         local: train in this process, without workers.
     """
 
-    kind: Literal["qe_rec", "two_tower"]
+    rankers: tuple[RankerSpec, ...]
     log_uri: str
     space: dict[str, Any]
-    out_uri: str
     settings: config.Ranker
-    seed: int
     storage_uri: str
     run_name: str
     embeddings_uri: str | None = None
     item_embeddings_uri: str | None = None
-    shuffle_queries: bool = False
+    shuffle_seed: int = 0
     local: bool = False
 
 
@@ -99,19 +114,23 @@ class TrainedRanker:
     figures: dict[str, Any]
 
 
-def train(job: RankerJob) -> TrainedRanker:
-    """Trains a ranker on role rank, choosing the epoch on role valid, and writes its artefact.
+def train(job: RankerJob) -> dict[str, TrainedRanker]:
+    """Trains rankers on role rank, choosing each one's epoch on role valid, and writes their artefacts.
+
+    Returns:
+        by name of the spec.
 
     Raises:
         ConfigError: for a QE-Rec without embeddings.
         DataError: for a log without clicks in rank or valid, or embeddings that do not belong to it.
         ray.train.TrainingFailedError: when workers failed more than `MAX_FAILURES` times.
     """
-    if MODELS[job.kind].reads_queries and job.embeddings_uri is None:
+    reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
+    if reading and job.embeddings_uri is None:
         raise ConfigError("ranker: qe_rec reads query embeddings; encode the sessions first.")
     catalogue = _catalogue(job.log_uri)
     intent_ids = Catalogue(*catalogue).ids
-    embeddings = _session_embeddings(job)
+    embeddings = Embeddings.load(job.embeddings_uri) if reading and job.embeddings_uri else None
     items = Embeddings.load(job.item_embeddings_uri).items(intent_ids) if job.item_embeddings_uri else None
     item_dim = min(job.settings.whitened_dim, items.shape[1], len(intent_ids) - 1) if items is not None else 0
     sizes = Sizes.of(
@@ -120,32 +139,33 @@ def train(job: RankerJob) -> TrainedRanker:
         embedding_dim=embeddings.dim if embeddings else 0,
         item_dim=item_dim,
     )
-    dataset = _dataset(job, catalogue, embeddings)
     worker_config = {
-        "kind": job.kind,
+        "rankers": [asdict(spec) for spec in job.rankers],
         "sizes": asdict(sizes),
         "settings": job.settings.model_dump(),
         "items": items,
-        "seed": job.seed,
-        "name": job.run_name,
     }
-    result = _fit(job, dataset, worker_config)
-    model = MODELS[job.kind](sizes, job.settings)
-    model.load_state_dict(unpack(result["weights"]))
-    meta: Meta = meta_of(
-        model,
-        space=job.space,
-        intent_ids=intent_ids,
-        reasoner_version=embeddings.reasoner_version if embeddings else None,
-        seed=job.seed,
-        figures=result["figures"],
-    )
-    version = save(model, job.out_uri, meta).version
+    results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
+    trained = {}
+    for spec in job.rankers:
+        result = results[spec.name]
+        model = MODELS[spec.kind](sizes, job.settings)
+        model.load_state_dict(unpack(result["weights"]))
+        meta: Meta = meta_of(
+            model,
+            space=job.space,
+            intent_ids=intent_ids,
+            reasoner_version=embeddings.reasoner_version if embeddings else None,
+            seed=spec.seed,
+            figures=result["figures"],
+        )
+        version = save(model, spec.out_uri, meta).version
+        trained[spec.name] = TrainedRanker(spec.out_uri, version, result["figures"])
     storage.delete(storage.join(job.storage_uri, job.run_name))
-    return TrainedRanker(job.out_uri, version, result["figures"])
+    return trained
 
 
-def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, Any]:
+def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     settings = job.settings
     fs, path = storage.filesystem(job.storage_uri)
     trainer = TorchTrainer(
@@ -168,7 +188,6 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         ),
     )
     outcome = trainer.fit().return_value
@@ -195,31 +214,43 @@ class _WholeBlocks(DataConfig):
 
 
 def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in every worker (or in this process, locally); only rank 0's return value is used."""
+    """Runs in every worker (or in this process, locally); only rank 0's return value is used.
+
+    Returns:
+        by ranker, its packed weights and figures; or `data_error`, which a retry would not mend.
+    """
     started = time.monotonic()
     sizes = Sizes(**worker_config["sizes"])
     settings = config.Ranker.model_validate(worker_config["settings"])
+    specs = [RankerSpec(**spec) for spec in worker_config["rankers"]]
     shard = ray.train.get_dataset_shard(DATASET)
     blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
-    rows = from_tables(blocks, sizes)
+    rows = from_tables(blocks, sizes, any(spec.shuffled for spec in specs))
     group = Group()
     device = "cuda" if settings.use_gpu else "cpu"
+    checkpoint = _checkpoint()
+    results: dict[str, Any] = checkpoint.get("results", {})
     with _one_thread():
-        try:
-            items, seed = worker_config["items"], worker_config["seed"]
-            fit = Fit(worker_config["kind"], sizes, settings, rows, items, seed, group, device)
-        except DataError as error:  # from summed counts, hence the same in all workers; a retry would not help
-            return {"data_error": str(error)}
-        _resume(fit)
-        figures = fit.run(_Reporter(worker_config["name"], started))
-        return {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
+        for spec in specs:
+            if spec.name in results:
+                continue
+            own = reading(rows, spec.shuffled)
+            try:
+                fit = Fit(spec.kind, sizes, settings, own, worker_config["items"], spec.seed, group, device)
+            except DataError as error:  # from summed counts, hence the same in all workers
+                return {"data_error": str(error)}
+            if checkpoint.get("name") == spec.name:
+                fit.resume(checkpoint["fit"])
+            figures = fit.run(_Reporter(spec.name, started, results))
+            results[spec.name] = {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
+    return results
 
 
 class _Reporter:
     """After each epoch: a line from rank 0, and now and then a checkpoint of all workers' common state."""
 
-    def __init__(self, name: str, started: float) -> None:
-        self.name, self.started, self.saved = name, started, time.monotonic()
+    def __init__(self, name: str, started: float, results: dict[str, Any]) -> None:
+        self.name, self.started, self.results, self.saved = name, started, results, time.monotonic()
 
     def __call__(self, fit: Fit) -> None:
         progress, first = fit.progress, fit.group.rank == 0
@@ -233,16 +264,19 @@ class _Reporter:
         self.saved = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             if first:
-                Path(folder, STATE).write_bytes(pack(fit.state()))
+                state = {"results": self.results, "name": self.name, "fit": fit.state()}
+                Path(folder, STATE).write_bytes(pack(state))
             checkpoint = ray.train.Checkpoint.from_directory(folder) if first else None
             ray.train.report({"gauc": progress.gaucs[-1]}, checkpoint=checkpoint)
 
 
-def _resume(fit: Fit) -> None:
+def _checkpoint() -> dict[str, Any]:
+    """What an attempt that died had reached: results of finished rankers, name and state of the one in work."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            fit.resume(unpack(Path(folder, STATE).read_bytes()))
+    if checkpoint is None:
+        return {}
+    with checkpoint.as_directory() as folder:
+        return unpack(Path(folder, STATE).read_bytes())
 
 
 @contextmanager
@@ -262,17 +296,13 @@ def _catalogue(log_uri: str) -> tuple[pa.Table, pa.Table | None]:
     return intents, storage.read_table(sets) if storage.exists(sets) else None
 
 
-def _session_embeddings(job: RankerJob) -> Embeddings | None:
-    if not MODELS[job.kind].reads_queries:
+def _shuffled(job: RankerJob, embeddings: Embeddings | None) -> Embeddings | None:
+    """The control's embeddings, where a ranker of the job wants them."""
+    if embeddings is None or not any(spec.shuffled for spec in job.rankers):
         return None
-    assert job.embeddings_uri is not None
-    embeddings = Embeddings.load(job.embeddings_uri)
-    if job.shuffle_queries:
-        table = storage.read_table(storage.join(job.log_uri, "sessions"), columns=["session_id", "user_id", "role"])
-        table = table.filter(pc.is_in(table["role"], value_set=pa.array([TRAIN_ROLE, VALID_ROLE])))
-        sessions, users = table["session_id"].to_pylist(), table["user_id"].to_pylist()
-        embeddings = embeddings.shuffled(sessions, users, job.seed)
-    return embeddings
+    table = storage.read_table(storage.join(job.log_uri, "sessions"), columns=["session_id", "user_id", "role"])
+    table = table.filter(pc.is_in(table["role"], value_set=pa.array([TRAIN_ROLE, VALID_ROLE])))
+    return embeddings.shuffled(table["session_id"].to_pylist(), table["user_id"].to_pylist(), job.shuffle_seed)
 
 
 def _dataset(
@@ -287,6 +317,7 @@ def _dataset(
             "space": job.space,
             "catalogue": catalogue,
             "embeddings": embeddings,
+            "shuffled": _shuffled(job, embeddings),
             "valid_role": VALID_ROLE,
         },
         batch_size=None,

@@ -131,9 +131,7 @@ def query_scores(model: Ranker, batch: Batch, embeddings: torch.Tensor) -> np.nd
 
 def remote(cpus: float, *args: Any) -> Any:
     """A `RewardModel` as a Ray actor that holds `cpus` CPUs; a restart is a start."""
-    actor = ray.remote(RewardModel).options(
-        num_cpus=cpus, max_restarts=3, max_task_retries=3, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
-    )
+    actor = ray.remote(RewardModel).options(num_cpus=cpus, max_restarts=3, max_task_retries=3)
     return actor.remote(*args)
 
 

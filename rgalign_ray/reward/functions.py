@@ -35,8 +35,8 @@ def logprob(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndar
 def ndcg(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
     """NDCG@k of the clicks; shapes as in `logprob`."""
     sessions, queries, width = scores.shape
-    each_query = [np.repeat(labels, queries, axis=0) for labels in (clicks & mask, mask)]
-    return metrics.ndcg_at_k(scores.reshape(-1, width), *each_query, k).reshape(sessions, queries)
+    relevant, exists = (np.repeat(labels, queries, axis=0) for labels in (clicks & mask, mask))
+    return metrics.ndcg_at_k(scores.reshape(-1, width), relevant, exists, k).reshape(sessions, queries)
 
 
 def fault(sample: Sample) -> str | None:

@@ -139,7 +139,6 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         compute=ActorPoolStrategy(min_size=1, max_size=plan.encode.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=plan.encode.cpus_per_worker,
         num_gpus=plan.encode.gpus_per_worker,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(engine.reasoner.threads)}},
     )
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()

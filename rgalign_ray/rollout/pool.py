@@ -49,11 +49,8 @@ class RolloutPool:
         self.settings = settings
         self.worker_args = worker_args
         self.deaths = 0
-        remote = ray.remote(RolloutWorker)
-        self._actor_class = remote.options(
-            num_cpus=settings.cpus_per_worker,
-            num_gpus=settings.gpus_per_worker,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(worker_args["engine"].reasoner.threads)}},
+        self._actor_class = ray.remote(RolloutWorker).options(
+            num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
         )
         self._members: list[_Member] = []
 

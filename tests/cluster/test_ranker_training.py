@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +80,28 @@ def _space() -> FeatureSpace:
     return FeatureSpace.fit(spec, [table])
 
 
-def _job(log: Path, out: Path, settings: config.Ranker = SETTINGS, **changes: object) -> training.RankerJob:
-    job = training.RankerJob(
-        kind="qe_rec",
+def _job(
+    log: Path, out: Path, settings: config.Ranker = SETTINGS, shuffled: tuple[bool, ...] = (False,), local: bool = False
+) -> training.RankerJob:
+    specs = [
+        training.RankerSpec(f"ranker{i}", "qe_rec", str(out / f"ranker{i}"), seed=3, shuffled=control)
+        for i, control in enumerate(shuffled)
+    ]
+    return training.RankerJob(
+        rankers=tuple(specs),
         log_uri=str(log / "log"),
         space=_space().to_dict(),
-        out_uri=str(out / "ranker"),
         settings=settings,
-        seed=3,
         storage_uri=str(out / "train"),
-        run_name="ranker",
+        run_name="run",
         embeddings_uri=str(log / "embeddings"),
         item_embeddings_uri=str(log / "items"),
+        local=local,
     )
-    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def _train(*args: object, **kwargs: object) -> training.TrainedRanker:
+    return training.train(_job(*args, **kwargs))["ranker0"]  # type: ignore[arg-type]
 
 
 def _weights(trained: training.TrainedRanker) -> dict[str, np.ndarray]:
@@ -102,9 +109,9 @@ def _weights(trained: training.TrainedRanker) -> dict[str, np.ndarray]:
 
 
 def test_two_workers_repeat_to_the_bit_and_agree_with_one(ray_cluster: object, log: Path, tmp_path: Path) -> None:
-    first = training.train(_job(log, tmp_path / "a"))
-    again = training.train(_job(log, tmp_path / "b"))
-    alone = training.train(_job(log, tmp_path / "c", local=True))
+    first = _train(log, tmp_path / "a")
+    again = _train(log, tmp_path / "b")
+    alone = _train(log, tmp_path / "c", local=True)
     assert first.version == again.version
     assert first.figures == again.figures
     roles = ["valid" if i % 6 == 0 else "test" if i % 7 == 0 else "rank" for i in range(SESSIONS)]
@@ -113,15 +120,15 @@ def test_two_workers_repeat_to_the_bit_and_agree_with_one(ray_cluster: object, l
     one = _weights(alone)
     for name, values in _weights(first).items():
         np.testing.assert_allclose(values, one[name], atol=2e-4, err_msg=name)
-    assert not storage.exists(str(tmp_path / "a/train/ranker"))
+    assert not storage.exists(str(tmp_path / "a/train/run"))
 
 
 def test_artefact_scores_sessions_and_the_shuffled_control_learns_less(
     ray_cluster: object, log: Path, tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 12, "lr": 1e-2, "patience": 12})
-    trained = training.train(_job(log, tmp_path / "a", settings, local=True))
-    shuffled = training.train(_job(log, tmp_path / "b", settings, local=True, shuffle_queries=True))
+    both = training.train(_job(log, tmp_path / "a", settings, shuffled=(False, True), local=True))
+    trained, shuffled = both["ranker0"], both["ranker1"]
     assert trained.figures["best_gauc"] > shuffled.figures["best_gauc"] + 0.1
     ranker = scoring.load(trained.uri)
     table = storage.read_table(str(log / "log/sessions"))
@@ -132,10 +139,16 @@ def test_artefact_scores_sessions_and_the_shuffled_control_learns_less(
     assert ranker.meta.reasoner_version == "r0"
 
 
+def test_rankers_of_one_job_come_out_as_each_would_alone(ray_cluster: object, log: Path, tmp_path: Path) -> None:
+    alone = _train(log, tmp_path / "a", local=True)
+    second = training.train(_job(log, tmp_path / "b", shuffled=(True, False), local=True))["ranker1"]
+    assert second.version == alone.version
+
+
 def test_a_worker_that_dies_resumes_from_the_checkpoint(
     ray_cluster: object, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = training.train(_job(log, tmp_path / "a", local=True))
+    whole = _train(log, tmp_path / "a", local=True)
     flag = tmp_path / "died"
 
     def dies_once(worker_config: dict) -> dict:  # runs in the worker, which imports the package afresh
@@ -157,7 +170,7 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
 
     monkeypatch.setattr(training, "_worker", dies_once)
     one_worker = SETTINGS.model_copy(update={"workers": 1})
-    resumed = training.train(_job(log, tmp_path / "b", one_worker))
+    resumed = _train(log, tmp_path / "b", one_worker)
     assert flag.exists()
     assert not (tmp_path / "epoch-1").exists()
     assert resumed.version == whole.version

@@ -1,0 +1,60 @@
+"""The process environment of a run; set before ray is imported, since ray reads some of it then.
+
+This module imports no ray. Processes that a local Ray starts inherit it; workers of a cluster get
+`for_workers` with the job.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from importlib import resources
+
+from rgalign_ray.config import Config
+
+PASSED_ON = ("RGALIGN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+"""What the user's environment says and every worker must hear."""
+
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+LOCAL = {
+    # nobody drains the only node, and prints of a worker need not be logged as well
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # several workers share the cores: one thread each is faster than all threads each, and repeatable
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def prepare(config: Config) -> None:
+    """Sets what this process and a Ray that it starts should run under; the user's own settings stand.
+
+    Ray knows two modes of authentication, `disabled` and `token`. Its GCS and its workers listen on every
+    interface, so `disabled` would let anyone on the network run code here. Left to itself Ray writes a
+    token, readable by all, into the home folder; a token in the environment reaches Ray's own processes
+    and leaves nothing behind. With an address given, the cluster decides.
+    """
+    defaults = dict(QUIET)
+    if config.cluster.address is None:
+        defaults |= LOCAL
+        defaults["RAY_DATA_LOGGING_CONFIG"] = str(resources.files("rgalign_ray") / "configs/logging/ray_data.yaml")
+        if config.learner.use_gpu:
+            defaults["DS_ACCELERATOR"] = "cuda"
+        if "RAY_AUTH_MODE" not in os.environ:
+            defaults["RAY_AUTH_MODE"] = "token"
+            if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+                defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def for_workers() -> dict[str, str]:
+    """Environment variables of the workers of a cluster that somebody else started."""
+    return QUIET | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
