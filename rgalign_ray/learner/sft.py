@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from rgalign_ray import config, storage
@@ -59,6 +60,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
+    unset_hf_deepspeed_config()  # while it lives under ZeRO-3, this process loads every model in parts
     return {"sessions": len(rows), "steps": len(losses), "loss": losses}
 
 
@@ -76,9 +78,9 @@ def _arguments(task: LearnerTask, settings: config.Sft, scratch: str) -> SFTConf
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        deepspeed=engine.deepspeed_config(task),
+        deepspeed=engine.deepspeed_config(task) | {"gradient_accumulation_steps": "auto"},
         use_cpu=not task.learner.use_gpu,
-        bf16=task.learner.bf16,
+        bf16=task.bf16,
         activation_checkpointing=False,
         logging_steps=1,
         save_strategy="no",

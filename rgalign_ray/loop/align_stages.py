@@ -49,6 +49,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             ("rollout", "prompt", "reasoner"),
             ("sessions", "features", *((previous,) if previous else ())),
             ray=True,
+            units=True,
         ),
         Stage(
             f"rewards_{round_}",

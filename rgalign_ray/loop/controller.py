@@ -23,6 +23,7 @@ from rgalign_ray.loop import environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
 from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.loop.stages import stages
+from rgalign_ray.reasoner import models
 
 console = Console(stderr=True)
 
@@ -34,8 +35,9 @@ def run(config: Config) -> Run:
         ConfigError: when the cluster cannot hold the plan.
         DataError: when the log has a structural fault.
     """
-    job = Run(config)
     console.print(plan.table(config))
+    config = settle(config)
+    job = Run(config)
     storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
     sequence = stages(config)
     if config.cluster.address is None:
@@ -53,6 +55,19 @@ def run(config: Config) -> Run:
         _execute(job, stage, key)
     show(job)
     return job
+
+
+def settle(config: Config) -> Config:
+    """The configuration with what depends on the machine decided: once for a run, wherever it is resumed."""
+    place = storage.join(config.run_uri, "settled.json")
+    if not storage.exists(place):
+        storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})
+    reasoner, learner = config.reasoner, config.learner
+    if reasoner.dtype == "auto":
+        reasoner = reasoner.model_copy(update={"dtype": storage.read_json(place)["dtype"]})
+    if learner.bf16 == "auto":
+        learner = learner.model_copy(update={"bf16": reasoner.dtype == "bfloat16"})
+    return config.model_copy(update={"reasoner": reasoner, "learner": learner})
 
 
 def show(job: Run) -> None:
@@ -80,7 +95,8 @@ def stage_key(job: Run, stage: Stage) -> str:
 
 def _execute(job: Run, stage: Stage, key: str) -> None:
     started = time.monotonic()
-    with PeakMemory() as memory, storage.writing(job.uri(stage.name), resume_key=key) as work:
+    resume_key = key if stage.units else None
+    with PeakMemory() as memory, storage.writing(job.uri(stage.name), resume_key=resume_key) as work:
         outcome = stage.run(job, work)
         storage.write_json(
             storage.join(work, storage.MANIFEST),

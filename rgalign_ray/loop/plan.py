@@ -93,7 +93,7 @@ def table(config: Config) -> Table:
     shown.add_row("every stage", "Ray Data", f"{DATA_CPUS:g}", "0", "kept free")
     shown.caption = (
         f"rounds {config.rounds}: {' + '.join(config.align) or 'no alignment'} · N = {config.rollout.n} · "
-        f"ZeRO {config.learner.zero_stage} · {'bf16' if config.learner.bf16 else 'fp32'} · {config.reasoner.model} on "
+        f"ZeRO {config.learner.zero_stage} · dtype {config.reasoner.dtype} · {config.reasoner.model} on "
         f"{config.reasoner.engine}"
     )
     shown.caption_justify = "left"

@@ -34,6 +34,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
         ("prompt", "reasoner", "encode", "rollout", "evaluate"),
         ("sessions", *((reasoner,) if reasoner else ())),
         ray=True,
+        units=True,
     )
     rankers = Stage(
         f"rankers_{round_}",

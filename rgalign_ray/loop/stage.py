@@ -53,3 +53,5 @@ class Stage:
     """Names of the artefacts it reads."""
     ray: bool = False
     """Whether it needs a cluster."""
+    units: bool = False
+    """Whether it writes work units that a killed try leaves for the next; else every try starts empty."""

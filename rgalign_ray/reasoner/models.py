@@ -58,6 +58,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve(model))
 
 
+def settle(settings: config.Reasoner) -> config.Reasoner:
+    """The settings with `dtype: auto` replaced by what suits this machine's hardware."""
+    import torch
+
+    if settings.dtype != "auto":
+        return settings
+    gpu = settings.device != "cpu" and torch.cuda.is_available()
+    fast = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return settings.model_copy(update={"dtype": "bfloat16" if fast else "float32"})
+
+
 def load_base(settings: config.Reasoner) -> PreTrainedModel:
     """The base model with its output head, in evaluation mode, on the CPU.
 
@@ -67,7 +78,7 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype: torch.dtype = getattr(torch, settings.dtype)
+    dtype: torch.dtype = getattr(torch, settle(settings).dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype, use_safetensors=True)
     except OSError as error:
@@ -207,6 +218,7 @@ def _make_tiny(folder: Path) -> None:
                 bos_token_id=1,
                 eos_token_id=2,
                 tie_word_embeddings=True,
+                initializer_range=0.15,
             )
         )
     model.save_pretrained(folder)

@@ -79,6 +79,7 @@ class RewardModel:
             judge.require(reasoner_version=vectors["reasoner_version"][0].as_py())
         batch = examples(sessions.sort_by("session_id"), self.judges[0].space, self.catalogue)
         valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
+        embeddings = np.where(valid[..., None], embeddings, np.float16(0))  # metrics refuse scores that are nan
         rewards, nulls = zip(*(self._rewards(judge, batch, embeddings) for judge in self.judges), strict=True)
         judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
         return self._table(rollouts, judged[..., 0], nulls[0]), judged

@@ -32,6 +32,6 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         elif settings.method == "soft":
             weights = np.exp((values[valid] - values[valid].max()) / settings.beta)
             chosen[i] = generator.choice(valid, p=weights / weights.sum())
-        elif len(valid) > 1 and values[valid].max() > values[valid].mean() + settings.margin:
+        elif (values[valid].max() - values[valid]).mean() > settings.margin:  # exactly 0 where all are equal
             chosen[i] = valid[values[valid].argmax()]
     return chosen

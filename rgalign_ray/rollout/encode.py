@@ -142,11 +142,12 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
     )
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()
-    for row in units.iter_rows():
-        keys.add(row["key"])
-        for name in counts:
-            counts[name] += row[name]
-        advance(row["sessions"])
+    for block in units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in block.to_pylist():
+            keys.add(row["key"])
+            for name in counts:
+                counts[name] += row[name]
+            advance(row["sessions"])
     for uri in storage.list_files(out_uri, ".parquet"):
         if posixpath.basename(uri).removesuffix(".parquet") not in keys:
             storage.delete(uri)

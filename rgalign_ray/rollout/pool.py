@@ -97,6 +97,8 @@ class RolloutPool:
                 try:
                     ray.get(call, timeout=POLL_S)
                 except (RayActorError, WorkerCrashedError) as error:
+                    if isinstance(error, RayActorError) and error.actor_init_failed:
+                        raise  # it raised before its first unit, and every other one would
                     self._replace(place, queue, f"died ({str(error).splitlines()[0]})")
                     break
                 except RayTaskError as error:

@@ -1,0 +1,1 @@
+"""Entry points of Ray jobs: the command line's verbs, on the cluster that runs the job."""

@@ -1,0 +1,125 @@
+"""The encode pass writes the same files whatever happened before."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.rollout.encode import EncodePlan, encode, encode_items
+from rgalign_ray.rollout.worker import EngineSpec
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+
+ENGINE = EngineSpec(config.Reasoner(model="tiny", dtype="float32"), 32, None)
+TEMPLATE = Template(
+    version="t", prefix="What is asked?\n", session="tier {{ tier }}", suffix="\nQuestion:", item="{{ title }}"
+)
+ROLES = ["rank", "rank", "align_1", "test"]
+SESSIONS = 120
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sessions of three days in files of several sizes, a quarter of which no pass reads."""
+    root = tmp_path_factory.mktemp("encode")
+    for day, rows in enumerate((range(50), range(50, 57), range(57, SESSIONS)), 1):
+        table = pa.table(
+            {
+                "session_id": [f"s{i}" for i in rows],
+                "ts": pa.array([datetime.datetime(2026, 1, day)] * len(rows), schema.TIMESTAMP),
+                "tier": ["gold" * (1 + i % 4) for i in rows],
+                "history": pa.array([[]] * len(rows), pa.list_(schema.EVENT)),
+                "clicks": [[True]] * len(rows),
+                "role": [ROLES[i % 4] for i in rows],
+            }
+        )
+        place = root / "sessions" / f"dt=2026-01-{day:02d}" / "region=SG" / "part-00000.parquet"
+        storage.write_table(str(place), table)
+    return root
+
+
+def run(log: Path, out: Path, workers: int = 1) -> tuple[dict[str, int], list[int]]:
+    """Counts of a pass into `out`, and what it advanced by."""
+    plan = EncodePlan(
+        log_uri=str(log),
+        template=TEMPLATE,
+        roles=("rank", "test"),
+        queries_for=(),
+        query_sessions=("s3", "s7"),
+        encode=config.Encode(workers=workers, unit_sessions=16, batch_size=8, query_share=0.5),
+        sampling=config.Rollout(max_new_tokens=12, temperature=1.0),
+        run_seed=0,
+        round=0,
+    )
+    steps: list[int] = []
+    return encode(plan, ENGINE, str(out), steps.append), steps
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def encoded(ray_cluster: None, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("first")
+    counts, steps = run(log, out, workers=2)
+    assert counts["sessions"] == sum(steps) == 90
+    assert len(steps) == len(contents(out)) > 1
+    storage.write_json(str(out.parent / "counts.json"), counts)
+    return out
+
+
+def test_every_session_is_read_once_and_some_with_a_query(encoded: Path) -> None:
+    counts = storage.read_json(str(encoded.parent / "counts.json"))
+    rows = storage.read_table(str(encoded)).to_pylist()
+    expected = [f"s{i}" for i in range(SESSIONS) if ROLES[i % 4] != "align_1"]
+    assert sorted(row["id"] for row in rows if row["readout"] == "prompt") == sorted(expected)
+    queries = [row for row in rows if row["readout"] == "query"]
+    assert len(queries) == len({row["id"] for row in queries}) == counts["valid"]
+    assert counts["valid"] < counts["sampled"], "the tiny model says much that has no end"
+    assert 2 + 15 < counts["sampled"] < 2 + 45, "two by name, and half of sixty"
+    test = {f"s{i}" for i in range(3, SESSIONS, 4)} - {"s3", "s7"}
+    assert not {row["id"] for row in queries} & test
+    assert {row["reasoner_version"] for row in rows} == {"tiny"}
+
+
+def test_a_vector_is_that_of_the_session_alone(encoded: Path) -> None:
+    engine = ENGINE.start()
+    rows = {row["id"]: row for row in storage.read_table(str(encoded)).to_pylist() if row["readout"] == "prompt"}
+    for number in (0, 7, 60):
+        text = f"tier {'gold' * (1 + number % 4)}"
+        alone = engine.embed(Prompts(TEMPLATE.prefix, [text], TEMPLATE.suffix))[0]
+        np.testing.assert_allclose(rows[f"s{number}"]["embedding"], alone, atol=4e-3)
+
+
+def test_a_pass_repeats_resumes_and_cleans_up(encoded: Path, log: Path, tmp_path: Path) -> None:
+    """Into a half-filled folder: what is there stays untouched, what is missing comes back, what is stale goes."""
+    whole = contents(encoded)
+    missing = sorted(whole)[::2]
+    kept = {name: data for name, data in whole.items() if name not in missing}
+    for name, data in kept.items():
+        storage.write_bytes(str(tmp_path / name), data)
+    storage.write_table(str(tmp_path / "0123456789abcdef.parquet"), pa.table({"of": ["an earlier plan"]}))
+    written = {name: (tmp_path / name).stat().st_mtime_ns for name in kept}
+    counts, _ = run(log, tmp_path)
+    assert counts == storage.read_json(str(encoded.parent / "counts.json"))
+    assert contents(tmp_path) == whole, "one worker or two, resumed or not"
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == written
+
+
+def test_items_are_read_in_their_order(tmp_path: Path) -> None:
+    place = str(tmp_path / "items.parquet")
+    texts = ["Cancel an order", "Refund", "Speed up"]
+    encode_items(ENGINE, ["a", "b", "c"], texts, 2, place)
+    table = storage.read_table(place)
+    assert table["id"].to_pylist() == ["a", "b", "c"]
+    assert table["readout"].unique().to_pylist() == ["item"]
+    expected = [ENGINE.start().embed(Prompts("", [text], ""))[0] for text in texts]
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=4e-3)

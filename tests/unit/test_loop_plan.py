@@ -1,0 +1,153 @@
+"""What a run asks of the cluster and of its processes, before the first of them starts."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.loop import environment, plan
+
+SIZE = st.integers(1, 8)
+CPUS = st.sampled_from([0.25, 0.5, 1.0, 2.0])
+GPUS = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> config.Config:
+    pools = {}
+    for name in ("encode", "rollout"):
+        pools[name] = {
+            "workers": draw(SIZE),
+            "cpus_per_worker": draw(CPUS),
+            "gpus_per_worker": draw(GPUS),
+        }
+    for name in ("ranker", "learner"):
+        pools[name] = {
+            "workers": draw(st.sampled_from([1, 2, 4])),
+            "cpus_per_worker": draw(CPUS),
+            "use_gpu": draw(st.booleans()),
+        }
+    return config.validate(pools | {"reward": {"cpus": draw(CPUS)}})
+
+
+def needed(chosen: config.Config) -> tuple[float, float]:
+    """Most CPUs (one of them for Ray Data) and GPUs that a stage holds."""
+    pools = [chosen.encode, chosen.rollout, chosen.ranker, chosen.learner]
+    cpus = [pool.workers * pool.cpus_per_worker for pool in pools] + [chosen.reward.cpus]
+    gpus = [pool.workers * pool.gpus_per_worker for pool in (chosen.encode, chosen.rollout)]
+    gpus += [pool.workers * pool.use_gpu for pool in (chosen.ranker, chosen.learner)]
+    return max(cpus) + 1, max(gpus)
+
+
+@settings(deadline=None)
+@given(configs())
+def test_a_plan_passes_exactly_where_its_largest_stage_fits(chosen: config.Config) -> None:
+    cpus, gpus = needed(chosen)
+    plan.check(chosen, cpus, gpus)
+    with pytest.raises(ConfigError, match="CPUs"):
+        plan.check(chosen, cpus - 0.25, gpus)
+    if gpus:
+        with pytest.raises(ConfigError, match="GPUs"):
+            plan.check(chosen, cpus, gpus - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rollout": {"workers": 7}}, r"^rollout\.workers: 7 x 0\.5 CPUs .* make 4\.5; the cluster has 4\."),
+        ({"encode": {"workers": 4, "cpus_per_worker": 1}}, r"^encode\.workers: 4 x 1 CPUs .* make 5; "),
+        ({"ranker": {"workers": 2, "cpus_per_worker": 2}}, r"^ranker\.workers: 2 x 2 CPUs"),
+        ({"reward": {"cpus": 3.5}}, r"^reward\.cpus: 1 x 3\.5 CPUs"),
+        ({"learner": {"use_gpu": True}}, r"^learner\.workers: 2 x 1 GPUs for learners make 2; the cluster has 1\."),
+        ({"reasoner": {"engine": "vllm"}}, r"^reasoner\.engine: 'vllm' can be planned but not run"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_refusal_names_the_setting_and_both_numbers(change: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        plan.check(config.validate(change), 4, 1)
+
+
+def test_every_configuration_of_the_package_can_be_planned() -> None:
+    for name in config.available():
+        chosen = config.load(name)
+        out = io.StringIO()
+        Console(file=out, width=200).print(plan.table(chosen))
+        for ask in plan.asks(chosen):
+            assert ask.key in out.getvalue()
+            assert f"{ask.count} x {ask.worker}" in out.getvalue()
+        assert f"N = {chosen.rollout.n}" in out.getvalue()
+        if chosen.reasoner.engine == "vllm":
+            with pytest.raises(ConfigError, match=r"reasoner\.engine"):
+                plan.check(chosen, 1e6, 1e6)
+    for name in ("demo", "smoke"):
+        plan.check(config.load(name), 2, 0)
+
+
+def test_a_local_ray_has_the_cpus_asked_for_or_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan.local_cpus(config.validate({"cluster": {"num_cpus": 5}})) == 5
+    for cores, expected in ((16, 16), (1, 2), (None, 2)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert plan.local_cpus(config.Config()) == expected
+
+
+def prepared(monkeypatch: pytest.MonkeyPatch, mine: dict[str, str], **settings: dict) -> dict[str, str]:
+    """The environment after `prepare`, from one that holds `mine` alone."""
+    monkeypatch.setattr(os, "environ", dict(mine))
+    environment.prepare(config.validate(settings))
+    return dict(os.environ)
+
+
+def test_a_local_ray_is_closed_to_the_network_by_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (prepared(monkeypatch, {}) for _ in range(2))
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert len(first["RAY_AUTH_TOKEN"]) == 64
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+    assert first["OMP_NUM_THREADS"] == "1"
+    assert os.path.isfile(first["RAY_DATA_LOGGING_CONFIG"])
+
+
+def test_preparing_twice_keeps_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared(monkeypatch, {})
+    environment.prepare(config.Config())
+    assert dict(os.environ) == first
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"},
+        {"RAY_AUTH_TOKEN_PATH": "/p"},
+        {"OMP_NUM_THREADS": "8", "TOKENIZERS_PARALLELISM": "true", "DS_ACCELERATOR": "cuda"},
+    ],
+    ids=lambda mine: next(iter(mine)) + "=" + next(iter(mine.values())),
+)
+def test_the_users_own_settings_stand(monkeypatch: pytest.MonkeyPatch, mine: dict[str, str]) -> None:
+    found = prepared(monkeypatch, mine)
+    assert found.items() >= mine.items()
+    if "RAY_AUTH_MODE" in mine or "RAY_AUTH_TOKEN_PATH" in mine:
+        assert found.get("RAY_AUTH_TOKEN") == mine.get("RAY_AUTH_TOKEN")
+
+
+def test_a_cluster_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = prepared(monkeypatch, {}, cluster={"address": "auto"})
+    assert found == environment.QUIET
+
+
+@pytest.mark.parametrize(("use_gpu", "accelerator"), [(False, "cpu"), (True, "cuda")])
+def test_deepspeed_is_told_what_to_run_on(monkeypatch: pytest.MonkeyPatch, use_gpu: bool, accelerator: str) -> None:
+    assert prepared(monkeypatch, {}, learner={"use_gpu": use_gpu})["DS_ACCELERATOR"] == accelerator
+
+
+def test_workers_of_a_cluster_hear_where_models_lie_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"RGALIGN_CACHE": "/c", "HF_HUB_OFFLINE": "1", "RAY_AUTH_TOKEN": "secret", "HOME": "/h"}
+    monkeypatch.setattr(os, "environ", mine)
+    assert environment.for_workers() == environment.QUIET | {"RGALIGN_CACHE": "/c", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,80 @@
+"""What a long stage says of itself, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from rgalign_ray import progress
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.track("encode", 4000, "sessions") as advance:
+        for _ in range(4):
+            clock.now += 10
+            advance(1000)
+    out, lines = capsys.readouterr()
+    assert out == "", "progress does not belong to a command's output"
+    assert lines.splitlines() == [
+        "  encode: 2,000/4,000 sessions, about 20 s left",
+        "  encode: 4,000 sessions in 40 s",
+    ]
+
+
+def test_a_stage_of_seconds_writes_one_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.track("rewards", 3, "units") as advance:
+        for _ in range(3):
+            clock.now += 1
+            advance(1)
+    assert capsys.readouterr().err == "  rewards: 3 units in 3 s\n"
+
+
+def test_a_stage_without_steps_ends_too(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.track("rewards", 0):
+        clock.now += 100
+    assert capsys.readouterr().err.startswith("  rewards: 0 ")
+
+
+def test_a_stage_that_fails_does_not_claim_to_be_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), progress.track("encode", 2) as advance:
+        advance(1 // 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.track("encode", 3, "sessions") as advance:
+        advance(1)
+        advance(2)
+    shown = capsys.readouterr().err
+    assert "encode" in shown and "3/3" in shown and "sessions" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (42.4, "42 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (7200, "120 min 00 s")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert progress.clock(seconds) == text
+
+
+def test_a_note_goes_beside_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.note("no tests ran")
+    assert capsys.readouterr().err == "  no tests ran\n"

@@ -1,0 +1,148 @@
+"""Sampling with one prefill per prompt gives what sampling each alone would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from rgalign_ray import config
+from rgalign_ray.reasoner import transformers_engine
+from rgalign_ray.reasoner.engine import Prompts, sample_seed
+from rgalign_ray.reasoner.transformers_engine import TransformersEngine, choose, stop_tokens, uniforms
+
+SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 24}
+TEXTS = ["to receive, 7 days", "paid twice", "refund?", "the parcel was returned to the hub, number unknown"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    return TransformersEngine(config.Reasoner(model="tiny", dtype="float32"), max_session_tokens=64)
+
+
+def prompts(texts: list[str], prefix: str = "What is asked?\n") -> Prompts:
+    return Prompts(prefix, texts, "\nQuestion:")
+
+
+def seeds(texts: list[str], n: int = 3) -> list[list[int]]:
+    return [[sample_seed(0, 1, text, number) for number in range(n)] for text in texts]
+
+
+def test_fanned_out_samples_equal_those_sampled_alone(engine: TransformersEngine) -> None:
+    together = engine.sample(prompts(TEXTS), seeds(TEXTS), **SAMPLING)
+    for text, group in zip(TEXTS, together, strict=True):
+        for seed, sample in zip(seeds([text])[0], group.samples, strict=True):
+            alone = engine.sample(prompts([text]), [[seed]], **SAMPLING)[0].samples[0]
+            assert (sample.completion_ids, sample.finish, sample.query) == (
+                alone.completion_ids,
+                alone.finish,
+                alone.query,
+            )
+            np.testing.assert_allclose(sample.logprobs, alone.logprobs, atol=1e-5)
+            np.testing.assert_allclose(sample.embedding, alone.embedding, atol=2e-3)
+    assert {sample.finish for group in together for sample in group.samples} == {"stop", "length"}
+
+
+def test_samples_equal_a_plain_loop_without_cache_or_batch(engine: TransformersEngine) -> None:
+    """The reference: the whole sequence through the model at every step, one sample at a time."""
+    group = engine.sample(prompts(TEXTS[:1]), seeds(TEXTS[:1]), **SAMPLING)[0]
+    for seed, sample in zip(seeds(TEXTS[:1])[0], group.samples, strict=True):
+        ids = list(group.prompt_ids)
+        for number in uniforms([seed], SAMPLING["max_new_tokens"])[0]:
+            with torch.inference_mode():
+                logits = engine.model(torch.tensor([ids])).logits[:, -1]
+            ids.append(int(choose(logits, number[None], SAMPLING["top_p"])))
+            if ids[-1] in engine.stop_ids:
+                break
+        assert ids[len(group.prompt_ids) :] == sample.completion_ids
+
+
+def test_embeddings_of_the_sampling_pass_equal_those_read_afresh(engine: TransformersEngine) -> None:
+    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), **SAMPLING)
+    fresh = engine.embed(prompts(TEXTS))
+    np.testing.assert_allclose(np.stack([g.embedding for g in groups]), fresh, atol=2e-3)
+    completions = [g.samples[0].completion_ids for g in groups]
+    queried = engine.embed(prompts(TEXTS), completions)
+    np.testing.assert_allclose(np.stack([g.samples[0].embedding for g in groups]), queried, atol=2e-3)
+    assert np.abs(queried - fresh).max() > 0.1
+
+
+def test_embedding_is_the_last_hidden_state_of_the_plain_model(engine: TransformersEngine) -> None:
+    ids = engine.prompt_ids(prompts(TEXTS))
+    for row, vector in zip(ids, engine.embed(prompts(TEXTS)), strict=True):
+        with torch.inference_mode():
+            expected = engine.model.model(torch.tensor([row])).last_hidden_state[0, -1]
+        np.testing.assert_allclose(vector, expected.numpy(), atol=2e-3)
+
+
+def test_the_prefix_is_computed_once(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.embed(prompts(TEXTS, "another instruction: "))
+    lengths = []
+    forward = engine._forward
+
+    def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        lengths.append(tokens.shape[1])
+        return forward(tokens, mask, cache)
+
+    monkeypatch.setattr(engine, "_forward", counted)
+    engine.embed(prompts(TEXTS, "another instruction: "))
+    assert lengths == [max(len(engine._ids(text)) for text in TEXTS) + len(engine._ids("\nQuestion:"))]
+
+
+def test_a_prompt_without_instruction_is_read_too(engine: TransformersEngine) -> None:
+    assert engine.embed(Prompts("", ["Speed up parcel delivery"], "")).shape == (1, engine.hidden_size)
+
+
+def test_session_text_is_cut_at_its_end() -> None:
+    short = TransformersEngine(config.Reasoner(model="tiny", dtype="float32"), max_session_tokens=5)
+    assert short.prompt_ids(prompts(["abcdefgh"])) == short.prompt_ids(prompts(["abcde"]))
+
+
+def test_line_breaks_and_end_tokens_stop(engine: TransformersEngine) -> None:
+    decoded = {engine.tokenizer.decode([token]) for token in stop_tokens(engine.tokenizer)}
+    assert "\n" in decoded
+    assert engine.tokenizer.eos_token in decoded
+    assert "a" not in decoded
+
+
+@given(seed=st.integers(0, 2**32), top_p=st.floats(0.05, 1.0), width=st.integers(2, 40))
+@settings(max_examples=60, deadline=None)
+def test_choose_takes_from_the_nucleus_alone(seed: int, top_p: float, width: int) -> None:
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(random.normal(size=(8, width)) * 3)
+    uniform = torch.from_numpy(random.random(8))
+    chosen = choose(logits, uniform, top_p)
+    probabilities = torch.softmax(logits, dim=-1).numpy()
+    for row, token in zip(probabilities, chosen.tolist(), strict=True):
+        above = row[row > row[token]].sum()
+        assert above < top_p + 1e-9
+
+
+def test_choose_follows_the_distribution() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, -8.0]])
+    uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    counts = torch.bincount(choose(logits.expand(20_000, -1), uniform, 1.0), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.softmax(logits[0], 0), atol=0.01, rtol=0)
+
+
+def test_a_flat_distribution_is_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=(16, 64)))
+    uniform = torch.from_numpy(np.random.default_rng(2).random(16))
+    whole = choose(logits, uniform, 0.99)
+    monkeypatch.setattr(transformers_engine, "TOP_TOKENS", 4)
+    assert torch.equal(choose(logits, uniform, 0.99), whole)
+
+
+def test_seeds_depend_on_every_part() -> None:
+    assert (
+        len(
+            {
+                sample_seed(*parts)
+                for parts in [(0, 1, "a", 0), (1, 1, "a", 0), (0, 2, "a", 0), (0, 1, "b", 0), (0, 1, "a", 1)]
+            }
+        )
+        == 5
+    )

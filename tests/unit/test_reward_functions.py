@@ -1,0 +1,123 @@
+"""A query's worth, against a naive reference; and the faults that keep a query from being judged."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rgalign_ray import metrics
+from rgalign_ray.reasoner.engine import Sample
+from rgalign_ray.reward import functions
+
+Judged = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@st.composite
+def judged(draw: st.DrawFn) -> Judged:
+    """Scores [S, N, C] of ragged sessions, some of them without a click, and garbage on the padding."""
+    sessions, queries, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = random.normal(size=(sessions, queries, width)) * draw(st.sampled_from([0.1, 3.0, 300.0]))
+    mask = np.arange(width) < random.integers(1, width + 1, sessions)[:, None]
+    clicks = random.random((sessions, width)) < 0.4
+    return np.where(mask[:, None], scores, 1e6), clicks, mask
+
+
+def naive_logprob(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    result = np.full(scores.shape[:2], np.nan)
+    for s, n in np.ndindex(*scores.shape[:2]):
+        there = [c for c in range(scores.shape[2]) if mask[s, c]]
+        top = max(scores[s, n, c] for c in there)
+        total = sum(math.exp(scores[s, n, c] - top) for c in there)
+        logs = [scores[s, n, c] - top - math.log(total) for c in there if clicks[s, c]]
+        if logs:
+            result[s, n] = sum(logs) / len(logs)
+    return result
+
+
+@settings(deadline=None)
+@given(judged())
+def test_logprob_is_the_naive_softmax(case: Judged) -> None:
+    np.testing.assert_allclose(functions.logprob(*case), naive_logprob(*case), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(judged())
+def test_ndcg_is_each_querys_own(case: Judged) -> None:
+    scores, clicks, mask = case
+    one_by_one = [metrics.ndcg_at_k(scores[:, n], clicks & mask, mask, 2) for n in range(scores.shape[1])]
+    np.testing.assert_allclose(functions.ndcg(*case, k=2), np.stack(one_by_one, axis=1))
+
+
+@settings(deadline=None)
+@given(judged(), st.integers(0, 2**32 - 1), st.sampled_from(["logprob", "ndcg"]))
+def test_reward_depends_on_neither_order_nor_level_nor_padding(case: Judged, seed: int, kind: str) -> None:
+    scores, clicks, mask = case
+    random = np.random.default_rng(seed)
+
+    def reward(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return functions.logprob(scores, clicks, mask) if kind == "logprob" else functions.ndcg(scores, clicks, mask, 2)
+
+    expected = reward(scores, clicks, mask)
+    order = random.permutation(scores.shape[2])
+    np.testing.assert_allclose(reward(scores[..., order], clicks[:, order], mask[:, order]), expected, atol=1e-9)
+    level = random.integers(-1000, 1000, scores.shape[:2])[..., None]  # of its own for each query
+    np.testing.assert_allclose(reward(scores + level, clicks, mask), expected, atol=1e-6)
+    wider = [np.pad(scores, ((0, 0), (0, 0), (0, 2)), constant_values=9e9)]
+    wider += [np.pad(clicks, ((0, 0), (0, 2)), constant_values=True), np.pad(mask, ((0, 0), (0, 2)))]
+    np.testing.assert_allclose(reward(*wider), expected, atol=1e-9)
+
+
+def test_logprob_by_hand() -> None:
+    scores = np.log([[[1.0, 2.0, 1.0], [6.0, 1.0, 1.0]]]).astype(np.float32)
+    clicks, mask = np.array([[True, True, False]]), np.ones((1, 3), bool)
+    expected = [[(math.log(0.25) + math.log(0.5)) / 2, (math.log(0.75) + math.log(0.125)) / 2]]
+    np.testing.assert_allclose(functions.logprob(scores, clicks, mask), expected, rtol=1e-6)
+
+
+def test_raising_the_clicked_intent_raises_the_reward() -> None:
+    scores = np.zeros((1, 2, 5))
+    scores[0, 1, 3] = 1.0
+    clicks, mask = np.eye(5, dtype=bool)[[3]], np.ones((1, 5), bool)
+    none, raised = functions.logprob(scores, clicks, mask)[0]
+    assert none == pytest.approx(-math.log(5))
+    assert raised > none
+    none, raised = functions.ndcg(scores, clicks, mask, 1)[0]
+    assert (none, raised) == (pytest.approx(0.2), 1.0), "ties share the first place"
+
+
+def sample(**changes: object) -> Sample:
+    sound = {
+        "query": "where is it",
+        "completion_ids": [5, 6, 7, 2],
+        "logprobs": [-0.1] * 4,
+        "finish": "stop",
+        "seed": 1,
+        "embedding": np.ones(4, np.float16),
+    }
+    return Sample(**(sound | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"query": ""}, "empty"),
+        ({"finish": "length"}, "over_length"),
+        ({"embedding": np.array([1, np.inf, 0], np.float16)}, "non_finite"),
+        ({"embedding": np.array([1, np.nan, 0], np.float16)}, "non_finite"),
+        ({"completion_ids": [1, 2, 3, 1, 2, 3, 1, 2, 3, 9]}, "loop"),
+        ({"completion_ids": [4, 4, 4, 4, 4]}, "loop"),
+        ({"completion_ids": [1, 2, 3, 9, 1, 2, 3, 8]}, None),
+        ({"completion_ids": [4, 4, 4, 4]}, None),
+        ({"completion_ids": [2]}, None),
+        ({"completion_ids": [1, 2] * 2}, None),
+        ({"embedding": np.full(3, 65504, np.float16)}, None),
+    ],
+)
+def test_fault(changes: dict, reason: str | None) -> None:
+    assert functions.fault(sample(**changes)) == reason

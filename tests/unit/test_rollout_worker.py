@@ -1,0 +1,229 @@
+"""A rollout worker's two tables say the same of the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner.engine import Group, Prompts, Sample, sample_seed
+from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, session_texts
+from rgalign_ray.rollout.worker import EngineSpec, Instruction, RolloutWorker, Unit, embedding_table
+
+DIM = 4
+INSTRUCTION = Instruction("Prefix. ", " Question:", "v1")
+SETTINGS = config.Rollout(n=3, max_new_tokens=8, temperature=0.9, top_p=0.8)
+
+
+class FakeEngine:
+    """Says the seed; nothing for every fifth seed. A vector tells the text, and the seed where there is one."""
+
+    version = "fake-1"
+    hidden_size = DIM
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def start(self) -> FakeEngine:
+        return self
+
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
+        self.calls.append(
+            {"sample": list(prompts.texts), "prefix": prompts.prefix, "suffix": prompts.suffix} | sampling
+        )
+        return [
+            Group([len(text)], vector(text), [self._say(text, seed) for seed in row])
+            for text, row in zip(prompts.texts, seeds, strict=True)
+        ]
+
+    def _say(self, text: str, seed: int) -> Sample:
+        query = "" if seed % 5 == 0 else f"{text} {seed}"
+        return Sample(query, [seed % 97, 2], [-0.5, -0.25], "stop", seed, vector(text, seed))
+
+    def embed(self, prompts: Prompts, completions: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        self.calls.append({"embed": list(prompts.texts)})
+        return np.stack([vector(text) for text in prompts.texts])
+
+    def load(self, weights: str | None) -> None:
+        raise NotImplementedError
+
+
+def vector(text: str, seed: int = 0) -> np.ndarray:
+    return np.array([len(text), sum(map(ord, text)) % 50, seed % 101, 1], np.float16)
+
+
+def worker(out: Path, engine: FakeEngine | None = None) -> RolloutWorker:
+    return RolloutWorker(engine or FakeEngine(), INSTRUCTION, SETTINGS, run_seed=7, round_=1, out_uri=str(out))  # type: ignore[arg-type]
+
+
+def test_a_unit_becomes_two_tables(tmp_path: Path) -> None:
+    unit, engine = Unit(["b", "a"], ["text of b", "of a"]), FakeEngine()
+    tokens = worker(tmp_path, engine).run(unit, "key")
+    assert tokens == 2 * 3 * 2
+    assert engine.calls == [
+        {"sample": ["text of b", "of a"], "prefix": "Prefix. ", "suffix": " Question:"}
+        | {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 8}
+    ]
+    rollouts = storage.read_table(str(tmp_path / "rollouts/key.parquet"))
+    embeddings = storage.read_table(str(tmp_path / "embeddings/key.parquet"))
+    schema.check(rollouts.schema, schema.ROLLOUTS, "rollouts")
+    schema.check(embeddings.schema, schema.embeddings(DIM), "embeddings")
+    expected = [(s, n, sample_seed(7, 1, s, n)) for s in ("b", "a") for n in range(3)]
+    assert [(r["session_id"], r["sample"], r["seed"]) for r in rollouts.to_pylist()] == expected
+    for row in rollouts.to_pylist():
+        text = dict(zip(unit.session_ids, unit.texts, strict=True))[row["session_id"]]
+        assert row["query"] == ("" if row["seed"] % 5 == 0 else f"{text} {row['seed']}")
+        assert row["fault"] == ("empty" if row["seed"] % 5 == 0 else None)
+        assert (row["prompt_ids"], row["completion_ids"]) == ([len(text)], [row["seed"] % 97, 2])
+        assert row["logprobs"] == [-0.5, -0.25]
+        assert (row["source"], row["prompt_version"], row["reasoner_version"]) == ("policy", "v1", "fake-1")
+        assert row["temperature"] == pytest.approx(0.9)
+    read = {(r["id"], r["sample"]): r for r in embeddings.to_pylist()}
+    assert set(read) == {(s, n) for s in ("a", "b") for n in (-1, 0, 1, 2)}
+    for session, sample, seed in expected:
+        text = dict(zip(unit.session_ids, unit.texts, strict=True))[session]
+        assert read[session, sample]["embedding"] == vector(text, seed).tolist()
+        assert read[session, -1]["embedding"] == vector(text).tolist()
+        assert (read[session, -1]["readout"], read[session, sample]["readout"]) == ("prompt", "query")
+        assert read[session, -1]["query"] is None
+
+
+def test_a_sample_depends_on_session_and_number_and_on_no_neighbour(tmp_path: Path) -> None:
+    worker(tmp_path / "one").run(Unit(["a", "b", "c"], ["1", "2", "3"]), "key")
+    worker(tmp_path / "two").run(Unit(["c", "a"], ["3", "1"]), "key")
+
+    def seeds(folder: str) -> dict:
+        rows = storage.read_table(str(tmp_path / folder / "rollouts/key.parquet")).to_pylist()
+        return {(row["session_id"], row["sample"]): row["seed"] for row in rows}
+
+    assert seeds("two").items() <= seeds("one").items()
+    assert len(set(seeds("one").values())) == 9
+
+
+def test_rollouts_mark_a_unit_as_done_and_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(storage, "write_table", lambda uri, table: written.append(uri.removeprefix(str(tmp_path))))
+    worker(tmp_path).run(Unit(["a"], ["1"]), "key")
+    assert written == ["/embeddings/key.parquet", "/rollouts/key.parquet"]
+
+
+def test_a_units_key_tells_sessions_texts_and_context() -> None:
+    units = [
+        Unit(["a", "b"], ["1", "2"]),
+        Unit(["b", "a"], ["1", "2"]),
+        Unit(["a", "b"], ["1", "3"]),
+        Unit(["a"], ["1"]),
+    ]
+    keys = [unit.key(context) for unit in units for context in ("weights 0", "weights 1")]
+    assert len(set(keys)) == len(keys)
+    assert Unit(["a"], ["1"]).key("x", 1) == Unit(["a"], ["1"]).key("x", "1") != Unit(["a"], ["1"]).key("x1")
+
+
+def test_an_engine_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reasoner\.engine: 'vllm'"):
+        EngineSpec(config.Reasoner(model="tiny", engine="vllm"), 8, None).start()
+
+
+def test_sessions_without_samples_have_a_vector_all_the_same() -> None:
+    groups = [Group([1], vector("a"), []), Group([1], vector("b"), [FakeEngine()._say("b", 6)])]
+    table = embedding_table(["a", "b"], groups, FakeEngine())
+    rows = [(row["id"], row["readout"], row["sample"], row["query"]) for row in table.to_pylist()]
+    assert rows == [("a", "prompt", -1, None), ("b", "prompt", -1, None), ("b", "query", 0, "b 6")]
+
+
+TEMPLATE = Template(version="t", prefix="P", session="tier {{ tier }}", suffix="S", item="{{ title }}")
+
+
+def encoder(out: Path, engine: FakeEngine, **changes: object) -> SessionEncoder:
+    defaults = {
+        "log_uri": "",
+        "template": TEMPLATE,
+        "roles": ("rank", "test"),
+        "queries_for": (),
+        "query_sessions": (),
+        "encode": config.Encode(query_share=0.5, batch_size=3),
+        "sampling": SETTINGS,
+        "run_seed": 7,
+        "round": 0,
+    }
+    return SessionEncoder(engine, EncodePlan(**(defaults | changes)), str(out))  # type: ignore[arg-type]
+
+
+def batch(count: int = 40) -> pa.Table:
+    """Sessions of two roles, with texts of different lengths."""
+    return pa.table(
+        {
+            "session_id": [f"s{i}" for i in range(count)],
+            "role": ["test" if i % 4 == 0 else "rank" for i in range(count)],
+            "text": ["x" * (1 + 7 * i % 5) for i in range(count)],
+        }
+    )
+
+
+def queried(out: Path) -> set[str]:
+    table = storage.read_table(str(out))
+    return {row["id"] for row in table.to_pylist() if row["readout"] == "query"}
+
+
+def test_the_encoder_reads_every_session_once_and_asks_a_share_of_rank(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    (unit,) = encoder(tmp_path, engine)(batch()).to_pylist()
+    table = storage.read_table(str(tmp_path / f"{unit['key']}.parquet"))
+    prompts = [row for row in table.to_pylist() if row["readout"] == "prompt"]
+    assert [row["id"] for row in prompts] == batch()["session_id"].to_pylist()
+    for row, text in zip(prompts, batch()["text"].to_pylist(), strict=True):
+        assert row["embedding"] == vector(text).tolist()
+    asked = {f"s{i}" for call in engine.calls if "sample" in call for i in range(len(call["sample"]))}
+    assert asked
+    assert unit["sessions"] == 40
+    assert 5 < unit["sampled"] < 25, "half of 30 rank sessions"
+    rank = {f"s{i}" for i in range(40) if i % 4}
+    assert queried(tmp_path) < rank
+    assert unit["valid"] == len(queried(tmp_path)) < unit["sampled"], "an invalid query leaves no vector"
+    assert all(len(call.get("sample", call.get("embed"))) <= 3 for call in engine.calls)
+
+
+def test_named_roles_and_sessions_get_a_query_too(tmp_path: Path) -> None:
+    shares = {"encode": config.Encode(query_share=0.0)}
+    test = {f"s{i}" for i in range(0, 40, 4)}
+    answers = {i for i in batch()["session_id"].to_pylist() if sample_seed(7, 0, i, 0) % 5}
+    for name, changes, expected in (
+        ("none", {}, set()),
+        ("roles", {"queries_for": ("test",)}, test),
+        ("sessions", {"query_sessions": ("s1", "s4", "s6")}, {"s1", "s4", "s6"}),
+        ("all", {"encode": config.Encode(query_share=1.0), "queries_for": ("test",)}, {f"s{i}" for i in range(40)}),
+    ):
+        (unit,) = encoder(tmp_path / name, FakeEngine(), **(shares | changes))(batch()).to_pylist()
+        assert unit["sampled"] == len(expected)
+        assert queried(tmp_path / name) == expected & answers
+
+
+def test_a_unit_that_is_there_is_not_read_again(tmp_path: Path) -> None:
+    first = encoder(tmp_path, FakeEngine())(batch())
+    engine = FakeEngine()
+    assert encoder(tmp_path, engine)(batch()).equals(first)
+    assert engine.calls == []
+    other = batch().set_column(2, "text", pa.array(["y"] * 40))
+    assert encoder(tmp_path, engine)(other)["key"] != first["key"]
+    assert len(storage.list_files(str(tmp_path))) == 2
+
+
+def test_session_texts_hold_what_the_encoder_needs_and_no_more() -> None:
+    table = pa.table(
+        {
+            "session_id": ["s1"],
+            "role": ["rank"],
+            "tier": ["gold"],
+            "ts": pa.array([0], schema.TIMESTAMP),
+            "history": pa.array([[]], pa.list_(schema.EVENT)),
+            "clicks": [[True]],
+        }
+    )
+    texts = session_texts(table, TEMPLATE)
+    assert texts.to_pylist() == [{"session_id": "s1", "role": "rank", "text": "tier gold"}]
