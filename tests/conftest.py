@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rgalign_ray.config import Config
 from rgalign_ray.loop import environment
 
 os.environ.setdefault("RGALIGN_CACHE", str(Path(tempfile.gettempdir()) / "rgalign-test-cache"))
 environment.prepare(Config())
+settings.register_profile("rgalign", deadline=None)  # a busy machine is not a failed test
+settings.load_profile("rgalign")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

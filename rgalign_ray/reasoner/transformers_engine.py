@@ -209,9 +209,13 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.T
 
 
 def _pick(ranked: torch.Tensor, index: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Inverse transform over the nucleus of probabilities [R, K] in descending order."""
-    mass = ranked.double().cumsum(dim=-1)
-    inside = (mass - ranked) < top_p
-    nucleus = torch.where(inside, mass, torch.zeros_like(mass)).amax(dim=-1, keepdim=True)
-    place = (mass <= uniform[:, None].double() * nucleus).sum(dim=-1, keepdim=True)
+    """Inverse transform over the nucleus of probabilities [R, K] in descending order.
+
+    The numbers are laid over the nucleus in the vocabulary's order: by probability, two tokens of nearly
+    equal ones would change places with the last bit of a logit, and the draw with them.
+    """
+    inside = (ranked.double().cumsum(dim=-1) - ranked) < top_p
+    index, order = index.sort(dim=-1)
+    mass = torch.where(inside, ranked.double(), 0.0).gather(1, order).cumsum(dim=-1)
+    place = (mass <= uniform[:, None].double() * mass[:, -1:]).sum(dim=-1, keepdim=True)
     return index.gather(1, place.clamp(max=index.shape[-1] - 1))[:, 0]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rgalign_ray.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -39,11 +41,11 @@ def gate(judged: np.ndarray) -> Gate:
     """The gate's figures from judged rewards [S, N, J], nan where a query is not valid; J at least 2.
 
     Raises:
-        ValueError: when no session has two valid queries.
+        DataError: when no session has two valid queries.
     """
     usable = np.isfinite(judged[..., 0]).sum(axis=1) >= 2
     if not usable.any():
-        raise ValueError("no session has two valid queries, so there is nothing to compare.")
+        raise DataError("rewards: no session has two valid queries; raise rollout.n or rollout.max_new_tokens.")
     first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
     spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
     covariance = np.nansum(first * second)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,27 +172,6 @@ def test_an_interrupted_loop_says_how_to_resume_and_exits_with_130(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert run(["loop", "-c", small], monkeypatch) == 130
     assert capsys.readouterr().err.strip() == "Interrupted; the same command resumes from runs/small."
-
-
-@pytest.mark.parametrize(
-    ("address", "before", "mode", "token"),
-    [
-        (None, {}, "token", True),
-        (None, {"RAY_AUTH_TOKEN_PATH": "/a/token"}, "token", False),
-        (None, {"RAY_AUTH_MODE": "disabled"}, "disabled", False),
-        ("auto", {}, None, False),
-    ],
-)
-def test_a_ray_started_here_asks_for_a_token_unless_the_caller_decides(
-    address: str | None, before: dict[str, str], mode: str | None, token: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, before.get(name, ""))  # so that monkeypatch restores what the code sets
-        if name not in before:
-            monkeypatch.delenv(name)
-    cli._ray_token(config.validate({"cluster": {"address": address}}))
-    assert os.environ.get("RAY_AUTH_MODE") == mode
-    assert ("RAY_AUTH_TOKEN" in os.environ) == token
 
 
 def test_the_shop_reads_no_folder(

@@ -73,7 +73,9 @@ def selected(engine: TransformersEngine, folder: Path, sessions: int = 32) -> No
     storage.write_table(str(folder / "data/selected.parquet"), pa.Table.from_pylist(table, schema=schema.SELECTED))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_rg_sft_lowers_the_loss_of_the_selected_queries(
     engine: TransformersEngine, tmp_path: Path, zero_stage: int
 ) -> None:
@@ -108,6 +110,7 @@ def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, 
     assert figures["loss"][-1] < 1.5 < 4 < figures["loss"][0]
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_trained(engine: TransformersEngine, tmp_path: Path) -> None:
     selected(engine, tmp_path)
     whole = config.Reasoner(model="tiny", dtype="float32", lora=None)

@@ -128,6 +128,14 @@ def test_choose_follows_the_distribution() -> None:
     torch.testing.assert_close(counts, torch.softmax(logits[0], 0), atol=0.01, rtol=0)
 
 
+def test_the_last_bit_of_a_logit_does_not_change_the_draw() -> None:
+    """Tokens of equal probability keep their places in the draw when noise puts the one above the other."""
+    logits = torch.zeros(500, 40, dtype=torch.float64)
+    noise = torch.from_numpy(np.random.default_rng(3).normal(size=logits.shape)) * 1e-9
+    uniform = torch.from_numpy(np.random.default_rng(4).random(500))
+    assert torch.equal(choose(logits + noise, uniform, 1.0), choose(logits, uniform, 1.0))
+
+
 def test_a_flat_distribution_is_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.from_numpy(np.random.default_rng(1).normal(size=(16, 64)))
     uniform = torch.from_numpy(np.random.default_rng(2).random(16))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgalign_ray.errors import DataError
 from rgalign_ray.reward.gate import gate
 
 
@@ -58,7 +59,7 @@ def test_the_best_of_more_queries_is_never_worse(seed: int, queries: int, invali
     rewards = judges(seed, 15, queries, shared=0.5, invalid=invalid)
     usable = np.isfinite(rewards[..., 0]).sum(axis=1) >= 2
     if not usable.any():
-        with pytest.raises(ValueError, match="no session has two valid queries"):
+        with pytest.raises(DataError, match="no session has two valid queries"):
             gate(rewards)
         return
     result = gate(rewards)
