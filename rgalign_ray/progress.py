@@ -23,14 +23,17 @@ def track(label: str, total: int, unit: str = "") -> Iterator[Advance]:
 @contextmanager
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
     started = last = time.monotonic()
+    first = (started, 0)
     done = 0
 
     def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
+        nonlocal done, first, last
         now = time.monotonic()
-        if now - last >= LINE_EVERY_S and done < total:
-            left = (now - started) / max(done, 1) * (total - done)
+        done += n
+        if done == n:
+            first = (now, done)  # the time before holds the start of the workers, which does not come again
+        elif now - last >= LINE_EVERY_S and done < total:
+            left = (now - first[0]) / (done - first[1]) * (total - done)
             print(f"  {label}: {done:,}/{total:,} {unit}, about {clock(left)} left", file=sys.stderr, flush=True)
             last = now
 

@@ -26,6 +26,8 @@ from rgalign_ray.loop.stages import stages
 from rgalign_ray.reasoner import models
 
 console = Console(stderr=True)
+TABLE_WIDTH = 100
+"""Columns that the headline needs; a narrower terminal wraps its lines rather than losing figures."""
 
 
 def run(config: Config) -> Run:
@@ -76,7 +78,7 @@ def show(job: Run) -> None:
 
     made = summary.report(job)
     place = report.write_report(job.uri("report.html"), made)
-    out = Console()
+    out = Console(width=max(Console().width, TABLE_WIDTH))
     for part in (report.headline(made), report.comparisons(made), report.examples(made)):
         out.print(part)
     out.print("\n".join(made.summary))

@@ -29,6 +29,7 @@ def report(run: Run) -> Report:
     sessions = manifests["sessions"].figures
     comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
     rewards = manifests[f"rewards_{config.rounds}"].figures["gate"]
+    metrics = {name.format(k=config.evaluate.k): text.format(k=config.evaluate.k) for name, text in METRICS.items()}
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         summary=_summary(run, manifests, comparisons, rewards),
@@ -42,8 +43,8 @@ def report(run: Run) -> Report:
             "intervals": f"{config.evaluate.confidence:.0%}, bootstrap over users, one seed",
         },
         config=config.model_dump(mode="json"),
-        metrics={name.format(k=config.evaluate.k): text.format(k=config.evaluate.k) for name, text in METRICS.items()},
-        rows=[Row.model_validate(row) for row in evaluation["rows"]],
+        metrics=metrics,
+        rows=[_ordered(Row.model_validate(row), list(metrics)) for row in evaluation["rows"]],
         comparisons=comparisons,
         query_variance=evaluation["query_variance"],
         examples=[Example.model_validate(example) for example in evaluation["examples"]],
@@ -59,6 +60,11 @@ def report(run: Run) -> Report:
         stages=[StageTime(name=name, seconds=m.seconds, peak_mb=m.peak_memory_mb) for name, m in manifests.items()],
         ingest=Ingest(sessions=sessions["kept"], roles=sessions["roles"], quarantined=sessions["quarantined"]),
     )
+
+
+def _ordered(row: Row, metrics: list[str]) -> Row:
+    """The row with its metrics in their order of importance, which JSON does not keep."""
+    return row.model_copy(update={"metrics": {name: row.metrics[name] for name in metrics if name in row.metrics}})
 
 
 def _summary(
