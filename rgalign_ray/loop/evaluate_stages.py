@@ -13,6 +13,7 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 
 TOP_SHOWN = 3
+NO_QUERY = "(no valid query)"
 
 
 def stages(config: Config) -> list[Stage]:
@@ -55,8 +56,8 @@ def evaluate(run: Run, out: str) -> Outcome:
     comparisons = []
     for better, worse in zip(ladder[1:], ladder[:-1], strict=True):
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
-    aligned, control = ladder[-1], controls[2]
-    comparisons += compare(aligned, control, judged[aligned.name], judged[control.name], test.users, settings)
+    for rung, control in zip(ladder[-2:], controls[1:3], strict=True):
+        comparisons += compare(rung, control, judged[rung.name], judged[control.name], test.users, settings)
     evaluation = {
         "rows": [row.model_dump() for row in rows],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
@@ -82,8 +83,8 @@ def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[E
     return [
         Example(
             session=text,
-            query_before=queries[0].get(test.ids[row], ""),
-            query_after=queries[run.config.rounds].get(test.ids[row], ""),
+            query_before=queries[0].get(test.ids[row], NO_QUERY),
+            query_after=queries[run.config.rounds].get(test.ids[row], NO_QUERY),
             intents_before=[titles[intent] for intent in top["QE-Rec"][row]],
             intents_after=[titles[intent] for intent in top["RGAlign-Rec"][row]],
             wanted=[titles[intent] for intent in test.candidates[row][wanted[row]]],
