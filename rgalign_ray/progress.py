@@ -23,17 +23,16 @@ def track(label: str, total: int, unit: str = "") -> Iterator[Advance]:
 @contextmanager
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
     started = last = time.monotonic()
-    first = (started, 0)
     done = 0
 
     def advance(n: int) -> None:
-        nonlocal done, first, last
+        nonlocal done, last
         now = time.monotonic()
         done += n
-        if done == n:
-            first = (now, done)  # the time before holds the start of the workers, which does not come again
-        elif now - last >= LINE_EVERY_S and done < total:
-            left = (now - first[0]) / (done - first[1]) * (total - done)
+        if now - last >= LINE_EVERY_S and done < total:
+            # includes the start of the workers, hence too long at first: units arrive in bursts, and a rate
+            # taken between two of them would be anything
+            left = (now - started) / done * (total - done)
             print(f"  {label}: {done:,}/{total:,} {unit}, about {clock(left)} left", file=sys.stderr, flush=True)
             last = now
 
