@@ -12,7 +12,9 @@ from hypothesis import settings
 from rgalign_ray.config import Config
 from rgalign_ray.loop import environment
 
-os.environ.setdefault("RGALIGN_CACHE", str(Path(tempfile.gettempdir()) / "rgalign-test-cache"))
+# made anew for every run of the tests, so that no test meets a model that older code made; removed at exit
+CACHE = tempfile.TemporaryDirectory(prefix="rgalign-test-")
+os.environ.setdefault("RGALIGN_CACHE", CACHE.name)
 environment.prepare(Config())
 settings.register_profile("rgalign", deadline=None)  # a busy machine is not a failed test
 settings.load_profile("rgalign")
