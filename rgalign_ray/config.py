@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -309,7 +310,9 @@ class Config(Settings):
 
     @property
     def run_uri(self) -> str:
-        return self.run_dir.format(name=self.name)
+        """`run_dir` with the name filled in; a path is made absolute, since workers run in other folders."""
+        place = self.run_dir.format(name=self.name)
+        return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
     @model_validator(mode="after")
     def _coherent(self) -> Config:

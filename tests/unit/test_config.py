@@ -103,7 +103,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(empty: str) -> None:
     assert loaded.learner.use_gpu is True
     assert loaded.align == ["sft"]
     assert loaded.seed == 2
-    assert loaded.run_uri == "runs/a=b"
+    assert loaded.run_dir.format(name=loaded.name) == "runs/a=b"
 
 
 def test_an_override_keeps_the_rest_of_its_group(tmp_path: Path) -> None:
@@ -129,3 +129,11 @@ def test_keys_lists_every_leaf() -> None:
         return sum(map(leaves, value.__dict__.values())) if isinstance(value, Settings) else 1
 
     assert len(config.keys()) == len(set(config.keys())) == leaves(Config())
+
+
+def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.validate({"name": "a"}).run_uri == str(tmp_path / "runs/a")
+    assert config.validate({"run_dir": "s3://bucket/{name}", "name": "a"}).run_uri == "s3://bucket/a"
