@@ -89,7 +89,7 @@ def test_the_installed_command_runs_the_loop_in_an_empty_folder(environment: Pat
     rgalign = environment / "bin" / "rgalign"
     assert "loop" in call(rgalign, "--help", cwd=tmp_path, timeout=30)
     assert list(tmp_path.iterdir()) == []
-    out = call(rgalign, "loop", "--config", "smoke", cwd=tmp_path, timeout=500)
+    out = call(rgalign, "loop", "--config", "smoke", cwd=tmp_path, timeout=900)
     (report,) = tmp_path.rglob("report.html")
     assert report.name in out
     assert "QE-Rec" in report.read_text()
