@@ -155,7 +155,7 @@ def test_every_text_is_escaped() -> None:
     assert "<script" not in text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
 def test_any_text_leaves_the_page_well_formed(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
