@@ -76,9 +76,18 @@ def test_settings_that_contradict_each_other_are_refused(empty: str, override: s
     assert part in refused(empty, override)
 
 
-@pytest.mark.parametrize("override", ["ranker.dim", "seed.deeper=1", "ranker.dim=[1"])
-def test_an_override_that_cannot_be_read_is_refused(empty: str, override: str) -> None:
-    refused(empty, "seed=1", override)
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("ranker.dim", "expected KEY=VALUE"),
+        ("seed.deeper=1", "'seed' is a value, not a group"),
+        ("ranker.dim=[1", "not a valid value"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_refused(empty: str, override: str, part: str) -> None:
+    message = refused(empty, "seed=1", override)
+    assert part in message
+    assert override.partition("=")[0] in message
 
 
 def test_an_unknown_configuration_is_refused_with_those_that_exist() -> None:
