@@ -19,6 +19,7 @@ from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.base import candidate_vectors
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import READOUTS, SCORE_BATCH, available, query_input, to_batch
+from rgalign_ray.ranker.rows import Rows
 from rgalign_ray.world.oracle import Oracle
 
 SHUFFLE_SEED = 0
@@ -113,30 +114,31 @@ class TestSessions:
         if rung.prior:
             prior = ranker.model.prior.numpy()
             return np.where(self.mask, prior[self.candidates.clip(min=0)], -np.inf)
+        rows = self._rows(ranker, rung)
         with torch.inference_mode():
-            if not ranker.model.reads_queries:
-                return self._score(ranker, rung, None)
-            z = self._queries(ranker, rung)
-            return self._score(ranker, rung, z.mean(dim=0).expand_as(z) if rung.query == "mean" else z)
+            z = self._queries(ranker, rows) if ranker.model.reads_queries else None
+            if z is not None and rung.query == "mean":
+                z = z.mean(dim=0).expand_as(z)
+            return self._score(ranker, rows, z)
 
     def between_session_variance(self, rung: Rung) -> float:
         """Share of the query tower's signal that differs between sessions: sum_d Var_s(z_d) / sum_d E_s(z_d^2).
 
         0 is a tower that says the same of every session, such as which intents are popular.
         """
+        ranker = scoring.load(rung.ranker)
         with torch.inference_mode():
-            z = self._queries(scoring.load(rung.ranker), rung).double()
+            z = self._queries(ranker, self._rows(ranker, rung)).double()
         energy = (z**2).mean(dim=0).sum()
         return float(z.var(dim=0, correction=0).sum() / energy) if energy > 0 else 0.0
 
-    def _queries(self, ranker: scoring.LoadedRanker, rung: Rung) -> torch.Tensor:
+    def _queries(self, ranker: scoring.LoadedRanker, rows: Rows) -> torch.Tensor:
         """z float32 [S, d]."""
-        rows = self._rows(ranker, rung)
         reads = available(rows, np.full(len(self.ids), READOUTS[self.settings.readout]))
         return ranker.model.queries(*query_input(rows, reads, slice(None)))
 
-    def _score(self, ranker: scoring.LoadedRanker, rung: Rung, z: torch.Tensor | None) -> np.ndarray:
-        model, rows = ranker.model, self._rows(ranker, rung)
+    def _score(self, ranker: scoring.LoadedRanker, rows: Rows, z: torch.Tensor | None) -> np.ndarray:
+        model = ranker.model
         items, scores = model.items(), []
         for start in range(0, len(self.ids), SCORE_BATCH):
             part = slice(start, start + SCORE_BATCH)
@@ -145,7 +147,7 @@ class TestSessions:
             scores.append(model.score(model.users(batch), candidates, None if z is None else z[part]).numpy())
         return np.where(self.mask, np.concatenate(scores), -np.inf)
 
-    def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> dict[str, np.ndarray]:
+    def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> Rows:
         embeddings = Embeddings.load(rung.embeddings) if rung.embeddings else None
         if embeddings is not None:
             ranker.require(reasoner_version=embeddings.reasoner_version)
