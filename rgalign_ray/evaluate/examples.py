@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from rgalign_ray import config, storage
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.logs.examples import column_names, session_keys
 
 
 def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
@@ -16,7 +16,7 @@ def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
     A session whose click was on `settings.first_example` stands first, where there is one.
     """
     folder = storage.join(log_uri, "sessions")
-    columns = [name for name in ("candidates", "candidate_set") if name in _columns(folder)]
+    columns = [name for name in ("candidates", "candidate_set") if name in column_names(log_uri)]
     table = storage.read_table(folder, ["session_id", "clicks", *columns], filters=pc.field("role") == "test")
     catalogue = Catalogue.load(log_uri)
     candidates = catalogue.candidates(table)
@@ -29,10 +29,3 @@ def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
     order = sorted(clicked.tolist(), key=lambda row: keys[row])
     leading = [row for row in order if on_first[row]][:1]
     return [ids[row] for row in [*leading, *(row for row in order if row not in leading)][: settings.examples]]
-
-
-def _columns(folder: str) -> list[str]:
-    import pyarrow.parquet as pq
-
-    fs, path = storage.filesystem(storage.list_files(folder, ".parquet")[0])
-    return pq.read_schema(path, filesystem=fs).names

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rgalign_ray import progress
+from rgalign_ray import progress, storage
 from rgalign_ray.learner.engine import LearnerTask
 
 
@@ -25,7 +25,7 @@ def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str,
     Args:
         task: the objective's work.
         steps: optimiser steps, for the progress display.
-        storage_uri: folder for Ray Train's own records.
+        storage_uri: folder for Ray Train's own records; what this run leaves there is removed at its end.
         name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
     """
     learner = task.learner
@@ -45,7 +45,9 @@ def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str,
             failure_config=FailureConfig(max_failures=learner.retries),
         ),
     )
-    return trainer.fit().return_value
+    figures = trainer.fit().return_value
+    storage.delete(storage.join(storage_uri, name))
+    return figures
 
 
 def _worker(loop: dict[str, Any]) -> dict[str, Any]:

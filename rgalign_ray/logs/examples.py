@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from rgalign_ray import storage
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace
 
@@ -45,3 +47,10 @@ def session_keys(ids: list[str]) -> np.ndarray:
     """int64 [B], non-negative 63-bit hashes of session ids."""
     digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
     return (np.frombuffer(digests, dtype="<u8") >> np.uint64(1)).astype(np.int64)
+
+
+def column_names(uri: str) -> list[str]:
+    """Columns of the sessions' files; dt and region, which stand in the folders' names, are not among them."""
+    file = storage.list_files(storage.join(uri, "sessions"), ".parquet")[0]
+    fs, path = storage.filesystem(file)
+    return pq.read_schema(path, filesystem=fs).names

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from ray.data.datasource.partitioning import Partitioning
 from ray.data.expressions import col
@@ -64,10 +63,3 @@ def _wanted(file: str, start: str | None, end: str | None, regions: list[str] | 
     named = dict(part.split("=", 1) for part in unquote(file).split("/") if "=" in part)
     day = named["dt"]
     return (start or day) <= day <= (end or day) and (regions is None or named["region"] in regions)
-
-
-def column_names(uri: str) -> list[str]:
-    """Columns of the sessions' files; dt and region, which stand in the folders' names, are not among them."""
-    file = storage.list_files(storage.join(uri, "sessions"), ".parquet")[0]
-    fs, path = storage.filesystem(file)
-    return pq.read_schema(path, filesystem=fs).names

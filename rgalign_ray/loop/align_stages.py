@@ -23,8 +23,8 @@ from rgalign_ray.logs import examples, stream
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import engine_spec
-from rgalign_ray.loop.stage import Outcome, Run, Stage
+from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
+from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.reward import actor
 from rgalign_ray.reward.gate import gate
@@ -40,7 +40,7 @@ OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL"}
 def stages(config: Config, round_: int) -> list[Stage]:
     """rollouts_r → rewards_r → selected_r → align_r_…, one stage an objective, each starting from the one before."""
     before = round_ - 1
-    previous = f"align_{before}_{config.align[-1]}" if before else None
+    previous = reasoner_stage(config, before)
     sequence = [
         Stage(
             f"rollouts_{round_}",
@@ -104,7 +104,7 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
             "out_uri": out,
         },
     )
-    context = storage.content_key(config.rollout.model_dump(), template.key, asdict(engine)["weights"], round_)
+    context = storage.content_key(config.rollout.model_dump(), template.key, engine.weights, round_)
     try:
         with progress.track("rollouts", sessions.num_rows, f"sessions x {config.rollout.n}") as advance:
             for _, count in pool.run(units, context):
@@ -128,7 +128,7 @@ def align_sessions(run: Run, round_: int, template: Template) -> tuple[pa.Table,
     """
     role, uri = f"align_{round_}", run.uri("sessions")
     space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
-    columns = dict.fromkeys([*template.columns, *examples.columns(space, stream.column_names(uri))])
+    columns = dict.fromkeys([*template.columns, *examples.columns(space, examples.column_names(uri))])
     batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
     clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
@@ -146,8 +146,7 @@ def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
 
 def judge(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
-    judges = ["qe_rec", *(f"judge_{seed}" for seed in range(1, config.reward.judge_seeds))]
-    rankers = [run.uri(f"rankers_{round_ - 1}", name) for name in judges]
+    rankers = [run.uri(f"rankers_{round_ - 1}", name) for name in judge_names(config)]
     sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
     place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
     folder = run.uri(f"rollouts_{round_}")
@@ -250,5 +249,5 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
             f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."
         )
     steps = math.ceil(rows / optimisation.batch_sessions) * optimisation.epochs
-    figures = training.fit(task, steps, run.uri(".train"), f"{objective}-{round_}-{storage.content_key(out)}")
+    figures = training.fit(task, steps, run.uri(TRAIN_RECORDS), f"{objective}_{round_}")
     return Outcome({"sessions": figures["sessions"], "steps": figures["steps"]}, figures)

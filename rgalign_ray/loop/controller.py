@@ -21,7 +21,7 @@ from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
-from rgalign_ray.loop.stage import Run, Stage
+from rgalign_ray.loop.stage import TRAIN_RECORDS, Run, Stage
 from rgalign_ray.loop.stages import stages
 from rgalign_ray.reasoner import models
 
@@ -52,6 +52,7 @@ def run(config: Config) -> Run:
             console.print(f"{head} · [dim]done already[/dim]")
             continue
         console.print(head)
+        storage.delete(job.uri(TRAIN_RECORDS))  # of a killed try: Ray Train would take them up by their name
         if stage.ray:
             connect(config)
         _execute(job, stage, key)

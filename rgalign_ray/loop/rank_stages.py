@@ -12,7 +12,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.stage import Outcome, Run, Stage
+from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
 from rgalign_ray.rollout import encode
@@ -57,13 +57,18 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
     def spec(name: str, kind: Literal["qe_rec", "two_tower"], seed: int = 0, shuffled: bool = False) -> RankerSpec:
         return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled)
 
-    judges = range(1, config.reward.judge_seeds) if round_ < config.rounds else ()
+    judges = judge_names(config)[1:] if round_ < config.rounds else []
     return [
         *(spec(name, name) for name in (config.baselines if round_ == 0 else ())),
         spec("qe_rec", "qe_rec"),
-        *(spec(f"judge_{seed}", "qe_rec", seed) for seed in judges),
+        *(spec(name, "qe_rec", seed) for seed, name in enumerate(judges, 1)),
         spec("shuffled", "qe_rec", shuffled=True),
     ]
+
+
+def judge_names(config: Config) -> list[str]:
+    """The rankers that score rollouts: the reward's own first, then those of other seeds."""
+    return ["qe_rec", *(f"judge_{seed}" for seed in range(1, config.reward.judge_seeds))]
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -118,8 +123,8 @@ def train_rankers(run: Run, out: str, round_: int) -> Outcome:
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=run.config.ranker,
-        storage_uri=run.uri(".train"),
-        run_name=f"rankers_{round_}-{storage.content_key(out)}",
+        storage_uri=run.uri(TRAIN_RECORDS),
+        run_name=f"rankers_{round_}",
         embeddings_uri=run.uri(f"embeddings_{round_}"),
         item_embeddings_uri=run.uri("items"),
         shuffle_seed=run.config.seed,

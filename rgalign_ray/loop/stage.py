@@ -14,6 +14,9 @@ from typing import Any
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 
+TRAIN_RECORDS = ".train"
+"""Folder of a run in which Ray Train keeps its records while a stage trains."""
+
 
 @dataclass(frozen=True)
 class Run:

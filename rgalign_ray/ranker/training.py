@@ -38,7 +38,7 @@ from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalogue
-from rgalign_ray.logs.examples import columns
+from rgalign_ray.logs.examples import column_names, columns
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import MODELS, Fit
@@ -308,7 +308,7 @@ def _shuffled(job: RankerJob, embeddings: Embeddings | None) -> Embeddings | Non
 def _dataset(
     job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
 ) -> ray.data.Dataset:
-    names = [*columns(FeatureSpace.from_dict(job.space), stream.column_names(job.log_uri)), "role"]
+    names = [*columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri)), "role"]
     sessions = stream.sessions(job.log_uri, columns=names, roles=[TRAIN_ROLE, VALID_ROLE])
     sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
     return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(

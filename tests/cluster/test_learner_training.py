@@ -44,6 +44,7 @@ def test_two_workers_learn_and_export_one_adapter(ray_cluster: object, tmp_path:
     )
     figures = training.fit(task, 12, str(tmp_path / "train"), "sft")
     assert figures["steps"] == 12
+    assert not storage.exists(str(tmp_path / "train/sft"))
     assert figures["loss"][-1] < figures["loss"][0] - 0.5
     assert models.version_of(REASONER, task.out) == "tiny+1.sft"
     assert (tmp_path / "out/adapter_model.safetensors").exists()
