@@ -183,8 +183,8 @@ def _convert_smollm2(folder: Path) -> None:
     del model.config.quantization_config
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _save(model, folder)
 
 
 def _make_tiny(folder: Path) -> None:
@@ -221,4 +221,19 @@ def _make_tiny(folder: Path) -> None:
                 initializer_range=0.15,
             )
         )
-    model.save_pretrained(folder)
+    _save(model, folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes, by whichever process runs it.
+
+    In a process group, `save_pretrained` writes on rank 0 alone; but any rank may be the first on its machine.
+    """
+    from safetensors.torch import save_file
+
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = model.all_tied_weights_keys
+    weights = {name: value for name, value in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
@@ -44,6 +45,13 @@ def test_the_tiny_model_is_the_same_every_time(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path / name))
         weights.append(Path(models.resolve("tiny"), "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_any_rank_of_a_process_group_can_make_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert models.load_base(config.Reasoner(model="tiny", dtype="float32")).config.vocab_size == 259
 
 
 @pytest.mark.parametrize(("upper", "layers"), [(1.0, [0, 1, 2, 3]), (0.5, [2, 3])])
