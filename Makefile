@@ -28,7 +28,8 @@ demo: environment
 	$(BIN)/rgalign loop --config demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and cluster"
 
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test

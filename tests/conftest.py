@@ -16,7 +16,8 @@ from rgalign_ray.loop import environment
 CACHE = tempfile.TemporaryDirectory(prefix="rgalign-test-")
 os.environ.setdefault("RGALIGN_CACHE", CACHE.name)
 environment.prepare(Config())
-settings.register_profile("rgalign", deadline=None)  # a busy machine is not a failed test
+# a busy machine is not a failed test
+settings.register_profile("rgalign", deadline=None, max_examples=50)
 settings.load_profile("rgalign")
 
 

@@ -129,7 +129,7 @@ def test_prior_is_the_log_share_of_clicks_and_unseen_intents_get_the_mean() -> N
 def test_text_ranks_an_intent_that_training_never_showed() -> None:
     """Clicks fall on the intents whose text points where the session's embedding points, one intent being new."""
     draw = np.random.default_rng(0)
-    n, s = 900, sizes(item_dim=6)
+    n, s = 600, sizes(item_dim=6)
     meaning = draw.normal(size=(s.num_intents, s.embedding_dim))
     meaning[5] = meaning[4] + 0.1 * draw.normal(size=s.embedding_dim)
     data = rows(s, n)
