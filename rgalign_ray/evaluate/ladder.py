@@ -16,7 +16,6 @@ from rgalign_ray.evaluate.statistics import bootstrap, paired_bootstrap
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.base import candidate_vectors
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import READOUTS, SCORE_BATCH, available, query_input, to_batch
 from rgalign_ray.ranker.rows import Rows
@@ -143,8 +142,8 @@ class TestSessions:
         for start in range(0, len(self.ids), SCORE_BATCH):
             part = slice(start, start + SCORE_BATCH)
             batch = to_batch({name: values[part] for name, values in rows.items()})
-            candidates = candidate_vectors(items, batch["candidates"])
-            scores.append(model.score(model.users(batch), candidates, None if z is None else z[part]).numpy())
+            query = None if z is None else z[part]
+            scores.append(model.score(model.users(batch), items, batch["candidates"], query).numpy())
         return np.where(self.mask, np.concatenate(scores), -np.inf)
 
     def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> Rows:

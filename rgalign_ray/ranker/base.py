@@ -17,7 +17,10 @@ Batch = dict[str, Tensor]
 
 
 class Ranker(nn.Module):
-    """Scores a session's candidates.
+    """Scores a session's candidates: score_i = relevance_i + prior_i.
+
+    The log of the base rate is an offset, so that training starts from it and the towers learn what a session
+    changes about it; a small log would not teach them the base rate itself.
 
     Buffers fixed before training starts:
         prior: float32 [I], log share of the training clicks that fell on each intent, one click added to
@@ -49,9 +52,19 @@ class Ranker(nn.Module):
         """z [..., d] of embeddings [..., De]; the learned null vector where `is_null` [...] or without embeddings."""
         raise NotImplementedError
 
-    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+    def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
         """[B, C] from u [B, d], v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d]."""
         raise NotImplementedError
+
+    def score(self, u: Tensor, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
+        """Scores [B, C], or [B, N, C] for N queries a session, of `candidates` [B, C], rows of `items` [I, d].
+
+        Padding among the candidates scores as row 0 and must be masked afterwards.
+        """
+        rows = candidates.clamp(min=0).long()
+        relevance = self.relevance(u, F.embedding(rows, items), z)
+        prior = self.prior[rows]
+        return relevance + (prior if relevance.dim() == 2 else prior[:, None])
 
     def forward(self, batch: Batch, embedding: Tensor | None = None, is_null: Tensor | None = None) -> Tensor:
         """Scores [B, C], -inf where candidates are padded.
@@ -66,10 +79,5 @@ class Ranker(nn.Module):
             if is_null is None:
                 is_null = torch.full((len(batch["fields"]),), embedding is None, device=self.prior.device)
             z = self.queries(embedding, is_null)
-        scores = self.score(self.users(batch), candidate_vectors(self.items(), batch["candidates"]), z)
+        scores = self.score(self.users(batch), self.items(), batch["candidates"], z)
         return scores.masked_fill(batch["candidates"] < 0, -torch.inf)
-
-
-def candidate_vectors(items: Tensor, candidates: Tensor) -> Tensor:
-    """[B, C, d], rows of `items` [I, d]; padding reads row 0 and must be masked afterwards."""
-    return F.embedding(candidates.clamp(min=0), items)

@@ -29,7 +29,7 @@ from rgalign_ray import config
 from rgalign_ray.errors import DataError
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
-from rgalign_ray.ranker.base import Batch, Ranker, candidate_vectors
+from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.baselines.two_tower import TwoTower
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.qe_rec import QERec
@@ -195,9 +195,9 @@ class Fit:
         _manual_seed(self.seed, "items", *at)
         items = model.items()
         _manual_seed(self.seed, "sessions", *at, self.group.rank)
-        u, v = model.users(batch), candidate_vectors(items, candidates)
+        u = model.users(batch)
         z = model.queries(embedding, is_null) if model.reads_queries else None
-        scores = model.score(u, v, z)
+        scores = model.score(u, items, candidates, z)
         loss = losses.listnet(scores, batch["clicks"], mask).total
         no_click = losses.pointwise(scores, batch["shown"], batch["clicks"], mask).total
         loss = loss + settings.no_click_weight * no_click

@@ -62,8 +62,8 @@ class QERec(Ranker):
     def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
         return self.query_tower(embedding, is_null)
 
-    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
-        assert z is not None, "QE-Rec scores with a query vector; the null query has one too"
+    def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        assert z is not None, "QE-Rec reads a query vector; the null query has one too"
         single = z.dim() == 2
         wide_u, wide_v = u[:, None, None], v[:, None]  # [B, 1, 1, d], [B, 1, C, d]
         wide_z = (z[:, None] if single else z)[:, :, None]  # [B, N, 1, d]

@@ -25,7 +25,7 @@ from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.base import Batch, Ranker, candidate_vectors
+from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.fit import to_batch
 from rgalign_ray.reward import functions
 
@@ -127,7 +127,7 @@ def query_scores(model: Ranker, batch: Batch, embeddings: torch.Tensor) -> np.nd
     is_null = torch.zeros(sessions, n + 1, dtype=torch.bool)
     is_null[:, -1] = True
     z = model.queries(torch.cat([embeddings, torch.zeros_like(embeddings[:, :1])], dim=1), is_null)
-    return model.score(model.users(batch), candidate_vectors(model.items(), batch["candidates"]), z).numpy()
+    return model.score(model.users(batch), model.items(), batch["candidates"], z).numpy()
 
 
 def remote(cpus: float, *args: Any) -> Any:

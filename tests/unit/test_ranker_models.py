@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ranker_data import rows, sizes
 
 from rgalign_ray import config
-from rgalign_ray.ranker.base import Ranker, candidate_vectors
+from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.baselines.two_tower import TwoTower
 from rgalign_ray.ranker.fit import query_input, to_batch
 from rgalign_ray.ranker.mutual_attention import MutualAttention
@@ -95,6 +95,18 @@ def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) 
     assert torch.isneginf(wider[:, -3:]).all()
 
 
+@pytest.mark.parametrize("kind", [QERec, TwoTower])
+def test_the_base_rate_is_an_offset_of_every_score(kind: type[Ranker]) -> None:
+    torch.manual_seed(0)
+    model = kind(SIZES, SETTINGS).eval()
+    batch, embedding, is_null = _input()
+    without = model(batch, embedding, is_null)
+    with torch.no_grad():
+        model.prior.normal_()
+    offset = model.prior[batch["candidates"].long()]
+    torch.testing.assert_close(model(batch, embedding, is_null), without + offset)
+
+
 def test_null_query_ignores_the_embedding_even_if_it_is_nan(ranker: QERec) -> None:
     batch, embedding, _ = _input()
     null = torch.ones(6, dtype=torch.bool)
@@ -127,8 +139,8 @@ def test_n_queries_at_once_score_as_one_by_one(ranker: QERec) -> None:
     embeddings = torch.randn(6, 4, SIZES.embedding_dim)
     is_null = torch.zeros(6, 4, dtype=torch.bool)
     is_null[:, 0] = True
-    u, v = ranker.users(batch), candidate_vectors(ranker.items(), batch["candidates"])
-    together = ranker.score(u, v, ranker.queries(embeddings, is_null))
+    queries = ranker.queries(embeddings, is_null)
+    together = ranker.score(ranker.users(batch), ranker.items(), batch["candidates"], queries)
     assert together.shape == (6, 4, SIZES.num_intents)
     for n in range(4):
         torch.testing.assert_close(together[:, n], ranker(batch, embeddings[:, n], is_null[:, n]))

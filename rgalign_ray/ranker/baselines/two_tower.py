@@ -11,7 +11,7 @@ from rgalign_ray.ranker.towers import ItemTower, UserTower
 
 
 class TwoTower(Ranker):
-    """⟨u, v_i⟩/√d with the very user and item towers of QE-Rec; it reads no query."""
+    """⟨u, v_i⟩/√d + prior_i with the very user and item towers of QE-Rec; it reads no query."""
 
     kind = "two_tower"
     reads_queries = False
@@ -27,6 +27,6 @@ class TwoTower(Ranker):
     def items(self) -> Tensor:
         return self.item_tower(self.seen)
 
-    def score(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+    def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
         assert z is None, "the two-tower baseline reads no query"
         return (v @ u[..., None]).squeeze(-1) * u.shape[-1] ** -0.5
