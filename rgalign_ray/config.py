@@ -177,6 +177,9 @@ class QueryInput(Settings):
         return self
 
 
+Baseline = Literal["two_tower", "sasrec", "din", "din_text", "bst", "deepfm", "dcn_v2", "lr"]
+
+
 class Ranker(Settings):
     dim: Count = 32
     heads: Count = 4
@@ -188,7 +191,7 @@ class Ranker(Settings):
     whitened_dim: Count = 64
     """Principal directions of the embedding that the query tower reads."""
     gate_lr_scale: Positive = 10.0
-    """Learning rate of the query gate, relative to the rest: it starts at zero and must be able to open."""
+    """Learning rate of the gates, relative to the rest: they start at zero and must be able to open."""
     tau: Positive = 1.0
     """Temperature of ⟨z, v_i⟩ in the KL term and in RG-CL."""
     kl: Literal["fused", "user", "off"] = "fused"
@@ -269,7 +272,7 @@ class Evaluate(Settings):
     examples: Annotated[int, Field(ge=0)] = 5
     """Test sessions shown with their latent query before and after alignment."""
     first_example: str | None = None
-    """Intent whose clicked session is shown first."""
+    """Intent whose session is shown first: one that clicked it, or one whose true need it is."""
 
 
 class Cluster(Settings):
@@ -297,7 +300,8 @@ class Config(Settings):
     rollout: Rollout = Rollout()
     encode: Encode = Encode()
     ranker: Ranker = Ranker()
-    baselines: list[Literal["two_tower"]] = ["two_tower"]
+    baselines: list[Baseline] = ["two_tower"]
+    """Rankers without an LLM that round 0 trains as well."""
     reward: Reward = Reward()
     select: Select = Select()
     align: list[Literal["sft", "contrastive"]] = ["sft", "contrastive"]

@@ -11,6 +11,8 @@ Advance = Callable[[int], None]
 
 LINE_EVERY_S = 15.0
 """Without a terminal (logs, CI) one line at most this often."""
+TELLS_FROM = 0.1
+"""Share of the work from which the remaining time is told."""
 
 
 @contextmanager
@@ -30,10 +32,11 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
         now = time.monotonic()
         done += n
         if now - last >= LINE_EVERY_S and done < total:
-            # includes the start of the workers, hence too long at first: units arrive in bursts, and a rate
-            # taken between two of them would be anything
+            # from the whole time so far, since units arrive in bursts and a rate taken between two of them
+            # would be anything; at first that is mostly the start of the workers, and tells nothing
             left = (now - started) / done * (total - done)
-            print(f"  {label}: {done:,}/{total:,} {unit}, about {clock(left)} left", file=sys.stderr, flush=True)
+            about = f", about {clock(left)} left" if done >= total * TELLS_FROM else ""
+            print(f"  {label}: {done:,}/{total:,} {unit}{about}", file=sys.stderr, flush=True)
             last = now
 
     yield advance

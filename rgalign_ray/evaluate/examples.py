@@ -8,12 +8,17 @@ import pyarrow.compute as pc
 from rgalign_ray import config, storage
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import column_names, session_keys
+from rgalign_ray.world.oracle import Oracle
 
 
-def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
+def example_sessions(log_uri: str, truth_uri: str | None, settings: config.Evaluate) -> list[str]:
     """Ids of `settings.examples` clicked test sessions, in an order drawn by hash.
 
-    A session whose click was on `settings.first_example` stands first, where there is one.
+    A session that clicked `settings.first_example` stands first, or else one whose true need it is; where
+    there is neither, none does.
+
+    Args:
+        truth_uri: the simulated shop's log, whose truth is known; None for other logs.
     """
     folder = storage.join(log_uri, "sessions")
     columns = [name for name in ("candidates", "candidate_set") if name in column_names(log_uri)]
@@ -27,5 +32,8 @@ def example_sessions(log_uri: str, settings: config.Evaluate) -> list[str]:
     clicked = np.flatnonzero(clicks.any(axis=1))
     keys = session_keys(ids)
     order = sorted(clicked.tolist(), key=lambda row: keys[row])
-    leading = [row for row in order if on_first[row]][:1]
+    needed = on_first
+    if truth_uri is not None:
+        needed = np.array(Oracle.load(truth_uri).needs(ids)) == settings.first_example
+    leading = sorted(np.flatnonzero(on_first | needed), key=lambda row: (not on_first[row], keys[row]))[:1]
     return [ids[row] for row in [*leading, *(row for row in order if row not in leading)][: settings.examples]]

@@ -10,7 +10,7 @@ from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
 from rgalign_ray.evaluate.report import Example
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.stage import Outcome, Run, Stage
+from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
@@ -19,8 +19,7 @@ NO_QUERY = "(no valid query)"
 def stages(config: Config) -> list[Stage]:
     inputs = ["sessions", "features"]
     inputs += [f"{kind}_{r}" for r in sorted({0, config.rounds}) for kind in ("embeddings", "rankers")]
-    if config.log.source == "shop":
-        inputs.append("log")
+    inputs += truth_inputs(config)
     return [
         Stage("evaluation", "judge every ranker on the test sessions", evaluate, ("evaluate", "prompt"), tuple(inputs))
     ]
@@ -48,8 +47,7 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
 def evaluate(run: Run, out: str) -> Outcome:
     """Writes `evaluation.json`: rows, comparisons, query variance and examples, as the report's parts."""
     settings = run.config.evaluate
-    truth = run.uri("log") if run.config.log.source == "shop" else None
-    test = TestSessions(run.uri("sessions"), truth, settings)
+    test = TestSessions(run.uri("sessions"), run.truth, settings)
     ladder, controls = rungs(run)
     judged = {rung.name: test.judge(test.score(rung)) for rung in [*ladder, *controls]}
     rows = table_rows([*ladder, *controls], list(judged.values()), test.users, settings)
@@ -73,7 +71,7 @@ def evaluate(run: Run, out: str) -> Outcome:
 
 def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[Example]:
     place = {session: row for row, session in enumerate(test.ids)}
-    chosen = [place[session] for session in example_sessions(run.uri("sessions"), run.config.evaluate)]
+    chosen = [place[session] for session in example_sessions(run.uri("sessions"), run.truth, run.config.evaluate)]
     texts = Template.load(run.config.prompt.template).sessions(test.table.take(chosen))
     titles = test.catalogue.titles
     needs = test.needs()

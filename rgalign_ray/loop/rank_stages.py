@@ -8,11 +8,11 @@ from typing import Literal
 import ray
 
 from rgalign_ray import progress, storage
-from rgalign_ray.config import Config
+from rgalign_ray.config import Baseline, Config
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
+from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
 from rgalign_ray.rollout import encode
@@ -32,7 +32,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
         f"read sessions with the {who}",
         partial(encode_sessions, round_=round_),
         ("prompt", "reasoner", "encode", "rollout", "evaluate"),
-        ("sessions", *((reasoner,) if reasoner else ())),
+        ("sessions", *truth_inputs(config), *((reasoner,) if reasoner else ())),
         ray=True,
         units=True,
     )
@@ -54,7 +54,7 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
     """Rankers of a round: QE-Rec and its control on shuffled queries; before an alignment the reward's other
     judges; in round 0 the baselines."""
 
-    def spec(name: str, kind: Literal["qe_rec", "two_tower"], seed: int = 0, shuffled: bool = False) -> RankerSpec:
+    def spec(name: str, kind: Literal["qe_rec"] | Baseline, seed: int = 0, shuffled: bool = False) -> RankerSpec:
         return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled)
 
     judges = judge_names(config)[1:] if round_ < config.rounds else []
@@ -105,7 +105,7 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         template=Template.load(config.prompt.template),
         roles=ENCODED,
         queries_for=("valid", "test") if config.evaluate.readout == "query" else (),
-        query_sessions=tuple(example_sessions(run.uri("sessions"), config.evaluate)),
+        query_sessions=tuple(example_sessions(run.uri("sessions"), run.truth, config.evaluate)),
         encode=config.encode,
         sampling=config.rollout,
         run_seed=config.seed,

@@ -28,10 +28,20 @@ class Run:
         """Place of the artefact `name`."""
         return storage.join(self.config.run_uri, name, *parts)
 
+    @property
+    def truth(self) -> str | None:
+        """The simulated shop's log with its truth, for evaluation alone; None for other logs."""
+        return self.uri("log") if truth_inputs(self.config) else None
+
     def manifest(self, name: str) -> storage.Manifest:
         manifest = storage.read_manifest(self.uri(name))
         assert manifest is not None, f"{name} is an input of a stage that runs before it"
         return manifest
+
+
+def truth_inputs(config: Config) -> tuple[str, ...]:
+    """The artefact that `Run.truth` reads, as inputs of a stage that reads it."""
+    return ("log",) if config.log.source == "shop" else ()
 
 
 @dataclass(frozen=True)

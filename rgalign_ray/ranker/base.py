@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,11 @@ class Ranker(nn.Module):
     """
 
     kind: ClassVar[str]
-    reads_queries: ClassVar[bool]
+    reads_queries: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = True
+    """Whether its item tower takes text embeddings of the intents; else it knows them by id alone."""
+    item_tower: nn.Module
+    query_tower: nn.Module
     prior: Tensor
     seen: Tensor
 
@@ -40,23 +44,26 @@ class Ranker(nn.Module):
         self.register_buffer("prior", torch.zeros(sizes.num_intents))
         self.register_buffer("seen", torch.ones(sizes.num_intents, dtype=torch.bool))
 
-    def users(self, batch: Batch) -> Tensor:
-        """u [B, d]."""
+    def users(self, batch: Batch) -> Any:
+        """u, what `relevance` reads of a session: [B, d], or whatever else the model joins with a candidate."""
         raise NotImplementedError
 
     def items(self) -> Tensor:
         """v [I, d], one row per intent of the catalogue."""
-        raise NotImplementedError
+        return self.item_tower(self.seen)
 
     def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
         """z [..., d] of embeddings [..., De]; the learned null vector where `is_null` [...] or without embeddings."""
+        return self.query_tower(embedding, is_null)
+
+    def relevance(self, u: Any, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from u, v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d].
+
+        z is None for a ranker that reads no queries.
+        """
         raise NotImplementedError
 
-    def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
-        """[B, C] from u [B, d], v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d]."""
-        raise NotImplementedError
-
-    def score(self, u: Tensor, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
+    def score(self, u: Any, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
         """Scores [B, C], or [B, N, C] for N queries a session, of `candidates` [B, C], rows of `items` [I, d].
 
         Padding among the candidates scores as row 0 and must be masked afterwards.

@@ -30,6 +30,12 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
+from rgalign_ray.ranker.baselines.bst import BST
+from rgalign_ray.ranker.baselines.dcn_v2 import DCNv2
+from rgalign_ray.ranker.baselines.deepfm import DeepFM
+from rgalign_ray.ranker.baselines.din import DIN, DINSentence, DINText
+from rgalign_ray.ranker.baselines.logistic_regression import LogisticRegression
+from rgalign_ray.ranker.baselines.sasrec import SASRec
 from rgalign_ray.ranker.baselines.two_tower import TwoTower
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.qe_rec import QERec
@@ -37,7 +43,10 @@ from rgalign_ray.ranker.rows import Rows
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.ranker.whitening import Moments
 
-MODELS: dict[str, type[Ranker]] = {model.kind: model for model in (QERec, TwoTower)}
+MODELS: dict[str, type[Ranker]] = {
+    model.kind: model
+    for model in (QERec, TwoTower, SASRec, DIN, DINText, DINSentence, BST, DeepFM, DCNv2, LogisticRegression)
+}
 
 NULL, PROMPT, QUERY = 0, 1, 2
 READOUTS = {"null": NULL, "prompt": PROMPT, "query": QUERY}
@@ -151,9 +160,9 @@ class Fit:
         prior[~seen] = prior[seen].mean()
         model.prior.copy_(torch.from_numpy(prior))
         model.seen.copy_(torch.from_numpy(seen))
-        if items is not None:
+        if items is not None and model.reads_text:
             model.item_tower.set_text(items)
-        if isinstance(model, QERec):
+        if model.reads_queries:
             prompt = Moments.of(self.train["prompt"][self.train["has_prompt"]])
             query = Moments.of(self.train["query"][self.train["has_query"]])
             total = self.group.sum((prompt + query).flat())
@@ -218,7 +227,7 @@ class Fit:
         figures |= asdict(self.progress)
         figures["parameters"] = sum(p.numel() for p in self.model.parameters())
         figures["intents_shown"] = int(self.model.seen.sum())
-        if isinstance(self.model, QERec):
+        if self.model.reads_queries:
             figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}
         return figures
@@ -312,12 +321,12 @@ def _flat_gradients(model: Ranker) -> Tensor:
 
 
 def _parameter_groups(model: Ranker, settings: config.Ranker) -> list[dict[str, Any]]:
-    """The gate learns faster than the rest and does not decay: it must be able to open."""
-    gate = [p for name, p in model.named_parameters() if name.endswith("query_tower.gate")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("query_tower.gate")]
+    """Gates learn faster than the rest and do not decay: they must be able to open."""
+    gates = [p for name, p in model.named_parameters() if name.endswith(".gate")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith(".gate")]
     groups = [{"params": rest, "lr": settings.lr, "weight_decay": settings.weight_decay}]
-    if gate:
-        groups.append({"params": gate, "lr": settings.lr * settings.gate_lr_scale, "weight_decay": 0.0})
+    if gates:
+        groups.append({"params": gates, "lr": settings.lr * settings.gate_lr_scale, "weight_decay": 0.0})
     return groups
 
 

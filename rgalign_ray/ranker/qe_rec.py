@@ -56,12 +56,6 @@ class QERec(Ranker):
     def users(self, batch: Batch) -> Tensor:
         return self.user_tower(batch)
 
-    def items(self) -> Tensor:
-        return self.item_tower(self.seen)
-
-    def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
-        return self.query_tower(embedding, is_null)
-
     def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
         assert z is not None, "QE-Rec reads a query vector; the null query has one too"
         single = z.dim() == 2

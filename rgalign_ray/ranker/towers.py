@@ -23,10 +23,12 @@ ID_DROPOUT = 0.1
 
 
 class AutoInt(nn.Module):
-    """One layer of multi-head self-attention over field tokens [B, T, d] with a residual.
+    """One layer of multi-head self-attention over field tokens [B, T, d], added to them.
 
     Song et al. 2019, "AutoInt: Automatic Feature Interaction Learning via Self-Attentive Neural
-    Networks", eq. 5 to 8, with layer normalisation before the attention.
+    Networks", eq. 5 to 7. Instead of its eq. 8, ReLU(attended + W·tokens), a projection that starts at zero
+    is added to the tokens as they are: a fresh layer hands them on, so that what the fields say one by one
+    is not lost before interactions are learnt.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -34,35 +36,65 @@ class AutoInt(nn.Module):
         self.heads = next(h for h in range(heads, 0, -1) if h == 1 or (dim % h == 0 and dim // h >= MIN_HEAD))
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.residual = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.output.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         batch, length, dim = tokens.shape
         qkv = self.qkv(self.norm(tokens)).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return F.relu(mixed.transpose(1, 2).reshape(batch, length, dim) + self.residual(tokens))
+        return tokens + self.output(mixed.transpose(1, 2).reshape(batch, length, dim))
 
 
-class HistoryEncoder(nn.Module):
-    """Event ids [B, H], newest last, 0 = padding → [B, d] by masked multi-head attention pooling.
+class FieldTokens(nn.Module):
+    """Every field and every multi-valued field as a token [B, F + M, d]; several values are averaged."""
 
-    Each event is its embedding plus that of its age in places from the newest; a session without events
-    reads as zero.
-    """
-
-    def __init__(self, size: int, length: int, dim: int, heads: int) -> None:
+    def __init__(self, sizes: Sizes, dim: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.event = nn.Embedding(size, dim, padding_idx=0)
-        self.age = nn.Parameter(torch.empty(length, dim))
-        self.weight = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, heads, bias=False))
-        self.value = nn.Linear(dim, dim)
+        self.number = sizes.num_fields + sizes.num_multi
+        self.field = nn.Embedding(sizes.field_size, dim)
+        self.multi = nn.Embedding(max(sizes.multi_size, 1), dim, padding_idx=0) if sizes.num_multi else None
+        _normal(self.field)
+        if self.multi:
+            _normal(self.multi)
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = self.field(batch["fields"])
+        if self.multi is None:
+            return tokens
+        ids = batch["multi"]
+        values = self.multi(ids).sum(dim=2)  # padding embeds as zero
+        return torch.cat([tokens, values / (ids > 0).sum(dim=2).clamp(min=1)[..., None]], dim=1)
+
+
+class Events(nn.Module):
+    """Event ids [B, H], newest last, 0 = padding → [B, H, d]: an event and its age in places from the newest."""
+
+    def __init__(self, sizes: Sizes, dim: int) -> None:
+        super().__init__()
+        self.event = nn.Embedding(sizes.history_size, dim, padding_idx=0)
+        self.age = nn.Parameter(torch.empty(sizes.history_length, dim))
         _normal(self.event)
         nn.init.normal_(self.age, std=EMBEDDING_STD)
 
     def forward(self, history: Tensor) -> Tensor:
-        events = self.event(history) + self.age
+        return self.event(history) + self.age
+
+
+class HistoryEncoder(nn.Module):
+    """Event ids [B, H] → [B, d] by masked multi-head attention pooling; a session without events reads as zero."""
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.heads = settings.heads
+        self.events = Events(sizes, dim)
+        self.weight = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, self.heads, bias=False))
+        self.value = nn.Linear(dim, dim)
+
+    def forward(self, history: Tensor) -> Tensor:
+        events = self.events(history)
         padding = (history == 0)[..., None]
         weights = self.weight(events).masked_fill(padding, -1e9).softmax(dim=1).masked_fill(padding, 0.0)
         values = self.value(events).unflatten(-1, (self.heads, -1))
@@ -88,53 +120,74 @@ class MixtureOfExperts(nn.Module):
 
 
 class UserTower(nn.Module):
-    """Fields, multi-valued fields and history as tokens → AutoInt layers → mixture of experts → u [B, d]."""
+    """Fields, multi-valued fields and history as tokens → AutoInt layers → mixture of experts → u [B, d].
 
-    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+    Args:
+        history: the module that turns event ids [B, H] into [B, d]; None means `HistoryEncoder`.
+    """
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker, history: nn.Module | None = None) -> None:
         super().__init__()
         dim = settings.dim
-        self.field = nn.Embedding(sizes.field_size, dim)
-        self.multi = nn.Embedding(max(sizes.multi_size, 1), dim, padding_idx=0) if sizes.num_multi else None
-        self.history = HistoryEncoder(sizes.history_size, sizes.history_length, dim, settings.heads)
+        self.fields = FieldTokens(sizes, dim)
+        self.history = history or HistoryEncoder(sizes, settings)
         self.interactions = nn.Sequential(*(AutoInt(dim, settings.heads) for _ in range(settings.autoint_layers)))
-        tokens = sizes.num_fields + sizes.num_multi + 1
         self.dropout = nn.Dropout(settings.dropout)
-        self.experts = MixtureOfExperts(tokens * dim, dim, settings.experts, settings.dropout)
+        self.experts = MixtureOfExperts((self.fields.number + 1) * dim, dim, settings.experts, settings.dropout)
         self.norm = nn.LayerNorm(dim)
-        _normal(self.field)
-        if self.multi:
-            _normal(self.multi)
 
     def forward(self, batch: Batch) -> Tensor:
-        tokens = [self.field(batch["fields"]), self.history(batch["history"])[:, None]]
-        if self.multi:
-            tokens.append(self._multi(batch["multi"]))
-        interacted = self.interactions(torch.cat(tokens, dim=1))
-        return self.norm(self.experts(self.dropout(interacted.flatten(1))))
+        tokens = torch.cat([self.fields(batch), self.history(batch["history"])[:, None]], dim=1)
+        return self.norm(self.experts(self.dropout(self.interactions(tokens).flatten(1))))
 
-    def _multi(self, ids: Tensor) -> Tensor:
-        assert self.multi is not None
-        values = self.multi(ids)  # padding embeds as zero
-        return values.sum(dim=2) / (ids > 0).sum(dim=2).clamp(min=1)[..., None]
+
+class Joint(nn.Module):
+    """Scores [B, C] by an MLP of what belongs to the session [B, n] and what to each candidate [B, C, m].
+
+    The first layer is linear in both, so that the session's part, which is long, is computed once.
+    """
+
+    def __init__(self, session: int, candidate: int, settings: config.Ranker) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.session = nn.Linear(session, 2 * dim)
+        self.candidate = nn.Linear(candidate, 2 * dim, bias=False)
+        self.rest = nn.Sequential(
+            nn.ReLU(),
+            nn.Dropout(settings.dropout),
+            nn.Linear(2 * dim, dim),
+            nn.ReLU(),
+            nn.Linear(dim, 1),
+        )
+
+    def forward(self, session: Tensor, candidate: Tensor) -> Tensor:
+        return self.rest(self.session(session)[:, None] + self.candidate(candidate)).squeeze(-1)
 
 
 class ItemTower(nn.Module):
-    """Intent id ⊕ projected text embedding → v [I, d].
+    """Intent id ⊕ gate ⊙ projected text embedding → v [I, d], the gate [d] starting at zero.
+
+    A small log cannot tell intents apart by hundreds of numbers; what it learns of them by id must not be
+    drowned. The gate opens as far as text ranks better.
 
     Row 0 of the id table is the unknown intent. It stands in for intents that training never showed,
     so that these are ranked by their text, and in training for a random share of the others, so that
     it means "any intent" when it is needed.
+
+    Args:
+        text: False knows intents by their id alone.
     """
 
     text: Tensor
 
-    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+    def __init__(self, sizes: Sizes, settings: config.Ranker, text: bool = True) -> None:
         super().__init__()
-        dim = settings.dim
+        dim, numbers = settings.dim, sizes.item_dim if text else 0
         self.id = nn.Embedding(sizes.num_intents + 1, dim)
-        self.register_buffer("text", torch.zeros(sizes.num_intents, sizes.item_dim))
-        self.projection = nn.Linear(sizes.item_dim, dim) if sizes.item_dim else None
-        self.join = nn.Linear(2 * dim if sizes.item_dim else dim, dim)
+        self.register_buffer("text", torch.zeros(sizes.num_intents, numbers))
+        self.projection = nn.Linear(numbers, dim) if numbers else None
+        self.gate = nn.Parameter(torch.zeros(dim)) if numbers else None
+        self.join = nn.Linear(2 * dim if numbers else dim, dim)
         self.norm = nn.LayerNorm(dim)
         _normal(self.id)
 
@@ -151,7 +204,7 @@ class ItemTower(nn.Module):
         rows = torch.arange(1, len(seen) + 1, device=seen.device)
         parts = [self.id(torch.where(known, rows, 0))]
         if self.projection is not None:
-            parts.append(self.projection(self.text))
+            parts.append(self.gate * self.projection(self.text))
         return self.norm(self.join(torch.cat(parts, dim=-1)))
 
 

@@ -72,7 +72,7 @@ class RankerSpec:
     """
 
     name: str
-    kind: Literal["qe_rec", "two_tower"]
+    kind: Literal["qe_rec"] | config.Baseline
     out_uri: str
     seed: int
     shuffled: bool = False

@@ -239,27 +239,37 @@ def test_a_test_period_without_anything_to_judge_by_is_refused(tmp_path: Path, c
 def test_examples_are_clicked_test_sessions_in_an_order_of_their_own(tmp_path: Path) -> None:
     clicks = [[i % 3 == 0, i % 5 == 1] for i in range(31)]
     log = _log(tmp_path / "one", clicks)
-    shown = example_sessions(log, config.Evaluate(examples=100))
+    shown = example_sessions(log, None, config.Evaluate(examples=100))
     assert sorted(shown) == sorted(f"t{i}" for i in range(30) if any(clicks[i]))
     assert shown != sorted(shown, key=lambda session: int(session[1:]))
-    assert example_sessions(log, config.Evaluate(examples=4)) == shown[:4]
-    assert example_sessions(log, config.Evaluate(examples=0)) == []
+    assert example_sessions(log, None, config.Evaluate(examples=4)) == shown[:4]
+    assert example_sessions(log, None, config.Evaluate(examples=0)) == []
     again = _log(tmp_path / "two", clicks, order=list(range(31))[::-1])
-    assert example_sessions(again, config.Evaluate(examples=100)) == shown
+    assert example_sessions(again, None, config.Evaluate(examples=100)) == shown
 
 
 @pytest.mark.parametrize(("intent", "column"), [("b", 0), ("a", 1)])
 def test_the_first_example_clicked_the_intent_asked_for(tmp_path: Path, intent: str, column: int) -> None:
     clicks = [[i == 7, i > 20 and i != 7] for i in range(31)]
-    shown = example_sessions(_log(tmp_path, clicks), config.Evaluate(examples=5, first_example=intent))
+    shown = example_sessions(_log(tmp_path, clicks), None, config.Evaluate(examples=5, first_example=intent))
     assert len(set(shown)) == 5
     assert clicks[int(shown[0][1:])][column]
-    plain = example_sessions(str(tmp_path), config.Evaluate(examples=100))
+    plain = example_sessions(str(tmp_path), None, config.Evaluate(examples=100))
     assert [i for i in plain if i != shown[0]][:4] == shown[1:]
 
 
 def test_an_intent_that_nobody_clicked_leads_nothing(tmp_path: Path) -> None:
     log = _log(tmp_path, [[True, False]] * 9)
-    plain = example_sessions(log, config.Evaluate(examples=3))
+    plain = example_sessions(log, None, config.Evaluate(examples=3))
     for intent in ("a", "unknown"):
-        assert example_sessions(log, config.Evaluate(examples=3, first_example=intent)) == plain
+        assert example_sessions(log, None, config.Evaluate(examples=3, first_example=intent)) == plain
+
+
+def test_a_session_of_the_true_need_leads_where_none_clicked_it(tmp_path: Path) -> None:
+    needs = ["cancel_order"] * 20 + ["speed_up_parcel_delivery"] * 11
+    truth = {"session_id": [f"t{i}" for i in range(31)], "need": needs, "b_user": [0.0] * 31}
+    storage.write_table(str(tmp_path / "truth/part-00000.parquet"), pa.table(truth))
+    settings = config.Evaluate(examples=3, first_example="speed_up_parcel_delivery")
+    shown = example_sessions(_log(tmp_path, [[i < 20, False] for i in range(31)]), str(tmp_path), settings)
+    assert needs[int(shown[0][1:])] == "speed_up_parcel_delivery"
+    assert len(set(shown)) == 3

@@ -39,6 +39,17 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock: Clock, capsys:
     ]
 
 
+def test_remaining_time_waits_until_it_can_be_told(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.track("encode", 4000, "sessions") as advance:
+        for n in (100, 900, 3000):
+            clock.now += 20
+            advance(n)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "  encode: 100/4,000 sessions",
+        "  encode: 1,000/4,000 sessions, about 2 min 00 s left",
+    ]
+
+
 def test_a_stage_of_seconds_writes_one_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.track("rewards", 3, "units") as advance:
         for _ in range(3):

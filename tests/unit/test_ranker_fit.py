@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -48,10 +50,26 @@ def test_every_agreement_term_trains_the_query_tower_as_it_says(kl: str) -> None
     assert np.isfinite(figures["losses"]).all()
 
 
-def test_two_tower_reads_the_fields() -> None:
-    told = _fit(rows(SIZES, 400, in_fields=1.0), "two_tower").run()
-    untold = _fit(rows(SIZES, 400, in_fields=0.0), "two_tower").run()
+BASELINES = get_args(config.Baseline)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baseline_reads_the_fields(kind: str) -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2})
+    told = _fit(rows(SIZES, 300, in_fields=1.0), kind, settings).run()
+    untold = _fit(rows(SIZES, 300, in_fields=0.0), kind, settings).run()
     assert told["best_gauc"] > untold["best_gauc"] + 0.03
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baseline_reads_the_history(kind: str) -> None:
+    """The newest event tells the need in one log and is noise in the other."""
+    settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2})
+    untold = rows(SIZES, 300)
+    told = {**untold, "history": untold["history"].copy()}
+    clicked = (untold["clicks"] * (untold["candidates"] + 1)).max(axis=1)  # 1, 4, 7 … 22, or 0 without a click
+    told["history"][:, -1] = np.where(clicked > 0, clicked // 3 + 2, told["history"][:, -1])
+    assert _fit(told, kind, settings).run()["best_gauc"] > _fit(untold, kind, settings).run()["best_gauc"] + 0.03
 
 
 def test_training_repeats_to_the_bit_whatever_the_order_of_rows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from ranker_data import rows, sizes
 
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Ranker
-from rgalign_ray.ranker.baselines.two_tower import TwoTower
-from rgalign_ray.ranker.fit import query_input, to_batch
+from rgalign_ray.ranker.baselines.bst import TargetTransformer
+from rgalign_ray.ranker.baselines.din import TargetAttention
+from rgalign_ray.ranker.baselines.sasrec import CausalHistory
+from rgalign_ray.ranker.fit import MODELS, query_input, to_batch
 from rgalign_ray.ranker.mutual_attention import MutualAttention
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.towers import QueryTower
@@ -79,7 +83,7 @@ def test_mutual_attention_equals_softmax_attention_with_a_mask() -> None:
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("kind", [QERec, TwoTower])
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
 def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) -> None:
     torch.manual_seed(0)
     model = kind(SIZES, SETTINGS).eval()
@@ -95,7 +99,7 @@ def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) 
     assert torch.isneginf(wider[:, -3:]).all()
 
 
-@pytest.mark.parametrize("kind", [QERec, TwoTower])
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
 def test_the_base_rate_is_an_offset_of_every_score(kind: type[Ranker]) -> None:
     torch.manual_seed(0)
     model = kind(SIZES, SETTINGS).eval()
@@ -105,6 +109,59 @@ def test_the_base_rate_is_an_offset_of_every_score(kind: type[Ranker]) -> None:
         model.prior.normal_()
     offset = model.prior[batch["candidates"].long()]
     torch.testing.assert_close(model(batch, embedding, is_null), without + offset)
+
+
+def test_the_configuration_names_every_baseline() -> None:
+    """`din_sentence` reads embeddings that a run of the loop does not make."""
+    assert {"qe_rec", "din_sentence", *get_args(config.Baseline)} == MODELS.keys()
+
+
+def _history(length: int = 5, n: int = 4) -> torch.Tensor:
+    """Event ids [n, length] with 0, 1, 2, … places of padding in front."""
+    history = torch.randint(1, SIZES.history_size, (n, length))
+    return history * (torch.arange(length) >= torch.arange(n)[:, None])
+
+
+@pytest.mark.parametrize("attention", [TargetAttention(8), TargetTransformer(SETTINGS.model_copy(update={"dim": 8}))])
+def test_padded_events_are_not_read(attention: torch.nn.Module) -> None:
+    attention.eval()
+    padding = _history() == 0
+    events, v = torch.randn(4, 5, 8), torch.randn(4, 3, 8)
+    changed = torch.where(padding[..., None], events + 1, events)
+    torch.testing.assert_close(attention(changed, padding, v), attention(events, padding, v))
+    assert not torch.allclose(attention(events + 1, padding, v), attention(events, padding, v))
+
+
+def test_the_target_transformer_is_one_layer_over_events_and_candidate() -> None:
+    """Against softmax attention over a session's events and one candidate at a time, written out."""
+    torch.manual_seed(0)
+    layer = TargetTransformer(SETTINGS.model_copy(update={"dim": 8, "heads": 2})).eval()
+    history = _history()
+    events, v = torch.randn(4, 5, 8), torch.randn(4, 3, 8)
+    found = layer(events, history == 0, v)
+    for session in range(4):
+        for candidate in range(3):
+            sequence = torch.cat([events[session][history[session] > 0], v[session, candidate][None]])
+            query = layer.query(sequence[-1:]).view(1, 2, 4)
+            key, value = layer.key(sequence).view(-1, 2, 4), layer.value(sequence).view(-1, 2, 4)
+            weights = ((query * key).sum(-1) / 2.0).softmax(dim=0)
+            attended = layer.norms[0](sequence[-1] + (weights[..., None] * value).sum(dim=0).flatten())
+            expected = layer.norms[1](attended + layer.feedforward(attended))
+            torch.testing.assert_close(found[session, candidate], expected)
+
+
+def test_causal_history_reads_as_if_there_were_no_padding() -> None:
+    torch.manual_seed(0)
+    encoder = CausalHistory(SIZES, SETTINGS).eval()
+    history = _history(n=6)
+    found = encoder(history)
+    assert found.isfinite().all()
+    assert (found[5] == 0).all(), "a session without events"
+    whole = encoder.events.age
+    for session in range(5):
+        length = int((history[session] > 0).sum())
+        encoder.events.age = torch.nn.Parameter(whole[-length:])
+        torch.testing.assert_close(encoder(history[session : session + 1, -length:])[0], found[session])
 
 
 def test_null_query_ignores_the_embedding_even_if_it_is_nan(ranker: QERec) -> None:
@@ -162,6 +219,9 @@ def test_an_intent_training_never_showed_is_ranked_by_its_text() -> None:
     seen[[2, 3]] = False
     tower.text.normal_()
     tower.text[2] = tower.text[3] = tower.text[0]
+    assert torch.equal(tower(seen)[2], tower(seen)[3])
+    with torch.no_grad():
+        tower.gate.fill_(1.0)
     items = tower(seen)
     assert torch.equal(items[2], items[3])
     assert not torch.allclose(items[2], items[0])

@@ -14,19 +14,14 @@ class TwoTower(Ranker):
     """⟨u, v_i⟩/√d + prior_i with the very user and item towers of QE-Rec; it reads no query."""
 
     kind = "two_tower"
-    reads_queries = False
 
     def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
         super().__init__(sizes, settings)
         self.user_tower = UserTower(sizes, settings)
-        self.item_tower = ItemTower(sizes, settings)
+        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
 
     def users(self, batch: Batch) -> Tensor:
         return self.user_tower(batch)
 
-    def items(self) -> Tensor:
-        return self.item_tower(self.seen)
-
     def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
-        assert z is None, "the two-tower baseline reads no query"
         return (v @ u[..., None]).squeeze(-1) * u.shape[-1] ** -0.5

@@ -1,0 +1,72 @@
+"""BST: the candidate as the last event of the history, in a transformer layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Batch, Ranker
+from rgalign_ray.ranker.baselines.din import User
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.towers import Events, FieldTokens, ItemTower, Joint
+
+
+class TargetTransformer(nn.Module):
+    """The output at the candidate's place of a transformer layer over events and candidate, [B, C, d].
+
+    Chen et al. 2019, "Behavior Sequence Transformer for E-commerce Recommendation in Alibaba", eq. 1 to 4.
+    The outputs at the events' places, which the original concatenates as well, would cost H times as much
+    for each candidate.
+    """
+
+    def __init__(self, settings: config.Ranker) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.heads = settings.heads
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.feedforward = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LeakyReLU(), nn.Linear(2 * dim, dim))
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
+        query, own_key, own_value = (self._split(part(v)) for part in (self.query, self.key, self.value))
+        key, value = self._split(self.key(events)), self._split(self.value(events))  # [B, heads, H, e]
+        logits = torch.cat([query @ key.transpose(-1, -2), (query * own_key).sum(-1, keepdim=True)], dim=-1)
+        weights = (logits * query.shape[-1] ** -0.5).masked_fill(F.pad(padding, (0, 1))[:, None, None], -torch.inf)
+        weights = weights.softmax(dim=-1)  # [B, heads, C, H + 1]; the candidate itself is never padding
+        mixed = weights[..., :-1] @ value + weights[..., -1:] * own_value
+        attended = self.norms[0](v + self.dropout(mixed.transpose(1, 2).flatten(2)))
+        return self.norms[1](attended + self.dropout(self.feedforward(attended)))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class BST(Ranker):
+    """An MLP of the fields and of the candidate as the transformer sees it after the events."""
+
+    kind = "bst"
+    reads_text = False
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__(sizes, settings)
+        dim = settings.dim
+        self.fields = FieldTokens(sizes, dim)
+        self.events = Events(sizes, dim)
+        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
+        self.norm = nn.LayerNorm(dim)  # candidates come normalised from their tower; events must be as long
+        self.transformer = TargetTransformer(settings)
+        self.joint = Joint(self.fields.number * dim, dim, settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def users(self, batch: Batch) -> User:
+        fields = self.dropout(self.fields(batch).flatten(1))
+        return fields, self.norm(self.events(batch["history"])), batch["history"] == 0
+
+    def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
+        fields, events, padding = u
+        return self.joint(fields, self.transformer(events, padding, v))

@@ -1,0 +1,84 @@
+"""DIN: the history read anew for every candidate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rgalign_ray import config
+from rgalign_ray.ranker.base import Batch, Ranker
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.towers import Events, FieldTokens, ItemTower, Joint, QueryTower
+
+User = tuple[Tensor, Tensor, Tensor]
+"""Fields [B, T·d], events [B, H, d] and where events are padding [B, H]."""
+
+
+class TargetAttention(nn.Module):
+    """Σ_t a(e_t, v)·e_t over a session's events [B, H, d] for each candidate [B, C, d], with a an MLP: [B, C, d].
+
+    Zhou et al. 2018, "Deep Interest Network for Click-Through Rate Prediction", eq. 3: weights are not
+    normalised, so that their sum tells how much of the history concerns the candidate.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.event = nn.Linear(dim, dim)
+        self.candidate = nn.Linear(dim, dim, bias=False)
+        self.product = nn.Linear(dim, dim, bias=False)
+        self.weight = nn.Sequential(nn.PReLU(), nn.Linear(dim, 1))
+
+    def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
+        pairs = self.product(events[:, None] * v[:, :, None])  # [B, C, H, d]
+        weights = self.weight(pairs + self.event(events)[:, None] + self.candidate(v)[:, :, None]).squeeze(-1)
+        return weights.masked_fill(padding[:, None], 0.0) @ events
+
+
+class DIN(Ranker):
+    """An MLP of the fields, the candidate and the history as target attention reads it."""
+
+    kind = "din"
+    reads_text = False
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__(sizes, settings)
+        dim = settings.dim
+        self.fields = FieldTokens(sizes, dim)
+        self.events = Events(sizes, dim)
+        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
+        self.attention = TargetAttention(dim)
+        self.joint = Joint(self.fields.number * dim, (4 if self.reads_queries else 3) * dim, settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def users(self, batch: Batch) -> User:
+        fields = self.dropout(self.fields(batch).flatten(1))
+        return fields, self.events(batch["history"]), batch["history"] == 0
+
+    def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
+        fields, events, padding = u
+        interest = self.attention(events, padding, v)
+        parts = [interest, v, interest * v]
+        if z is not None:
+            parts.append(z[:, None] * v)
+        return self.joint(fields, torch.cat(parts, dim=-1))
+
+
+class DINText(DIN):
+    """DIN that knows intents by their text as well."""
+
+    kind = "din_text"
+    reads_text = True
+
+
+class DINSentence(DINText):
+    """DIN that also reads an embedding of the session's text, through QE-Rec's query tower.
+
+    With embeddings of a sentence encoder it is what an engineer would try before any LLM.
+    """
+
+    kind = "din_sentence"
+    reads_queries = True
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
+        super().__init__(sizes, settings)
+        self.query_tower = QueryTower(sizes, settings)
