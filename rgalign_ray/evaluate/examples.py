@@ -14,8 +14,8 @@ from rgalign_ray.world.oracle import Oracle
 def example_sessions(log_uri: str, truth_uri: str | None, settings: config.Evaluate) -> list[str]:
     """Ids of `settings.examples` clicked test sessions, in an order drawn by hash.
 
-    A session that clicked `settings.first_example` stands first, or else one whose true need it is; where
-    there is neither, none does.
+    A session whose true need is `settings.first_example` stands first, one that clicked it before others; where
+    the truth is not known, one that clicked it.
 
     Args:
         truth_uri: the simulated shop's log, whose truth is known; None for other logs.
@@ -35,5 +35,5 @@ def example_sessions(log_uri: str, truth_uri: str | None, settings: config.Evalu
     needed = on_first
     if truth_uri is not None:
         needed = np.array(Oracle.load(truth_uri).needs(ids)) == settings.first_example
-    leading = sorted(np.flatnonzero(on_first | needed), key=lambda row: (not on_first[row], keys[row]))[:1]
+    leading = sorted(np.flatnonzero(needed).tolist(), key=lambda row: (not on_first[row], keys[row]))[:1]
     return [ids[row] for row in [*leading, *(row for row in order if row not in leading)][: settings.examples]]

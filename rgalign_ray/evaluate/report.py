@@ -6,6 +6,8 @@ from anywhere; `headline` and `examples` show the same figures in the terminal.
 
 from __future__ import annotations
 
+import csv as csvfile
+import io
 import math
 from typing import Any
 
@@ -216,6 +218,41 @@ def headline(report: Report) -> Table:
             end_section=last_rival,
         )
     return table
+
+
+def markdown(report: Report) -> str:
+    """Rows and comparisons as Markdown tables."""
+    lines = [f"# {report.title}", "", *_table("ranker", report.columns)]
+    for row in report.rows:
+        shown = [row.metrics.get(metric) for metric in report.columns]
+        lines.append(_line([row.name, *(f"{it} ({it.interval})" if it else ABSENT for it in shown)]))
+    lines += ["", *_table("difference", ["metric", "value", "interval", "claim"])]
+    for it in report.comparisons:
+        verdict = "separated" if it.separated else "not separated"
+        pair = f"{it.better} − {it.worse}"
+        lines.append(_line([pair, it.metric, _signed(it.difference.value), _signed_interval(it.difference), verdict]))
+    lines += ["", *(f"- {name}: {value}" for name, value in report.facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _table(first: str, others: list[str]) -> list[str]:
+    """The head of a Markdown table: the first column to the left, the others to the right."""
+    return [_line([first, *others]), _line(["---", *("---:" for _ in others)])]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def csv(report: Report) -> str:
+    """A line per row and metric: ranker, control, metric, value, low, high."""
+    out = io.StringIO()
+    writer = csvfile.writer(out, lineterminator="\n")
+    writer.writerow(["ranker", "control", "metric", "value", "low", "high"])
+    for row in report.rows:
+        for metric, it in row.metrics.items():
+            writer.writerow([row.name, row.control, metric, it.value, it.low, it.high])
+    return out.getvalue()
 
 
 def examples(report: Report) -> RenderableType:

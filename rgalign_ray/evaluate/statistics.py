@@ -65,15 +65,7 @@ def bootstrap(
     values, weights = _checked(values, users, weights)
     per_seed = (values * weights).sum(axis=1) / weights.sum()
     drawn = _draw(values.mean(axis=0), weights, users, repetitions, seed)
-    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = np.nanpercentile(drawn, tails)
-    return Estimate(
-        mean=float(per_seed.mean()),
-        users=(float(low), float(high)),
-        seeds=len(per_seed),
-        per_seed=tuple(per_seed.tolist()),
-        over_seeds=t_interval(per_seed, confidence) if len(per_seed) > 1 else None,
-    )
+    return _estimate(per_seed, drawn, confidence)
 
 
 def paired_bootstrap(
@@ -95,6 +87,33 @@ def paired_bootstrap(
         raise ValueError(f"ours {np.shape(ours)} and baseline {np.shape(baseline)} must have one shape.")
     difference = np.asarray(ours, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return bootstrap(difference, users, weights=weights, repetitions=repetitions, confidence=confidence, seed=seed)
+
+
+def stratified_bootstrap(
+    values: Sequence[np.ndarray],
+    users: Sequence[Sequence[str]],
+    *,
+    weights: Sequence[np.ndarray | None],
+    repetitions: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """As `bootstrap`, where every seed has sessions and users of its own: users are drawn within each seed.
+
+    Args:
+        values: for each seed float [sessions of that seed]; nan where a session does not count.
+        users: for each seed, whose session each is.
+        weights: for each seed, or None for 1.
+
+    Raises:
+        ValueError: for unequal lengths, or a seed in which no session counts.
+    """
+    per_seed, drawn = [], []
+    for number, (value, user, weight) in enumerate(zip(values, users, weights, strict=True)):
+        checked, weight = _checked(value, user, weight)
+        per_seed.append(float((checked[0] * weight).sum() / weight.sum()))
+        drawn.append(_draw(checked[0], weight, user, repetitions, seed + number))
+    return _estimate(np.array(per_seed), np.mean(drawn, axis=0), confidence)
 
 
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -120,6 +139,19 @@ def t_quantile(freedom: int, confidence: float) -> float:
     density = np.cos(angle) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
     return math.sqrt(freedom) * math.tan(np.interp(confidence, below / below[-1], angle))
+
+
+def _estimate(per_seed: np.ndarray, drawn: np.ndarray, confidence: float) -> Estimate:
+    """From the mean of each seed [seeds] and the bootstrap's means over seeds [repetitions]."""
+    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanpercentile(drawn, tails)
+    return Estimate(
+        mean=float(per_seed.mean()),
+        users=(float(low), float(high)),
+        seeds=len(per_seed),
+        per_seed=tuple(per_seed.tolist()),
+        over_seeds=t_interval(per_seed, confidence) if len(per_seed) > 1 else None,
+    )
 
 
 def _draw(

@@ -11,6 +11,8 @@ settings and its inputs, so what comes out is the same.
 from __future__ import annotations
 
 import time
+from functools import reduce
+from operator import getitem
 
 from rich.console import Console
 
@@ -40,24 +42,36 @@ def run(config: Config) -> Run:
     console.print(plan.table(config))
     config = settle(config)
     job = Run(config)
+    run_stages(job, stages(config))
+    show(job)
+    return job
+
+
+def run_stages(job: Run, sequence: list[Stage]) -> None:
+    """Runs those of a run's stages that are not done, in order."""
+    config = job.config
     storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
-    sequence = stages(config)
     if config.cluster.address is None:
         plan.check(config, plan.local_cpus(config), float("inf"))
     for number, stage in enumerate(sequence, 1):
         key = stage_key(job, stage)
         head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"
-        manifest = storage.read_manifest(job.uri(stage.name))
-        if manifest is not None and manifest.key == key:
+        if is_done(job, stage, key):
             console.print(f"{head} · [dim]done already[/dim]")
             continue
         console.print(head)
         storage.delete(job.uri(TRAIN_RECORDS))  # of a killed try: Ray Train would take them up by their name
         if stage.ray:
             connect(config)
-        _execute(job, stage, key)
-    show(job)
-    return job
+        manifest = execute(job, stage, key)
+        counts = ", ".join(f"{value:,} {name}" for name, value in manifest.rows.items())
+        console.print(f"      {progress.clock(manifest.seconds)} · {counts}")
+
+
+def is_done(job: Run, stage: Stage, key: str) -> bool:
+    """Whether the stage's artefact is there, made of the very inputs and settings that `key` stands for."""
+    manifest = storage.read_manifest(job.uri(stage.name))
+    return manifest is not None and manifest.key == key
 
 
 def settle(config: Config) -> Config:
@@ -92,29 +106,27 @@ def stage_key(job: Run, stage: Stage) -> str:
     # a name stands for a file, and the file may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
-    chosen = {name: settings[name] for name in ("seed", *stage.settings)}
+    chosen = {name: reduce(getitem, name.split("."), settings) for name in ("seed", *stage.settings)}
     return storage.content_key(__version__, stage.name, chosen, {name: job.manifest(name).key for name in stage.inputs})
 
 
-def _execute(job: Run, stage: Stage, key: str) -> None:
+def execute(job: Run, stage: Stage, key: str) -> storage.Manifest:
+    """Runs one stage into a folder beside its place, and renames that when it is whole."""
     started = time.monotonic()
     resume_key = key if stage.units else None
     with PeakMemory() as memory, storage.writing(job.uri(stage.name), resume_key=resume_key) as work:
         outcome = stage.run(job, work)
-        storage.write_json(
-            storage.join(work, storage.MANIFEST),
-            storage.Manifest(
-                stage=stage.name,
-                key=key,
-                inputs={name: job.manifest(name).key for name in stage.inputs},
-                rows=outcome.rows,
-                figures=outcome.figures,
-                seconds=round(time.monotonic() - started, 1),
-                peak_memory_mb=round(memory.peak_mb),
-            ).model_dump(),
+        manifest = storage.Manifest(
+            stage=stage.name,
+            key=key,
+            inputs={name: job.manifest(name).key for name in stage.inputs},
+            rows=outcome.rows,
+            figures=outcome.figures,
+            seconds=round(time.monotonic() - started, 1),
+            peak_memory_mb=round(memory.peak_mb),
         )
-    counts = ", ".join(f"{value:,} {name}" for name, value in outcome.rows.items())
-    console.print(f"      {progress.clock(time.monotonic() - started)} · {counts}")
+        storage.write_json(storage.join(work, storage.MANIFEST), manifest.model_dump())
+    return manifest
 
 
 def connect(config: Config) -> None:

@@ -82,7 +82,35 @@ def engine_spec(run: Run, round_: int) -> EngineSpec:
     return EngineSpec(config.reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
 
 
-def encode_items(run: Run, out: str) -> Outcome:
+def sentence_stages(config: Config) -> list[Stage]:
+    """The same texts read by a sentence encoder, for rankers without an LLM."""
+    settings = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")
+    return [
+        Stage(
+            "items_sentence",
+            "read the knowledge base with a sentence encoder",
+            partial(encode_items, sentence=True),
+            settings,
+            ("sessions",),
+            ray=True,
+        ),
+        Stage(
+            "embeddings_sentence",
+            "read sessions with a sentence encoder",
+            encode_sentences,
+            settings,
+            ("sessions",),
+            ray=True,
+            units=True,
+        ),
+    ]
+
+
+def sentence_engine(config: Config) -> EngineSpec:
+    return EngineSpec(config.compare.encoder, config.compare.max_text_tokens, None)
+
+
+def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
     """Text embeddings of the intents by the base model: one version for all rankers, so that items compare."""
     catalogue = Catalogue.load(run.uri("sessions"))
     texts = Template.load(run.config.prompt.template).items(catalogue.intents)
@@ -91,7 +119,11 @@ def encode_items(run: Run, out: str) -> Outcome:
         num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_retries=3
     )
     done = task.remote(
-        engine_spec(run, 0), catalogue.ids, texts, settings.batch_size, storage.join(out, "items.parquet")
+        sentence_engine(run.config) if sentence else engine_spec(run, 0),
+        catalogue.ids,
+        texts,
+        settings.batch_size,
+        storage.join(out, "items.parquet"),
     )
     ray.get(done, timeout=ITEMS_DEADLINE_S)
     return Outcome(rows={"intents": catalogue.size})
@@ -99,7 +131,6 @@ def encode_items(run: Run, out: str) -> Outcome:
 
 def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
-    sessions = run.manifest("sessions")
     plan = encode.EncodePlan(
         log_uri=run.uri("sessions"),
         template=Template.load(config.prompt.template),
@@ -111,10 +142,30 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         run_seed=config.seed,
         round=round_,
     )
-    total = sum(sessions.figures["roles"].get(role, 0) for role in ENCODED)
-    with progress.track("encode", total, "sessions") as advance:
-        counts = encode.encode(plan, engine_spec(run, round_), out, advance)
+    counts = _encode(run, out, plan, engine_spec(run, round_))
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
+
+
+def encode_sentences(run: Run, out: str) -> Outcome:
+    config = run.config
+    plan = encode.EncodePlan(
+        log_uri=run.uri("sessions"),
+        template=Template.load(config.prompt.template),
+        roles=ENCODED,
+        queries_for=(),
+        query_sessions=(),
+        encode=config.encode.model_copy(update={"query_share": 0.0}),
+        sampling=config.rollout,
+        run_seed=config.seed,
+        round=0,
+    )
+    return Outcome(rows={"sessions": _encode(run, out, plan, sentence_engine(config))["sessions"]})
+
+
+def _encode(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
+    roles = run.manifest("sessions").figures["roles"]
+    with progress.track("encode", sum(roles.get(role, 0) for role in ENCODED), "sessions") as advance:
+        return encode.encode(plan, engine, out, advance)
 
 
 def train_rankers(run: Run, out: str, round_: int) -> Outcome:

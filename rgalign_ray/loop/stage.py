@@ -61,7 +61,7 @@ class Stage:
     """A few words for the user."""
     run: Callable[[Run, str], Outcome]
     settings: tuple[str, ...]
-    """Sections (or single keys) of the configuration."""
+    """Sections, or single keys as in compare.encoder, of the configuration."""
     inputs: tuple[str, ...]
     """Names of the artefacts it reads."""
     ray: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rgalign_ray import progress, storage
+from rgalign_ray.config import Config
 from rgalign_ray.evaluate.report import Comparison, Curves, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
 from rgalign_ray.loop.stage import Run
@@ -29,7 +30,7 @@ def report(run: Run) -> Report:
     sessions = manifests["sessions"].figures
     comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
     rewards = manifests[f"rewards_{config.rounds}"].figures["gate"]
-    metrics = {name.format(k=config.evaluate.k): text.format(k=config.evaluate.k) for name, text in METRICS.items()}
+    metrics = meanings(config)
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         summary=_summary(run, manifests, comparisons, rewards),
@@ -60,6 +61,12 @@ def report(run: Run) -> Report:
         stages=[StageTime(name=name, seconds=m.seconds, peak_mb=m.peak_memory_mb) for name, m in manifests.items()],
         ingest=Ingest(sessions=sessions["kept"], roles=sessions["roles"], quarantined=sessions["quarantined"]),
     )
+
+
+def meanings(config: Config) -> dict[str, str]:
+    """What each metric means, by its name in the table, in their order of importance."""
+    k = config.evaluate.k
+    return {name.format(k=k): text.format(k=k) for name, text in METRICS.items()}
 
 
 def _ordered(row: Row, metrics: list[str]) -> Row:

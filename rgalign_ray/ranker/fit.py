@@ -35,6 +35,7 @@ from rgalign_ray.ranker.baselines.dcn_v2 import DCNv2
 from rgalign_ray.ranker.baselines.deepfm import DeepFM
 from rgalign_ray.ranker.baselines.din import DIN, DINSentence, DINText
 from rgalign_ray.ranker.baselines.logistic_regression import LogisticRegression
+from rgalign_ray.ranker.baselines.popularity import Popularity
 from rgalign_ray.ranker.baselines.sasrec import SASRec
 from rgalign_ray.ranker.baselines.two_tower import TwoTower
 from rgalign_ray.ranker.group import Group
@@ -45,7 +46,19 @@ from rgalign_ray.ranker.whitening import Moments
 
 MODELS: dict[str, type[Ranker]] = {
     model.kind: model
-    for model in (QERec, TwoTower, SASRec, DIN, DINText, DINSentence, BST, DeepFM, DCNv2, LogisticRegression)
+    for model in (
+        QERec,
+        TwoTower,
+        SASRec,
+        DIN,
+        DINText,
+        DINSentence,
+        BST,
+        DeepFM,
+        DCNv2,
+        LogisticRegression,
+        Popularity,
+    )
 }
 
 NULL, PROMPT, QUERY = 0, 1, 2
@@ -117,12 +130,15 @@ class Fit:
                 self.best = _copy(self.model)
             after_epoch(self)
         self.model.load_state_dict(self.best)
+        if not self.gradients.numel():
+            self.progress.best_gauc = self.validation_gauc("prompt")
         return self._figures()
 
     @property
     def finished(self) -> bool:
         stale = self.progress.epoch - self.progress.best_epoch
-        return self.progress.epoch >= self.settings.epochs or stale >= self.settings.patience
+        done = self.progress.epoch >= self.settings.epochs or stale >= self.settings.patience
+        return done or not self.gradients.numel()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -312,7 +328,7 @@ def _per_intent(candidates: np.ndarray, chosen: np.ndarray, size: int) -> np.nda
 def _flat_gradients(model: Ranker) -> Tensor:
     """One buffer whose slices are the parameters' gradients, so that workers add them in one call."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=model.prior.device)
     start = 0
     for parameter in parameters:
         parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)

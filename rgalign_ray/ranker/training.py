@@ -18,9 +18,10 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class RankerSpec:
     """
 
     name: str
-    kind: Literal["qe_rec"] | config.Baseline
+    kind: Literal["qe_rec", "din_sentence"] | config.Baseline
     out_uri: str
     seed: int
     shuffled: bool = False
@@ -92,7 +93,7 @@ class RankerJob:
         embeddings_uri: e(x) and e(x,q) of the sessions; required by qe_rec.
         item_embeddings_uri: text embeddings of the intents (readout item).
         shuffle_seed: of the control's permutation.
-        local: train in this process, without workers.
+        local: train in this process, without workers and without Ray.
     """
 
     rankers: tuple[RankerSpec, ...]
@@ -145,7 +146,12 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         "settings": job.settings.model_dump(),
         "items": items,
     }
-    results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
+    if job.local:
+        results = _train_all([_table(job, catalogue, embeddings)], worker_config)
+    else:
+        results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
+    if "data_error" in results:
+        raise DataError(results["data_error"])
     trained = {}
     for spec in job.rankers:
         result = results[spec.name]
@@ -165,7 +171,7 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
     return trained
 
 
-def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, Any]:
     settings = job.settings
     fs, path = storage.filesystem(job.storage_uri)
     trainer = TorchTrainer(
@@ -177,7 +183,7 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
             backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo", timeout_s=COLLECTIVE_DEADLINE_S
         ),
         scaling_config=ScalingConfig(
-            num_workers=0 if job.local else settings.workers,
+            num_workers=settings.workers,
             use_gpu=settings.use_gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
         ),
@@ -192,8 +198,6 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
     )
     outcome = trainer.fit().return_value
     assert isinstance(outcome, dict), "rank 0 returns weights and figures, or a failure"
-    if "data_error" in outcome:
-        raise DataError(outcome["data_error"])
     return outcome
 
 
@@ -214,21 +218,31 @@ class _WholeBlocks(DataConfig):
 
 
 def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in every worker (or in this process, locally); only rank 0's return value is used.
+    """Runs in every worker; only rank 0's return value is used."""
+    started = time.monotonic()
+    shard = ray.train.get_dataset_shard(DATASET)
+    blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
+    return _train_all(blocks, worker_config, _checkpoint(), partial(_Reporter, started))
+
+
+def _train_all(
+    blocks: list[pa.Table],
+    worker_config: dict[str, Any],
+    checkpoint: dict[str, Any] | None = None,
+    reporter: Callable[[str, dict[str, Any]], Callable[[Fit], None]] = lambda name, results: lambda fit: None,
+) -> dict[str, Any]:
+    """Trains one ranker after another on this process's blocks.
 
     Returns:
         by ranker, its packed weights and figures; or `data_error`, which a retry would not mend.
     """
-    started = time.monotonic()
+    checkpoint = checkpoint or {}
     sizes = Sizes(**worker_config["sizes"])
     settings = config.Ranker.model_validate(worker_config["settings"])
     specs = [RankerSpec(**spec) for spec in worker_config["rankers"]]
-    shard = ray.train.get_dataset_shard(DATASET)
-    blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
     rows = from_tables(blocks, sizes, any(spec.shuffled for spec in specs))
     group = Group()
     device = "cuda" if settings.use_gpu else "cpu"
-    checkpoint = _checkpoint()
     results: dict[str, Any] = checkpoint.get("results", {})
     with _one_thread():
         for spec in specs:
@@ -241,7 +255,7 @@ def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
                 return {"data_error": str(error)}
             if checkpoint.get("name") == spec.name:
                 fit.resume(checkpoint["fit"])
-            figures = fit.run(_Reporter(spec.name, started, results))
+            figures = fit.run(reporter(spec.name, results))
             results[spec.name] = {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
     return results
 
@@ -249,7 +263,7 @@ def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
 class _Reporter:
     """After each epoch: a line from rank 0, and now and then a checkpoint of all workers' common state."""
 
-    def __init__(self, name: str, started: float, results: dict[str, Any]) -> None:
+    def __init__(self, started: float, name: str, results: dict[str, Any]) -> None:
         self.name, self.started, self.results, self.saved = name, started, results, time.monotonic()
 
     def __call__(self, fit: Fit) -> None:
@@ -300,29 +314,48 @@ def _shuffled(job: RankerJob, embeddings: Embeddings | None) -> Embeddings | Non
     """The control's embeddings, where a ranker of the job wants them."""
     if embeddings is None or not any(spec.shuffled for spec in job.rankers):
         return None
-    table = storage.read_table(storage.join(job.log_uri, "sessions"), columns=["session_id", "user_id", "role"])
-    table = table.filter(pc.is_in(table["role"], value_set=pa.array([TRAIN_ROLE, VALID_ROLE])))
+    table = storage.read_table(storage.join(job.log_uri, "sessions"), ["session_id", "user_id"], _trains())
     return embeddings.shuffled(table["session_id"].to_pylist(), table["user_id"].to_pylist(), job.shuffle_seed)
 
 
 def _dataset(
     job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
 ) -> ray.data.Dataset:
-    names = [*columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri)), "role"]
-    sessions = stream.sessions(job.log_uri, columns=names, roles=[TRAIN_ROLE, VALID_ROLE])
+    sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[TRAIN_ROLE, VALID_ROLE])
     sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
     return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(
         training_table,
-        fn_kwargs={
-            "space": job.space,
-            "catalogue": catalogue,
-            "embeddings": embeddings,
-            "shuffled": _shuffled(job, embeddings),
-            "valid_role": VALID_ROLE,
-        },
+        fn_kwargs=_reading(job, catalogue, embeddings),
         batch_size=None,
         batch_format="pyarrow",
     )
+
+
+def _table(job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None) -> pa.Table:
+    """What `_dataset` streams, as one table in memory."""
+    sessions = storage.read_table(storage.join(job.log_uri, "sessions"), _columns(job), _trains())
+    return training_table(sessions, **_reading(job, catalogue, embeddings))
+
+
+def _columns(job: RankerJob) -> list[str]:
+    return [*columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri)), "role"]
+
+
+def _trains() -> ds.Expression:
+    return pc.field("role").isin([TRAIN_ROLE, VALID_ROLE])
+
+
+def _reading(
+    job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
+) -> dict[str, Any]:
+    """Arguments of `training_table` besides the sessions."""
+    return {
+        "space": job.space,
+        "catalogue": catalogue,
+        "embeddings": embeddings,
+        "shuffled": _shuffled(job, embeddings),
+        "valid_role": VALID_ROLE,
+    }
 
 
 def _block_rows(job: RankerJob) -> int:

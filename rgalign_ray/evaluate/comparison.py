@@ -1,0 +1,92 @@
+"""Rankers over several seeds: what each gave session by session, and what may be claimed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rgalign_ray import config, storage
+from rgalign_ray.evaluate.ladder import Judged, TestSessions
+from rgalign_ray.evaluate.statistics import Estimate, bootstrap, stratified_bootstrap
+
+WEIGHT = "weight of "
+"""Before a metric's name: the column of its sessions' weights, where they are not all 1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the ladder under one seed, on that seed's test sessions."""
+
+    sessions: list[str]
+    users: list[str]
+    values: dict[str, np.ndarray]
+    """By metric, float64 [S], nan where a session does not count."""
+    weights: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, test: TestSessions, judged: Judged) -> Verdict:
+        return cls(test.ids, test.users, judged.values, judged.weights)
+
+    def save(self, uri: str) -> None:
+        columns = {"session_id": self.sessions, "user_id": self.users, **self.values}
+        storage.write_table(uri, pa.table(columns | {WEIGHT + name: w for name, w in self.weights.items()}))
+
+    @classmethod
+    def load(cls, uri: str) -> Verdict:
+        table = storage.read_table(uri)
+        sessions, users, *names = table.column_names
+        columns = {name: table[name].to_numpy() for name in names}
+        return cls(
+            table[sessions].to_pylist(),
+            table[users].to_pylist(),
+            {name: values for name, values in columns.items() if not name.startswith(WEIGHT)},
+            {name.removeprefix(WEIGHT): values for name, values in columns.items() if name.startswith(WEIGHT)},
+        )
+
+
+def estimate(row: Sequence[Verdict], metric: str, settings: config.Evaluate) -> Estimate:
+    """A metric of one row, a verdict a seed: its mean over seeds and both intervals."""
+    return _estimate(row, [verdict.values[metric] for verdict in row], metric, settings)
+
+
+def difference(
+    ours: Sequence[Verdict], baseline: Sequence[Verdict], metric: str, settings: config.Evaluate
+) -> Estimate:
+    """The paired difference ours − baseline of a metric; verdict s of both is of the same seed.
+
+    Raises:
+        ValueError: when the two were not judged on the same sessions.
+    """
+    for mine, other in zip(ours, baseline, strict=True):
+        if mine.sessions != other.sessions:
+            raise ValueError("paired rows must be judged on the same sessions.")
+    gaps = [mine.values[metric] - other.values[metric] for mine, other in zip(ours, baseline, strict=True)]
+    return _estimate(ours, gaps, metric, settings)
+
+
+def _estimate(row: Sequence[Verdict], values: list[np.ndarray], metric: str, settings: config.Evaluate) -> Estimate:
+    """Of values, session by session, a list entry a seed, with the row's users and weights."""
+    weights = [verdict.weights.get(metric) for verdict in row]
+    if _same_sessions(row):
+        return bootstrap(
+            np.stack(values),
+            row[0].users,
+            weights=weights[0],
+            repetitions=settings.bootstrap,
+            confidence=settings.confidence,
+        )
+    return stratified_bootstrap(
+        values,
+        [verdict.users for verdict in row],
+        weights=weights,
+        repetitions=settings.bootstrap,
+        confidence=settings.confidence,
+    )
+
+
+def _same_sessions(row: Sequence[Verdict]) -> bool:
+    """Whether all seeds were judged on one log; a shop is drawn anew for each."""
+    return all(verdict.sessions == row[0].sessions for verdict in row)

@@ -1,0 +1,33 @@
+"""The ladder on a small shop: every kind of row, two seeds, and nothing done twice."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.loop import compare
+
+ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
+
+
+@pytest.mark.slow
+def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp_path: Path) -> None:
+    overrides = ["compare.seeds=2", f"compare.rows=[{','.join(ROWS)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2"]
+    settings = config.load("smoke", overrides)
+    made = compare.run(settings)
+    assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in ROWS}
+    assert {(it.better, it.worse) for it in made.comparisons} >= {("QE-Rec", "QE-Rec shuffled")}
+    with (tmp_path / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(ROWS) * len(made.columns)
+    assert all(float(line["low"]) <= float(line["value"]) <= float(line["high"]) for line in lines)
+    assert "| QE-Rec |" in (tmp_path / "comparison.md").read_text()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed_*/row_*/manifest.json")}
+    assert len(files) == 2 * len(ROWS)
+    storage.delete(str(tmp_path / "seed_1/row_lr"))
+    assert compare.run(settings).rows == made.rows
+    redone = {path.parent.name for path, at in files.items() if path.stat().st_mtime_ns != at}
+    assert redone == {"row_lr"}

@@ -1,0 +1,47 @@
+"""The ladder's list of rows and of claims."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from rgalign_ray import config
+from rgalign_ray.loop import compare
+from rgalign_ray.loop.compare import ROWS
+from rgalign_ray.ranker.fit import MODELS
+
+
+def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
+    assert get_args(config.RowName) == tuple(ROWS)
+    for row in ROWS.values():
+        assert MODELS[row.kind].reads_queries == (row.reads is not None)
+    assert len({row.title for row in ROWS.values()}) == len(ROWS)
+
+
+@pytest.mark.parametrize("rows", [["lr"], ["lr", "qe_rec"], list(ROWS)])
+@pytest.mark.parametrize("source", ["shop", "movielens"])
+def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> None:
+    extra = {} if source == "shop" else {"features": {"spec": "movielens"}, "prompt": {"template": "movielens"}}
+    settings = config.validate({"compare": {"rows": rows}, "log": {"source": source}, **extra})
+    stages = compare.preparation(settings)
+    made = {stage.name for stage in stages}
+    assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
+    for stage in [*stages, *(compare.slice_stage(settings, name) for name in rows)]:
+        assert made.issuperset(stage.inputs), stage.name
+
+
+def test_seeds_draw_their_own_world_and_keep_apart() -> None:
+    settings = config.validate({"run_dir": "/runs/x"})
+    runs = [compare.of_seed(settings, seed) for seed in range(3)]
+    assert [run.world.seed for run in runs] == [run.seed for run in runs] == [0, 1, 2]
+    assert len({run.run_uri for run in runs}) == 3
+
+
+def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
+    validation = dict.fromkeys(ROWS, 0.5) | {"din": 0.7, "template": 0.9, "popularity": 0.9, "qe_rec": 0.95}
+    pairs = compare.claims(list(ROWS), validation)
+    assert ("qe_rec", "din") in pairs
+    assert ("din", "popularity") in pairs
+    assert ("qe_rec", "qe_rec_shuffled") in pairs
+    assert compare.claims(["popularity", "qe_rec"], validation) == []
