@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, as in ranker.dim=64; repeatable."),
 ]
+RunDir = Annotated[str | None, typer.Option(help="Folder or URI of the run; overrides run_dir.")]
 
 
 class Source(StrEnum):
@@ -47,39 +48,32 @@ class Source(StrEnum):
 
 
 @app.command()
-def loop(
-    config: ConfigName = "demo",
-    override: Overrides = None,
-    run_dir: Annotated[str | None, typer.Option(help="Folder or URI of the run; overrides run_dir.")] = None,
-) -> None:
+def loop(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the closed loop; the same command again resumes where it stopped."""
-    settings = _load(config, override)
-    if run_dir is not None:
-        settings = settings.model_copy(update={"run_dir": run_dir})
-    from rgalign_ray.loop import environment
-
-    environment.prepare(settings)
+    settings = _prepared(config, override, run_dir)
     from rgalign_ray.loop.controller import run
 
     _resumable(run, settings)
 
 
 @app.command()
-def compare(
-    config: ConfigName = "ladder",
-    override: Overrides = None,
-    run_dir: Annotated[str | None, typer.Option(help="Folder or URI of the runs; overrides run_dir.")] = None,
-) -> None:
+def compare(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None) -> None:
     """Compare rankers over several seeds; the same command again resumes where it stopped."""
+    settings = _prepared(config, override, run_dir)
+    from rgalign_ray.loop.compare import run
+
+    _resumable(run, settings)
+
+
+def _prepared(config: str, override: list[str] | None, run_dir: str | None) -> Config:
+    """The settings of a run, with this process ready for what reads its environment at import."""
     settings = _load(config, override)
     if run_dir is not None:
         settings = settings.model_copy(update={"run_dir": run_dir})
     from rgalign_ray.loop import environment
 
     environment.prepare(settings)
-    from rgalign_ray.loop.compare import run
-
-    _resumable(run, settings)
+    return settings
 
 
 def _resumable(run: Callable[[Config], object], settings: Config) -> None:

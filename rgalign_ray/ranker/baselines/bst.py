@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgalign_ray import config
-from rgalign_ray.ranker.base import Batch, Ranker
-from rgalign_ray.ranker.baselines.din import User
+from rgalign_ray.ranker.baselines.din import TargetAware, User
 from rgalign_ray.ranker.sizes import Sizes
-from rgalign_ray.ranker.towers import Events, FieldTokens, ItemTower, Joint
 
 
 class TargetTransformer(nn.Module):
@@ -46,27 +44,17 @@ class TargetTransformer(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class BST(Ranker):
+class BST(TargetAware):
     """An MLP of the fields and of the candidate as the transformer sees it after the events."""
 
     kind = "bst"
     reads_text = False
 
     def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
-        super().__init__(sizes, settings)
-        dim = settings.dim
-        self.fields = FieldTokens(sizes, dim)
-        self.events = Events(sizes, dim)
-        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
-        self.norm = nn.LayerNorm(dim)  # candidates come normalised from their tower; events must be as long
+        super().__init__(sizes, settings, per_candidate=settings.dim)
+        self.norm = nn.LayerNorm(settings.dim)  # candidates come normalised from their tower; events must be as long
         self.transformer = TargetTransformer(settings)
-        self.joint = Joint(self.fields.number * dim, dim, settings)
-        self.dropout = nn.Dropout(settings.dropout)
-
-    def users(self, batch: Batch) -> User:
-        fields = self.dropout(self.fields(batch).flatten(1))
-        return fields, self.norm(self.events(batch["history"])), batch["history"] == 0
 
     def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
         fields, events, padding = u
-        return self.joint(fields, self.transformer(events, padding, v))
+        return self.joint(fields, self.transformer(self.norm(events), padding, v))

@@ -34,25 +34,31 @@ class TargetAttention(nn.Module):
         return weights.masked_fill(padding[:, None], 0.0) @ events
 
 
-class DIN(Ranker):
+class TargetAware(Ranker):
+    """What rankers share that read the history anew for every candidate; `per_candidate` numbers join the fields."""
+
+    def __init__(self, sizes: Sizes, settings: config.Ranker, per_candidate: int) -> None:
+        super().__init__(sizes, settings)
+        self.fields = FieldTokens(sizes, settings.dim)
+        self.events = Events(sizes, settings.dim)
+        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
+        self.joint = Joint(self.fields.number * settings.dim, per_candidate, settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def users(self, batch: Batch) -> User:
+        fields = self.dropout(self.fields(batch).flatten(1))
+        return fields, self.events(batch["history"]), batch["history"] == 0
+
+
+class DIN(TargetAware):
     """An MLP of the fields, the candidate and the history as target attention reads it."""
 
     kind = "din"
     reads_text = False
 
     def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
-        super().__init__(sizes, settings)
-        dim = settings.dim
-        self.fields = FieldTokens(sizes, dim)
-        self.events = Events(sizes, dim)
-        self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
-        self.attention = TargetAttention(dim)
-        self.joint = Joint(self.fields.number * dim, (4 if self.reads_queries else 3) * dim, settings)
-        self.dropout = nn.Dropout(settings.dropout)
-
-    def users(self, batch: Batch) -> User:
-        fields = self.dropout(self.fields(batch).flatten(1))
-        return fields, self.events(batch["history"]), batch["history"] == 0
+        super().__init__(sizes, settings, per_candidate=(4 if self.reads_queries else 3) * settings.dim)
+        self.attention = TargetAttention(settings.dim)
 
     def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
         fields, events, padding = u
