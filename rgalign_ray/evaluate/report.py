@@ -133,6 +133,8 @@ class Report(Part):
     """Everything the page shows. Empty parts leave no trace on it."""
 
     title: str
+    lead: str = ""
+    """What this is about, in a sentence."""
     summary: list[str] = []
     """What was found, one sentence each."""
     facts: dict[str, str] = {}

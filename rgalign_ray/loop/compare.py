@@ -213,7 +213,7 @@ def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
     rows = [
         report.Row(
             name=ROWS[name].title,
-            metrics={metric: _shown(comparison.estimate(verdicts[name], metric, settings)) for metric in metrics},
+            metrics={metric: _over_users(comparison.estimate(verdicts[name], metric, settings)) for metric in metrics},
             note=ROWS[name].note,
             control=ROWS[name].control,
         )
@@ -228,14 +228,15 @@ def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
                     better=ROWS[better].title,
                     worse=ROWS[worse].title,
                     metric=metric,
-                    difference=_shown(found),
+                    difference=_claimed(found),
                     separated=found.separated,
                 )
             )
     seeds = len(jobs)
-    claimed = "over users and over seeds" if seeds > 1 else "over users; one seed"
+    claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
     return report.Report(
         title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
+        lead="Rankers side by side on the same test sessions, equally trained.",
         summary=[_sentence(found) for found in comparisons if found.metric == metrics[0]],
         facts={
             "log": config.log.source,
@@ -243,7 +244,7 @@ def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
             "test sessions a seed": f"{len(verdicts[names[0]][0].sessions):,}",
             "reasoner": config.reasoner.model,
             "encoder": config.compare.encoder.model,
-            "intervals": f"{settings.confidence:.0%}, the wider of those {claimed}",
+            "intervals": f"{settings.confidence:.0%}; of rows over users, of differences {claimed}",
         },
         metrics={name: text for name, text in summary.meanings(config).items() if name in metrics},
         rows=[*(row for row in rows if not row.control), *(row for row in rows if row.control)],
@@ -276,8 +277,13 @@ def _validation(manifests: list[storage.Manifest]) -> float:
     return sum(manifest.figures["best_gauc"] for manifest in manifests) / len(manifests)
 
 
-def _shown(found: Estimate) -> report.Estimate:
-    """With the wider of both intervals: it excludes zero where both do."""
+def _over_users(found: Estimate) -> report.Estimate:
+    """A row's figure. Over seeds it varies with how hard each world is, which says nothing of the row."""
+    return report.Estimate(value=found.mean, low=found.users[0], high=found.users[1])
+
+
+def _claimed(found: Estimate) -> report.Estimate:
+    """A difference with the wider of both intervals: it excludes zero where both do."""
     low, high = found.users
     if found.over_seeds is not None:
         low, high = min(low, found.over_seeds[0]), max(high, found.over_seeds[1])

@@ -11,6 +11,11 @@ from rgalign_ray.evaluate.report import Stage as StageTime
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.loop.stages import stages
 
+LEAD = (
+    "The ranker teaches the reasoner which latent queries are useful; the aligned reasoner gives the ranker a better "
+    "feature."
+)
+
 METRICS = {
     "GAUC": "Mean over sessions of the AUC of clicked against unclicked candidates, weighted by candidates.",
     "Recall@{k}": "Share of a session's clicked intents among the first {k}; sessions with a click.",
@@ -33,6 +38,7 @@ def report(run: Run) -> Report:
     metrics = meanings(config)
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
+        lead=LEAD,
         summary=_summary(run, manifests, comparisons, rewards),
         facts={
             "log": config.log.source,
