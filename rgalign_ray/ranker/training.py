@@ -41,6 +41,7 @@ from rgalign_ray.logs import stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalogue
 from rgalign_ray.logs.examples import column_names, columns
 from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.progress import clock
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import MODELS, Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
@@ -264,18 +265,23 @@ class _Reporter:
     """After each epoch: a line from rank 0, and now and then a checkpoint of all workers' common state."""
 
     def __init__(self, started: float, name: str, results: dict[str, Any]) -> None:
-        self.name, self.started, self.results, self.saved = name, started, results, time.monotonic()
+        self.name, self.started, self.results = name, started, results
+        self.began = self.saved = time.monotonic()
+        self.epochs = 0
 
     def __call__(self, fit: Fit) -> None:
-        progress, first = fit.progress, fit.group.rank == 0
+        progress, first, now = fit.progress, fit.group.rank == 0, time.monotonic()
+        self.epochs += 1  # of this attempt; a resumed one starts further on
         if first:
+            left = (now - self.began) / self.epochs * (fit.settings.epochs - progress.epoch)
             line = f"  {self.name}: epoch {progress.epoch}/{fit.settings.epochs}, loss {progress.losses[-1]:.4f}, "
             line += f"validation GAUC {progress.gaucs[-1]:.4f} (best {progress.best_gauc:.4f}), "
-            print(f"{line}{time.monotonic() - self.started:.0f} s", file=sys.stderr, flush=True)
-        due = first and time.monotonic() - self.saved >= CHECKPOINT_EVERY_S
+            line += f"{clock(now - self.started)}" + ("" if fit.finished else f", at most {clock(left)} more")
+            print(line, file=sys.stderr, flush=True)
+        due = first and now - self.saved >= CHECKPOINT_EVERY_S
         if not fit.group.sum(np.array([due]))[0]:
             return
-        self.saved = time.monotonic()
+        self.saved = now
         with tempfile.TemporaryDirectory() as folder:
             if first:
                 state = {"results": self.results, "name": self.name, "fit": fit.state()}

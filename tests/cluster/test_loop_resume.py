@@ -27,7 +27,7 @@ environment.prepare(Config())
 from rgalign_ray import storage
 from rgalign_ray.loop import controller
 
-execute, started = controller._execute, []
+execute, started = controller.execute, []
 
 def dies(job, stage, key):
     started.append(stage.name)
@@ -37,7 +37,7 @@ def dies(job, stage, key):
         storage.write_bytes(storage.join(work, "half.bin"), b"half a stage")
         os.kill(os.getpid(), signal.SIGKILL)
 
-controller._execute = dies
+controller.execute = dies
 from rgalign_ray.cli import main
 main()
 """
