@@ -307,7 +307,7 @@ class Compare(Settings):
     cpus_per_slice: Positive = 1.0
     """CPUs of one row under one seed; as many run at a time as the cluster holds."""
     slice_deadline_s: Positive = 9000.0
-    """Longest time that one row under one seed may take."""
+    """Longest wait for any of the slices in work to be done."""
 
 
 class Cluster(Settings):

@@ -29,6 +29,8 @@ from rgalign_ray.reasoner import models
 
 VERDICT = "verdict.parquet"
 RANKER = "ranker"
+FETCH_DEADLINE_S = 60.0
+"""Longest wait for the manifest of a slice that is done."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run(config: Config) -> report.Report:
     Raises:
         ConfigError: when the cluster cannot hold the plan, or a model is not there.
         DataError: when a log has a structural fault, or cannot judge.
-        InfrastructureError: when a slice takes longer than `compare.slice_deadline_s`.
+        InfrastructureError: when no slice is done within `compare.slice_deadline_s`, or one's result is lost.
     """
     models.resolve(config.compare.encoder.model)
     config = controller.settle(config)
@@ -124,7 +126,7 @@ def preparation(config: Config) -> list[Stage]:
     reads = {ROWS[name].reads for name in config.compare.rows}
     sequence = [*log_stages.stages(config), *rank_stages.sentence_stages(config)]
     if "reasoner" in reads:
-        sequence += [stage for stage in rank_stages.stages(config, 0) if not stage.name.startswith("rankers")]
+        sequence += rank_stages.reading_stages(config, 0)
     return sequence
 
 
@@ -196,9 +198,11 @@ def run_slices(config: Config, slices: list[tuple[Run, Stage]]) -> None:
                 )
             job, stage = waiting.pop(done[0])
             try:
-                seconds = ray.get(done[0]).seconds
+                seconds = ray.get(done[0], timeout=FETCH_DEADLINE_S).seconds
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # what the slice itself said, without Ray's account of it
+            except ray.exceptions.RayError as error:
+                raise InfrastructureError(f"{job.uri(stage.name)}: its result did not come back ({error}).") from None
             progress.note(f"seed {job.config.seed}, {stage.name.removeprefix('row_')}: {progress.clock(seconds)}")
             advance(1)
 
@@ -237,7 +241,11 @@ def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
     return report.Report(
         title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
         lead="Rankers side by side on the same test sessions, equally trained.",
-        summary=[_sentence(found) for found in comparisons if found.metric == metrics[0]],
+        summary=[
+            summary.sentence(found, "separated over users" + (" and seeds" if seeds > 1 else " (one seed)"))
+            for found in comparisons
+            if found.metric == metrics[0]
+        ],
         facts={
             "log": config.log.source,
             "seeds": str(seeds),
@@ -288,13 +296,6 @@ def _claimed(found: Estimate) -> report.Estimate:
     if found.over_seeds is not None:
         low, high = min(low, found.over_seeds[0]), max(high, found.over_seeds[1])
     return report.Estimate(value=found.mean, low=low, high=high)
-
-
-def _sentence(found: report.Comparison) -> str:
-    verdict = "separated" if found.separated else "not separated"
-    it = found.difference
-    interval = f"{it.value:+.4f} ({it.low:+.4f} to {it.high:+.4f})"
-    return f"{found.better} over {found.worse}: {found.metric} {interval}, {verdict}."
 
 
 def show(config: Config, made: report.Report) -> None:

@@ -149,6 +149,7 @@ def connect(config: Config) -> None:
         quiet = {"logging_level": "error", "logging_config": ray.LoggingConfig(log_level="ERROR")}
         if cluster.address is None:
             ray.init(
+                address="local",  # else Ray joins whatever cluster was last started on this machine, dead or alive
                 num_cpus=plan.local_cpus(config),
                 object_store_memory=cluster.object_store_mb * 2**20,
                 include_dashboard=False,

@@ -24,7 +24,20 @@ ENCODED = ("rank", "valid", "test")
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
-    """embeddings_r by reasoner r, and rankers_r trained on them; round 0 also reads the knowledge base."""
+    """What `reading_stages` says, and rankers_r trained on it."""
+    rankers = Stage(
+        f"rankers_{round_}",
+        "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
+        partial(train_rankers, round_=round_),
+        ("ranker", "reward", "baselines"),
+        ("sessions", "features", "items", f"embeddings_{round_}"),
+        ray=True,
+    )
+    return [*reading_stages(config, round_), rankers]
+
+
+def reading_stages(config: Config, round_: int) -> list[Stage]:
+    """embeddings_r by reasoner r; round 0 also reads the knowledge base."""
     reasoner = reasoner_stage(config, round_)
     who = "frozen reasoner" if round_ == 0 else f"aligned reasoner {round_}"
     embeddings = Stage(
@@ -36,18 +49,10 @@ def stages(config: Config, round_: int) -> list[Stage]:
         ray=True,
         units=True,
     )
-    rankers = Stage(
-        f"rankers_{round_}",
-        "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
-        partial(train_rankers, round_=round_),
-        ("ranker", "reward", "baselines"),
-        ("sessions", "features", "items", embeddings.name),
-        ray=True,
-    )
     if round_ > 0:
-        return [embeddings, rankers]
+        return [embeddings]
     items = Stage("items", "read the knowledge base", encode_items, ("prompt", "reasoner"), ("sessions",), ray=True)
-    return [items, embeddings, rankers]
+    return [items, embeddings]
 
 
 def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:

@@ -86,12 +86,8 @@ def _summary(
     """What was found, a sentence each; differences that may be chance are called so."""
     lines = []
     for comparison in comparisons:
-        if comparison.metric != "GAUC":
-            continue
-        gap = comparison.difference
-        verdict = "separated over users (one seed)" if comparison.separated else "not separated"
-        interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
-        lines.append(f"{comparison.better} over {comparison.worse}: GAUC {interval}, {verdict}.")
+        if comparison.metric == "GAUC":
+            lines.append(sentence(comparison, "separated over users (one seed)"))
     lines.append(
         f"Reward gate, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
         f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
@@ -103,6 +99,14 @@ def _summary(
     total, peak = sum(m.seconds for m in manifests.values()), max(m.peak_memory_mb for m in manifests.values())
     lines.append(f"Wall time of all stages: {progress.clock(total)}; peak memory {peak / 1024:.1f} GiB.")
     return lines
+
+
+def sentence(found: Comparison, separated: str) -> str:
+    """A difference with its interval, and whether it may be chance; `separated` says over what it is none."""
+    gap = found.difference
+    interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+    verdict = separated if found.separated else "not separated"
+    return f"{found.better} over {found.worse}: {found.metric} {interval}, {verdict}."
 
 
 def _curves(manifests: dict[str, storage.Manifest]) -> list[Curves]:
