@@ -12,9 +12,11 @@ from rgalign_ray.loop.controller import connect
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray of two CPUs, started as the loop starts it."""
+    """A local Ray of two CPUs, started as the loop starts it: of its own, whatever other cluster is named."""
     import ray
 
-    connect(Config(cluster=Cluster(num_cpus=2, object_store_mb=256)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        connect(Config(cluster=Cluster(num_cpus=2, object_store_mb=256)))
     yield
     ray.shutdown()
