@@ -166,15 +166,15 @@ class Encode(Settings):
 
 
 class QueryInput(Settings):
-    """Probabilities with which a training session's query tower reads null, e(x) or e(x,q)."""
+    """Probabilities with which a training session's query tower reads the null vector, e(x) or e(x,q)."""
 
-    null: Fraction = 0.2
+    no_query: Fraction = 0.2
     prompt: Fraction = 0.5
     query: Fraction = 0.3
 
     @model_validator(mode="after")
     def _sum(self) -> QueryInput:
-        if not math.isclose(self.null + self.prompt + self.query, 1.0, abs_tol=1e-6):
+        if not math.isclose(self.no_query + self.prompt + self.query, 1.0, abs_tol=1e-6):
             raise ValueError("probabilities must add up to 1")
         return self
 
@@ -356,7 +356,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _coherent(self) -> Config:
-        if self.ranker.query_input.query == 0 or self.encode.query_share == 0:
+        if self.align and (self.ranker.query_input.query == 0 or self.encode.query_share == 0):
             raise ValueError(
                 "ranker.query_input.query and encode.query_share must be above 0: "
                 "a reward ranker that never saw e(x,q) cannot judge queries"

@@ -235,7 +235,7 @@ class Fit:
     def _readouts(self, rows: Rows, epoch: int) -> np.ndarray:
         share = self.settings.query_input
         drawn = uniform(rows["session_key"], self.seed, f"readout/{epoch}")
-        wanted = np.digitize(drawn, [share.null, share.null + share.prompt])
+        wanted = np.digitize(drawn, [share.no_query, share.no_query + share.prompt])
         return available(rows, wanted)
 
     def _figures(self) -> dict[str, Any]:
