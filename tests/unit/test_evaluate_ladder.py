@@ -268,6 +268,7 @@ def test_an_intent_that_nobody_clicked_leads_nothing(tmp_path: Path) -> None:
 def test_a_session_of_the_true_need_leads_before_one_that_clicked_without(tmp_path: Path) -> None:
     needs = ["cancel_order"] * 20 + ["speed_up_parcel_delivery"] * 11
     truth = {"session_id": [f"t{i}" for i in range(31)], "need": needs, "b_user": [0.0] * 31}
+    truth |= {"uniform": [False] * 31, "click_model": ["position"] * 31}
     storage.write_table(str(tmp_path / "truth/part-00000.parquet"), pa.table(truth))
     settings = config.Evaluate(examples=3, first_example="speed_up_parcel_delivery")
     titles = {name: ["speed_up_parcel_delivery", "b"] for name in schema.INTENTS.names}
