@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -118,6 +119,17 @@ def test_a_ranker_that_knows_the_need_is_the_best_in_truth(sessions: TestSession
     ceiling = sessions.oracle.ceiling(sessions.ids, 3)
     for metric, best in zip(("true CTR@3", "resolved@3"), ceiling, strict=True):
         assert mean(guesses.values[metric]) < mean(knows.values[metric]) <= mean(best) + 1e-9
+
+
+def test_uniform_slates_are_judged_by_themselves(sessions: TestSessions, place: Path) -> None:
+    table = storage.read_table(str(place / "log/sessions")).sort_by("session_id")
+    uniform = table.filter(pc.field("role") == "test")["uniform_slate"].to_numpy()
+    counted = uniform & sessions.clicks.any(axis=1)
+    assert 0 < counted.sum() < uniform.sum()
+    judged = sessions.judge(np.random.default_rng(0).random(sessions.mask.shape))
+    np.testing.assert_array_equal(judged.values["GAUC uniform"][counted], judged.values["GAUC"][counted])
+    assert np.isnan(judged.values["GAUC uniform"][~counted]).all()
+    assert (judged.weights["GAUC uniform"] == judged.weights["GAUC"]).all()
 
 
 def test_without_a_truth_there_is_nothing_to_say_of_needs(place: Path) -> None:
