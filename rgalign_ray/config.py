@@ -40,6 +40,8 @@ class World(Settings):
     """Share of the signal about the need that lies in free text alone."""
     cold_share: Fraction = 0.0
     """Share of intents that never occur as need or in a slate before the test period."""
+    clicks: Literal["position", "cascade"] = "position"
+    """How users click: each position for itself, or reading from the top until the need is resolved."""
     seed: int = 0
 
 

@@ -59,6 +59,18 @@ SESSIONS_OPTIONAL = pa.schema(
 ROLE = pa.field("role", pa.string(), nullable=False)
 """Added by ingest: rank, align_1 … align_R, audit, valid, test."""
 
+TRUTH = pa.schema(
+    [
+        pa.field("session_id", pa.string(), nullable=False),
+        pa.field("need", pa.string(), nullable=False),
+        pa.field("b_user", pa.float64(), nullable=False),
+        pa.field("uniform", pa.bool_(), nullable=False),
+        pa.field("click_model", pa.string(), nullable=False),
+    ]
+)
+"""What the simulated shop knows of a session: the intent the user needs, her liking to click, whether the slate
+was drawn uniformly, and the click model that made the log. For evaluation alone."""
+
 QUARANTINE = pa.schema(
     [
         ("session_id", pa.string()),

@@ -98,7 +98,11 @@ class TestSessions:
             values[f"need Recall@{k}"] = metrics.recall_at_k(scores, needs, self.mask, k)
             ctr, resolved = self.oracle.expected(self.ids, self.top(scores, k))
             values[f"true CTR@{k}"], values[f"resolved@{k}"] = ctr, resolved
-        return Judged(values, {"GAUC": self.mask.sum(axis=1).astype(np.float64)}, scores)
+            uniform = np.where(self.oracle.uniform(self.ids), gauc, np.nan)
+            if not np.isnan(uniform).all():
+                values["GAUC uniform"] = uniform
+        impressions = self.mask.sum(axis=1).astype(np.float64)
+        return Judged(values, {name: impressions for name in values if name.startswith("GAUC")}, scores)
 
     def top(self, scores: np.ndarray, k: int) -> np.ndarray:
         """int [S, k]: intent indices of the best candidates, equal ones by index."""

@@ -213,7 +213,8 @@ def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
     names: list[str] = list(config.compare.rows)
     verdicts = {name: [Verdict.load(job.uri(f"row_{name}", VERDICT)) for job in jobs] for name in names}
     manifests = {name: [job.manifest(f"row_{name}") for job in jobs] for name in names}
-    metrics = list(verdicts[names[0]][0].values)
+    first, *others = verdicts[names[0]]
+    metrics = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
     rows = [
         report.Row(
             name=ROWS[name].title,

@@ -90,6 +90,7 @@ class Shop:
         self.first_test_day = world.days - test_days
         self.needs = needs.NeedModel.draw(self.draws, world.text_share, world.cold_share)
         self.old_ranker = exposure.OldRanker.draw(self.draws, self.needs)
+        self.clicks = clicks.MODELS[world.clicks]
         weights = np.resize(WEEKDAY_WEIGHTS, world.days)
         until = np.rint(np.cumsum(weights) / weights.sum() * world.sessions).astype(int)
         self.sessions_of_day = np.diff(until, prepend=0)
@@ -118,7 +119,7 @@ class Shop:
         plausible = self.needs.weights(active, user.region, allow_cold, 1.0)
         moments = events.draw(self.draws, session, need, plausible, base, self.world.text_share)
         slates = exposure.draw(self.draws, session, self.old_ranker.weights(active, base > 0))
-        clicked, resolved = self._clicks(session, need, user.bias, slates.shown)
+        clicked, resolved = self.clicks.draw(self.draws, session, need, user.bias, slates.shown)
 
         session_ids = pa.array([f"s{key:016x}" for key in self.draws.keys("session id", session).tolist()])
         user_ids = users.ids(self.draws, user.number)
@@ -136,7 +137,16 @@ class Shop:
             }
         )
         needed = pa.array(list(kb.index())).take(pa.array(need))
-        truth = pa.table({"session_id": session_ids, "need": needed, "b_user": user.bias})
+        truth = pa.table(
+            {
+                "session_id": session_ids,
+                "need": needed,
+                "b_user": user.bias,
+                "uniform": slates.uniform,
+                "click_model": pa.array([self.world.clicks] * len(session)),
+            },
+            schema=schema.TRUTH,
+        )
         return table, truth, int(clicked.any(axis=1).sum())
 
     def _times(self, day: int, number: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -151,14 +161,6 @@ class Shop:
         """Failures of the last 30 days; the same for all entries of a user in a week."""
         week = (user << np.uint64(16)) + np.floor(t / 7.0).astype(np.uint64)
         return np.floor(-0.8 * np.log(self.draws.uniform("payment failures", week, 1)[:, 0]))
-
-    def _clicks(
-        self, session: np.ndarray, need: np.ndarray, bias: np.ndarray, shown: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """bool [n, slate_size]: clicked, and clicked with the need resolved."""
-        u = self.draws.uniform("clicks", session, 2 * shown.shape[1])
-        clicked = u[:, : shown.shape[1]] < clicks.click_probability(need, bias, shown)
-        return clicked, clicked & (u[:, shown.shape[1] :] < clicks.resolution_probability(need, shown))
 
     def _history(
         self, session: np.ndarray, moments: events.Moments, ts: np.ndarray, wording: np.ndarray

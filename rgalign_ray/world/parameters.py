@@ -85,7 +85,12 @@ class Parameters:
 
     # Click: examination(position) · sigmoid(bias + user + slope · relevance + bait) + floor
     examination_decay: float = 0.35
-    """examination(position) = 1 / (1 + decay · position), position from 0."""
+    """Position model: examination(position) = 1 / (1 + decay · position), position from 0."""
+    goes_on_after_skip: float = 0.8
+    """Cascade model: probability of reading on after an intent that was not clicked."""
+    goes_on_after_click: float = 0.6
+    """Cascade model: the same after a click that did not help; the others ask a human or leave. Less than after a
+    skip, yet enough that a more relevant intent in the same place never does harm."""
     click_bias: float = -3.2
     relevance_slope: float = 5.2
     user_spread: float = 0.6

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -118,6 +119,17 @@ def test_a_ranker_that_knows_the_need_is_the_best_in_truth(sessions: TestSession
     ceiling = sessions.oracle.ceiling(sessions.ids, 3)
     for metric, best in zip(("true CTR@3", "resolved@3"), ceiling, strict=True):
         assert mean(guesses.values[metric]) < mean(knows.values[metric]) <= mean(best) + 1e-9
+
+
+def test_uniform_slates_are_judged_by_themselves(sessions: TestSessions, place: Path) -> None:
+    table = storage.read_table(str(place / "log/sessions")).sort_by("session_id")
+    uniform = table.filter(pc.field("role") == "test")["uniform_slate"].to_numpy()
+    counted = uniform & sessions.clicks.any(axis=1)
+    assert 0 < counted.sum() < uniform.sum()
+    judged = sessions.judge(np.random.default_rng(0).random(sessions.mask.shape))
+    np.testing.assert_array_equal(judged.values["GAUC uniform"][counted], judged.values["GAUC"][counted])
+    assert np.isnan(judged.values["GAUC uniform"][~counted]).all()
+    assert (judged.weights["GAUC uniform"] == judged.weights["GAUC"]).all()
 
 
 def test_without_a_truth_there_is_nothing_to_say_of_needs(place: Path) -> None:
@@ -268,6 +280,7 @@ def test_an_intent_that_nobody_clicked_leads_nothing(tmp_path: Path) -> None:
 def test_a_session_of_the_true_need_leads_before_one_that_clicked_without(tmp_path: Path) -> None:
     needs = ["cancel_order"] * 20 + ["speed_up_parcel_delivery"] * 11
     truth = {"session_id": [f"t{i}" for i in range(31)], "need": needs, "b_user": [0.0] * 31}
+    truth |= {"uniform": [False] * 31, "click_model": ["position"] * 31}
     storage.write_table(str(tmp_path / "truth/part-00000.parquet"), pa.table(truth))
     settings = config.Evaluate(examples=3, first_example="speed_up_parcel_delivery")
     titles = {name: ["speed_up_parcel_delivery", "b"] for name in schema.INTENTS.names}

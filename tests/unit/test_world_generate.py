@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +97,14 @@ def test_the_log_is_a_function_of_the_settings_whatever_the_chunks(log, tmp_path
         assert again.select(sorted(again.column_names)).equals(first.select(sorted(first.column_names)))
 
 
+def test_the_default_world_is_frozen():
+    sessions, truth, clicked = Shop(config.World()).make(20, 0, 50, training_words)
+    assert sessions["session_id"][0].as_py() == "s40f5483566543b6e"
+    assert zlib.crc32("".join(truth["need"].to_pylist()).encode()) == 32971632
+    assert clicked == 17
+    assert np.flatnonzero(matrix(sessions, "clicks"))[:8].tolist() == [92, 294, 588, 797, 935, 1043, 1074, 1164]
+
+
 def test_another_seed_is_another_world():
     one, other = (Shop(settings(seed=seed)).make(0, 0, 50, training_words)[1] for seed in (1, 2))
     assert not set(one["session_id"].to_pylist()) & set(other["session_id"].to_pylist())
@@ -116,9 +125,11 @@ def test_wordings_are_those_asked_for():
     assert not written[0] & written[1] and not written[0] & written[2] and not written[1] & written[2]
 
 
+@pytest.mark.parametrize("clicks", ["position", "cascade"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_about_three_sessions_in_ten_have_a_click(seed):
-    table, _, clicked = Shop(settings(sessions=6000, users=4000, seed=seed)).make(1, 0, 1900, training_words)
+def test_about_three_sessions_in_ten_have_a_click(seed, clicks):
+    world = settings(sessions=6000, users=4000, seed=seed, clicks=clicks)
+    table, _, clicked = Shop(world).make(1, 0, 1900, training_words)
     assert 0.24 < clicked / len(table) < 0.36
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
-from rgalign_ray.world import kb
+from rgalign_ray.world import clicks, kb
 from rgalign_ray.world.generate import Shop, generate
 from rgalign_ray.world.oracle import Oracle
 from rgalign_ray.world.parameters import PARAMETERS
@@ -20,49 +21,63 @@ def shop():
     return Shop(config.World(sessions=400, users=200, days=2, seed=9)).make(0, 0, 200, training_words)
 
 
-def simulate(need: int, bias: float, ranked: np.ndarray, draws: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Shares of `draws` users who click at all, and who click something that resolves, one position at a time."""
-    p = PARAMETERS
-    clicked, resolved = np.zeros(draws, bool), np.zeros(draws, bool)
-    for position, intent in enumerate(ranked):
-        relevance = kb.relevance()[need, intent]
-        logit = p.click_bias + bias + p.relevance_slope * relevance + p.bait * kb.entries()[intent].clickbait
-        looks = rng.random(draws) < 1 / (1 + p.examination_decay * position)
-        likes = rng.random(draws) < 1 / (1 + np.exp(-logit))
-        slips = rng.random(draws) < p.click_floor / (
-            1 - 1 / (1 + p.examination_decay * position) / (1 + np.exp(-logit))
-        )
-        click = (looks & likes) | slips
-        clicked |= click
-        resolved |= click & (rng.random(draws) < dict(zip((0.0, 0.5, 1.0), p.resolution, strict=True))[relevance])
-    return clicked.mean(), resolved.mean()
-
-
-def test_expectations_agree_with_a_simulation_of_the_click_model(shop):
-    truth = shop[1]
-    ids, rng = truth["session_id"].to_pylist()[:6], np.random.default_rng(0)
-    oracle = Oracle(truth)
-    best = oracle.best(ids, 3)
-    ranked = np.where(np.arange(6)[:, None] % 2 == 0, best, rng.integers(0, len(kb.entries()), (6, 3)))
-    ctr, resolution = oracle.expected(ids, ranked)
-    for row, need in enumerate(oracle.needs(ids)):
-        bias = truth["b_user"][row].as_py()
-        found = simulate(kb.index()[need], bias, ranked[row], 40_000, rng)
-        assert found == pytest.approx((ctr[row], resolution[row]), abs=0.012)
-
-
-def test_logged_clicks_have_the_expected_rate():
-    table, truth, clicked = Shop(config.World(sessions=8000, users=6000, days=2, seed=9)).make(
-        0, 0, 4000, training_words
+@pytest.mark.parametrize("model", sorted(clicks.MODELS))
+def test_logged_clicks_and_resolutions_have_the_expected_rates(model):
+    world = config.World(sessions=8000, users=6000, days=2, seed=9, clicks=model)
+    table, truth, clicked = Shop(world).make(0, 0, 4000, training_words)
+    position, resolved = (
+        np.array(table[n].combine_chunks().flatten()).reshape(4000, -1) for n in ("position", "resolved")
     )
-    position = np.array(table["position"].combine_chunks().flatten()).reshape(len(table), -1)
     ranked = np.argsort(np.where(position < 0, 99, position), axis=1, kind="stable")[:, :3]
-    ctr, _ = Oracle(truth).expected(table["session_id"].to_pylist(), ranked)
-    assert clicked / len(table) == pytest.approx(ctr.mean(), abs=3.5 * np.sqrt(0.25 / len(table)))
+    ctr, resolution = Oracle(truth).expected(table["session_id"].to_pylist(), ranked)
+    within = 3.5 * np.sqrt(0.25 / len(table))
+    assert clicked / len(table) == pytest.approx(ctr.mean(), abs=within)
+    assert resolved.any(axis=1).mean() == pytest.approx(resolution.mean(), abs=within)
 
 
-def test_the_ceiling_ranks_the_need_first_and_is_not_beaten_in_resolution(shop):
+def test_expectations_follow_the_model_that_made_the_log(shop):
+    other = config.World(sessions=400, users=200, days=2, seed=9, clicks="cascade")
+    truth = Shop(other).make(0, 0, 200, training_words)[1]
+    ids = truth["session_id"].to_pylist()
+    oracles = {"position": Oracle(shop[1]), "cascade": Oracle(truth)}
+    need = np.array([kb.index()[name] for name in oracles["cascade"].needs(ids)])
+    for name, oracle in oracles.items():
+        assert oracle.click_model == name
+        ranked = oracle.best(ids, 3)
+        expected = clicks.MODELS[name].expected(need, truth["b_user"].to_numpy(), ranked)
+        assert np.array_equal(oracle.ceiling(ids, 3), expected)
+    assert np.all(oracles["position"].ceiling(ids, 3)[0] != oracles["cascade"].ceiling(ids, 3)[0])
+
+
+def test_a_truth_that_does_not_say_by_which_model_people_clicked_is_refused(shop):
     truth = shop[1]
+    place = truth.column_names.index("click_model")
+    with pytest.raises(DataError, match="'click_model' is missing"):
+        Oracle(truth.remove_column(place))
+
+    def of(names: list[str]) -> pa.Table:
+        return truth.slice(0, len(names)).set_column(place, "click_model", pa.array(names))
+
+    with pytest.raises(DataError, match="2 click models"):
+        Oracle(of(["position", "cascade"]))
+    with pytest.raises(DataError, match="'dwell' is not one of"):
+        Oracle(of(["dwell"]))
+    with pytest.raises(DataError, match="need 'fly_to_the_moon'"):
+        Oracle(truth.slice(0, 1).set_column(1, "need", pa.array(["fly_to_the_moon"])))
+
+
+def test_it_knows_which_slates_were_uniform(shop):
+    table, truth, _ = shop
+    ids = table["session_id"].to_pylist()
+    assert Oracle(truth).uniform(ids).tolist() == table["uniform_slate"].to_pylist()
+    assert Oracle(truth).uniform(ids[::-1]).tolist() == table["uniform_slate"].to_pylist()[::-1]
+    assert 0 < Oracle(truth).uniform(ids).sum() < 30
+
+
+@pytest.mark.parametrize("model", sorted(clicks.MODELS))
+def test_the_ceiling_ranks_the_need_first_and_is_not_beaten_in_resolution(model):
+    world = config.World(sessions=400, users=200, days=2, seed=9, clicks=model)
+    truth = Shop(world).make(0, 0, 200, training_words)[1]
     ids, oracle = truth["session_id"].to_pylist(), Oracle(truth)
     names = list(kb.index())
     assert [names[i] for i in oracle.best(ids, 3)[:, 0]] == oracle.needs(ids) == truth["need"].to_pylist()
