@@ -65,6 +65,15 @@ def compare(config: ConfigName = "ladder", override: Overrides = None, run_dir: 
     _resumable(run, settings)
 
 
+@app.command()
+def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None) -> None:
+    """Try settings for every ranker in a world of its own, and write the configuration to compare with."""
+    settings = _prepared(config, override, run_dir)
+    from rgalign_ray.loop.tune import run
+
+    _resumable(run, settings)
+
+
 def _prepared(config: str, override: list[str] | None, run_dir: str | None) -> Config:
     """The settings of a run, with this process ready for what reads its environment at import."""
     settings = _load(config, override)

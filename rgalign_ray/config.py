@@ -182,6 +182,8 @@ class QueryInput(Settings):
 
 
 Baseline = Literal["two_tower", "sasrec", "din", "din_text", "bst", "deepfm", "dcn_v2", "lr", "popularity"]
+Model = Literal["qe_rec", "din_sentence", "cosine", Baseline]
+"""Every kind of ranker; those that are no baseline read embeddings of the sessions' texts."""
 
 
 class Ranker(Settings):
@@ -213,6 +215,10 @@ class Ranker(Settings):
     workers: Count = 2
     cpus_per_worker: Positive = 0.5
     use_gpu: bool = False
+
+    def changed(self, changes: dict[str, Any]) -> Ranker:
+        """These settings with some of them replaced, and checked."""
+        return Ranker.model_validate(self.model_dump() | changes)
 
 
 class Reward(Settings):
@@ -290,18 +296,26 @@ RowName = Literal[
     "bst",
     "din_text",
     "din_sentence",
+    "cosine",
     "template",
     "qe_rec",
     "qe_rec_shuffled",
+    "true_need",
 ]
 
 
 class Compare(Settings):
-    """`rgalign compare`: rankers side by side, over several seeds."""
+    """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
 
     rows: Annotated[list[RowName], Field(min_length=1)] = list(get_args(RowName))
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
+    tuned: dict[Model, dict[str, Any]] = {}
+    """Ranker settings of one model that differ from `ranker`, as `rgalign tune` found them."""
+    trials: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=8)] = [{}]
+    """Ranker settings that `rgalign tune` tries for every model alike; {} is `ranker` as it stands."""
+    tuning_seed: int = 1000
+    """World of the trials; none of those that are judged."""
     encoder: Reasoner = Reasoner(model="minilm", engine="sentence", dtype="float32")
     """What rows without an LLM read texts with."""
     max_text_tokens: Count = 128
@@ -310,6 +324,17 @@ class Compare(Settings):
     """CPUs of one row under one seed; as many run at a time as the cluster holds."""
     slice_deadline_s: Positive = 9000.0
     """Longest wait for any of the slices in work to be done."""
+
+    @model_validator(mode="after")
+    def _of_the_ranker(self) -> Compare:
+        for changes in (*self.tuned.values(), *self.trials):
+            try:
+                Ranker().changed(changes)
+            except ValidationError as error:
+                raise ValueError(f"tuned and trials hold settings of ranker; {_sentence(error).rstrip('.')}") from None
+        if 0 <= self.tuning_seed < self.seeds:
+            raise ValueError(f"tuning_seed ({self.tuning_seed}) is one of the {self.seeds} seeds that are judged")
+        return self
 
 
 class Cluster(Settings):

@@ -22,6 +22,8 @@ from rgalign_ray.ranker.rows import Rows
 from rgalign_ray.world.oracle import Oracle
 
 SHUFFLE_SEED = 0
+CALIBRATION_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
+"""Bounds of the bins of expected click shares; most candidates have almost none."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,24 @@ class TestSessions:
                 values["GAUC uniform"] = uniform
         impressions = self.mask.sum(axis=1).astype(np.float64)
         return Judged(values, {name: impressions for name in values if name.startswith("GAUC")}, scores)
+
+    def calibration(self, scores: np.ndarray) -> dict[str, list[float]]:
+        """How often a candidate is clicked that softmax(scores) expects to be, over sessions with a click.
+
+        Returns:
+            for each bin of `CALIBRATION_EDGES`: how many candidates fell into it (count), and the sums of their
+            expected and observed shares of their sessions' clicks. Sums, so that seeds can be added.
+        """
+        clicked = self.clicks.any(axis=1)
+        masked = np.where(self.mask, scores, -np.inf)[clicked].astype(np.float64)
+        odds = np.exp(masked - masked.max(axis=1, keepdims=True))
+        expected = (odds / odds.sum(axis=1, keepdims=True))[self.mask[clicked]]
+        clicks = self.clicks[clicked]
+        observed = (clicks / clicks.sum(axis=1, keepdims=True))[self.mask[clicked]]
+        place = np.digitize(expected, CALIBRATION_EDGES)
+        sums = {"count": None, "expected": expected, "observed": observed}
+        bins = len(CALIBRATION_EDGES) + 1
+        return {name: np.bincount(place, weights=w, minlength=bins).tolist() for name, w in sums.items()}
 
     def top(self, scores: np.ndarray, k: int) -> np.ndarray:
         """int [S, k]: intent indices of the best candidates, equal ones by index."""

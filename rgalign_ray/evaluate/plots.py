@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
-    from rgalign_ray.evaluate.report import Curves, Report, RewardGate, Row, Stage
+    from rgalign_ray.evaluate.report import Breakdown, Calibration, Curves, Report, RewardGate, Row, Stage
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -69,6 +69,11 @@ def all_of(report: Report) -> dict[str, list[Markup]]:
         "headline": [intervals(metric, report.rows) for metric in report.columns],
         "reward": [reward_spread(gate), best_of_n(gate)] if gate else [],
         "curves": [curves(it) for it in report.curves if it.lines],
+        "looks": [
+            *(quality_against_time(metric, report.rows) for metric in _timed(report)),
+            *(breakdown(it) for it in report.breakdowns),
+            *([calibration(report.calibration)] if report.calibration else []),
+        ],
         "stages": [stage_times(report.stages)] if report.stages else [],
     }
 
@@ -147,6 +152,78 @@ def curves(it: Curves) -> Markup:
             axes.legend()
 
     return _svg(f"curves {it.title}", draw)
+
+
+def quality_against_time(metric: str, rows: Sequence[Row]) -> Markup:
+    """What a row costs and what it gives; controls are hollow."""
+    shown = [row for row in rows if row.seconds and metric in row.metrics and math.isfinite(row.metrics[metric].value)]
+
+    def draw(axes: Axes) -> None:
+        for row in shown:
+            assert row.seconds is not None, "rows without a time are not shown"
+            place = (row.seconds, row.metrics[metric].value)
+            colour = MUTED if row.control else SERIES[0]
+            axes.plot(*place, "o", markersize=5, color=colour, markerfacecolor="none" if row.control else colour)
+            axes.annotate(_short(row.name), place, xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+        axes.set_xscale("log")
+        axes.margins(x=0.25, y=0.08)
+        axes.set(
+            xlabel="seconds a seed: reading, training, scoring", ylabel=metric, title=f"{metric} against wall time"
+        )
+
+    return _svg(f"time {metric}", draw, height=3.4)
+
+
+def breakdown(it: Breakdown) -> Markup:
+    """A dot and its interval for each row in each group."""
+
+    def draw(axes: Axes) -> None:
+        step = 0.7 / max(len(it.rows), 1)
+        for number, (label, estimates) in enumerate(it.rows.items()):
+            colour = SERIES[number % len(SERIES)]
+            places = [group + (number - (len(it.rows) - 1) / 2) * step for group in range(len(it.groups))]
+            kept = [(place, e) for place, e in zip(places, estimates, strict=True) if e is not None]
+            axes.plot(
+                [e.value for _, e in kept], [p for p, _ in kept], "o", color=colour, markersize=3.5, label=_short(label)
+            )
+            for place, e in kept:
+                if e.low is not None and e.high is not None:
+                    axes.plot([e.low, e.high], [place, place], color=colour, linewidth=1.2)
+        axes.set_yticks(range(len(it.groups)), [_short(group) for group in it.groups])
+        axes.set_ylim(len(it.groups) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel=it.metric, title=f"{it.metric} by {it.by}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+    return _svg(f"{it.metric} by {it.by}", draw, height=1.4 + 0.34 * len(it.groups))
+
+
+def calibration(lines: Sequence[Calibration]) -> Markup:
+    """Observed against expected shares of clicks; on the diagonal a score means what it says."""
+
+    def draw(axes: Axes) -> None:
+        for number, it in enumerate(lines):
+            seen = [(e, o) for e, o in zip(it.expected, it.observed, strict=True) if e > 0 and o > 0]
+            if seen:
+                expected, observed = zip(*seen, strict=True)
+                axes.plot(
+                    expected, observed, "o-", markersize=3, color=SERIES[number % len(SERIES)], label=_short(it.name)
+                )
+        low = min((e for it in lines for e in it.expected if e > 0), default=1e-3)
+        axes.plot([low, 1], [low, 1], ":", color=MUTED, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set(xlabel="expected share of the clicks", ylabel="observed share", title="Calibration")
+        axes.legend()
+
+    return _svg("calibration", draw, height=3.4)
+
+
+def _timed(report: Report) -> list[str]:
+    """Metrics worth holding against wall time: those of the first and of the true quality."""
+    if not any(row.seconds for row in report.rows):
+        return []
+    return [metric for metric in report.columns if metric == report.columns[0] or metric.startswith("true")]
 
 
 def stage_times(stages: Sequence[Stage]) -> Markup:

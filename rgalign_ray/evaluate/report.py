@@ -57,6 +57,8 @@ class Row(Part):
     note: str = ""
     control: bool = False
     """A row that is there to unmask a gain (base rate, shuffled query, mean query), not to win."""
+    seconds: float | None = None
+    """Wall time of one seed: reading texts, training, scoring the test sessions."""
 
 
 class Comparison(Part):
@@ -113,6 +115,26 @@ class Curves(Part):
     lines: dict[str, list[float]]
 
 
+class Breakdown(Part):
+    """One metric of some rows, by group of sessions."""
+
+    metric: str
+    by: str
+    """What the groups are, as region."""
+    groups: list[str]
+    rows: dict[str, list[Estimate | None]]
+    """By row, an estimate a group; None where there is nothing to judge."""
+
+
+class Calibration(Part):
+    """How often candidates are clicked that a ranker expects to be, bin by bin, rarest first."""
+
+    name: str
+    expected: list[float]
+    """Mean share of the session's clicks that softmax(scores) expects, by bin."""
+    observed: list[float]
+
+
 class Stage(Part):
     name: str
     seconds: float
@@ -150,6 +172,8 @@ class Report(Part):
     examples: list[Example] = []
     reward: RewardGate | None = None
     curves: list[Curves] = []
+    breakdowns: list[Breakdown] = []
+    calibration: list[Calibration] = []
     stages: list[Stage] = []
     ingest: Ingest | None = None
 

@@ -116,6 +116,37 @@ def stratified_bootstrap(
     return _estimate(np.array(per_seed), np.mean(drawn, axis=0), confidence)
 
 
+def ratio_bootstrap(
+    parts: Sequence[np.ndarray],
+    wholes: Sequence[np.ndarray],
+    users: Sequence[Sequence[str]],
+    *,
+    weights: Sequence[np.ndarray | None],
+    repetitions: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of `parts` over the mean of `wholes`, both drawn on the same users; as a gain over what could be gained.
+
+    Args and raises: as `stratified_bootstrap`; parts and wholes are parallel, and a session counts where both have
+    a value. The interval is of users alone, and it is wide or nan where the whole itself may be zero.
+    """
+    above, below = [], []
+    means = []
+    for number, (part, whole, user, weight) in enumerate(zip(parts, wholes, users, weights, strict=True)):
+        both = np.isnan(part) | np.isnan(whole)
+        values, weight = _checked(np.where(both, np.nan, np.stack([part, whole])), user, weight)
+        means.append((values * weight).sum(axis=1) / weight.sum())
+        above.append(_draw(values[0], weight, user, repetitions, seed + number))
+        below.append(_draw(values[1], weight, user, repetitions, seed + number))
+    drawn = np.mean(above, axis=0) / np.mean(below, axis=0)
+    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanpercentile(drawn, tails)
+    part, whole = np.mean(means, axis=0)
+    per_seed = tuple(float(p / w) for p, w in means)
+    return Estimate(float(part / whole), (float(low), float(high)), len(means), per_seed, None)
+
+
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     """Student's interval for the mean of at least two independent values.
 

@@ -9,84 +9,30 @@ A slice is a stage like any other: done once for its settings and inputs, and sk
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
-from rgalign_ray import config as configuration
 from rgalign_ray import progress, storage
-from rgalign_ray.config import Config
+from rgalign_ray.config import Config, RowName
 from rgalign_ray.errors import ConfigError, InfrastructureError
-from rgalign_ray.evaluate import comparison, report
+from rgalign_ray.evaluate import report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
-from rgalign_ray.evaluate.statistics import Estimate
-from rgalign_ray.loop import controller, log_stages, rank_stages, summary
+from rgalign_ray.loop import controller, ladder_report, log_stages, rank_stages
+from rgalign_ray.loop.ladder_rows import ROWS, LadderRow
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
+
+if TYPE_CHECKING:
+    from rgalign_ray.ranker.training import TrainedRanker
 
 VERDICT = "verdict.parquet"
 RANKER = "ranker"
 FETCH_DEADLINE_S = 60.0
 """Longest wait for the manifest of a slice that is done."""
-
-
-@dataclass(frozen=True)
-class LadderRow:
-    """One way to rank.
-
-    Args:
-        title: in the table.
-        kind: the ranker.
-        note: what the reader must know of it.
-        reads: whose embeddings of the sessions it reads, if any; its intents' texts come from the same.
-        shuffled: trained and tested on embeddings of other users' sessions.
-        control: stands there to unmask a gain, not to win.
-    """
-
-    title: str
-    kind: Literal["qe_rec", "din_sentence"] | configuration.Baseline
-    note: str = ""
-    reads: Literal["reasoner", "sentence"] | None = None
-    shuffled: bool = False
-    control: bool = False
-
-    @property
-    def rival(self) -> bool:
-        """A row without an LLM that QE-Rec must beat."""
-        return self.reads != "reasoner" and not self.control
-
-
-ROWS: dict[str, LadderRow] = {
-    "popularity": LadderRow("popularity", "popularity", "each intent's share of clicks", control=True),
-    "lr": LadderRow("LR", "lr"),
-    "deepfm": LadderRow("DeepFM", "deepfm"),
-    "dcn_v2": LadderRow("DCN-v2", "dcn_v2"),
-    "two_tower": LadderRow("AutoInt+MoE two-tower", "two_tower", "intents by id and text"),
-    "din": LadderRow("DIN", "din"),
-    "sasrec": LadderRow("SASRec encoder", "sasrec"),
-    "bst": LadderRow("BST", "bst"),
-    "din_text": LadderRow("DIN + intent text", "din_text"),
-    "din_sentence": LadderRow("DIN + session text", "din_sentence", "read by a sentence encoder", "sentence"),
-    "template": LadderRow(
-        "QE-Rec, template query",
-        "qe_rec",
-        "the session's text by a sentence encoder instead of an LLM",
-        "sentence",
-        control=True,
-    ),
-    "qe_rec": LadderRow("QE-Rec", "qe_rec", "frozen reasoner", "reasoner"),
-    "qe_rec_shuffled": LadderRow(
-        "QE-Rec shuffled",
-        "qe_rec",
-        "trained and tested with queries shuffled across users",
-        "reasoner",
-        shuffled=True,
-        control=True,
-    ),
-}
 
 
 def run(config: Config) -> report.Report:
@@ -100,12 +46,9 @@ def run(config: Config) -> report.Report:
     models.resolve(config.compare.encoder.model)
     config = controller.settle(config)
     jobs = [Run(of_seed(config, seed)) for seed in range(config.compare.seeds)]
-    for job in jobs:
-        controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
-        controller.run_stages(job, preparation(job.config))
-    controller.connect(config)
-    run_slices(config, [(job, slice_stage(job.config, name)) for job in jobs for name in config.compare.rows])
-    made = comparison_report(config, jobs)
+    prepare(jobs, list(config.compare.rows))
+    run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in config.compare.rows])
+    made = ladder_report.make(config, [judged(jobs, name) for name in config.compare.rows])
     show(config, made)
     return made
 
@@ -121,38 +64,86 @@ def of_seed(config: Config, seed: int) -> Config:
     )
 
 
-def preparation(config: Config) -> list[Stage]:
-    """What all rows of a seed share: the log, and its texts as each encoder reads them."""
-    reads = {ROWS[name].reads for name in config.compare.rows}
+def prepare(jobs: list[Run], rows: list[RowName]) -> None:
+    """Runs, seed by seed, what rows share and what is not done yet."""
+    for job in jobs:
+        controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
+        controller.run_stages(job, preparation(job.config, rows))
+        controller.connect(job.config)
+
+
+def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
+    """What the rows of a seed share: the log, and its texts as each encoder reads them.
+
+    Raises:
+        ConfigError: for a row that reads the true need of a log that has none.
+    """
+    reads = {ROWS[name].reads for name in rows}
     sequence = [*log_stages.stages(config), *rank_stages.sentence_stages(config)]
+    if "need" in reads:
+        if not truth_inputs(config):
+            raise ConfigError("compare.rows: true_need is known of the simulated shop alone; leave it out.")
+        inputs = ("sessions", "items_sentence", *truth_inputs(config))
+        sequence.append(Stage("embeddings_need", "look up the true needs", embed_needs, (), inputs))
     if "reasoner" in reads:
         sequence += rank_stages.reading_stages(config, 0)
     return sequence
 
 
-def slice_stage(config: Config, name: str) -> Stage:
-    """One row under one seed."""
-    inputs = ["sessions", "features", *truth_inputs(config), *_texts(ROWS[name])]
-    return Stage(
+def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
+    """One row under one seed, with the settings that its model was tuned to."""
+    row = ROWS[name]
+    stage = Stage(
         f"row_{name}",
-        f"train and judge {ROWS[name].title}",
-        partial(train_and_judge, row=ROWS[name]),
+        f"train and judge {row.title}",
+        partial(train_and_judge, row=row),
         ("ranker", "evaluate"),
-        tuple(inputs),
+        ("sessions", "features", *truth_inputs(job.config), *texts_of(row)),
     )
+    return with_ranker(job, job.config.compare.tuned.get(row.kind, {})), stage
 
 
-def _texts(row: LadderRow) -> tuple[str, str]:
+def with_ranker(job: Run, changes: dict[str, Any]) -> Run:
+    """The run with some of its ranker settings replaced."""
+    return Run(job.config.model_copy(update={"ranker": job.config.ranker.changed(changes)}))
+
+
+def texts_of(row: LadderRow) -> tuple[str, str]:
     """The artefacts that hold the intents' texts and the sessions' texts for a row."""
-    return ("items", "embeddings_0") if row.reads == "reasoner" else ("items_sentence", "embeddings_sentence")
+    if row.reads == "reasoner":
+        return "items", "embeddings_0"
+    return "items_sentence", "embeddings_need" if row.reads == "need" else "embeddings_sentence"
 
 
-def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
-    """Trains a row's ranker in this process, and judges it on the test sessions."""
+def embed_needs(run: Run, out: str) -> Outcome:
+    """Every session's true need, as the sentence encoder reads that intent's text."""
+    from rgalign_ray.ranker.embeddings import Embeddings
+    from rgalign_ray.rollout.worker import vectors_table
+    from rgalign_ray.world.oracle import Oracle
+
+    ids = storage.read_table(run.uri("sessions", "sessions"), ["session_id"])["session_id"].to_pylist()
+    needs = Oracle.load(run.uri("log")).needs(ids)
+    intents = sorted(set(needs))
+    texts = Embeddings.load(run.uri("items_sentence"))
+    vectors = dict(zip(intents, texts.items(intents), strict=True))
+    table = vectors_table(
+        ids,
+        ["prompt"] * len(ids),
+        [-1] * len(ids),
+        [None] * len(ids),
+        np.stack([vectors[need] for need in needs]),
+        texts.reasoner_version,
+    )
+    storage.write_table(storage.join(out, "needs.parquet"), table)
+    return Outcome({"sessions": len(ids)})
+
+
+def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
+    """Trains a row's ranker in this process."""
     from rgalign_ray.ranker import training
 
     config = run.config
-    items, embeddings = _texts(row)
+    items, embeddings = texts_of(row)
     job = training.RankerJob(
         rankers=(training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), config.seed * 1000, row.shuffled),),
         log_uri=run.uri("sessions"),
@@ -165,15 +156,23 @@ def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
         shuffle_seed=config.seed,
         local=True,
     )
-    trained = training.train(job)[RANKER]
+    return training.train(job)[RANKER]
+
+
+def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
+    """Trains a row's ranker in this process, and judges it on the test sessions."""
+    config = run.config
+    trained = train(run, out, row)
     test = TestSessions(run.uri("sessions"), run.truth, config.evaluate)
-    rung = Rung(row.title, trained.uri, job.embeddings_uri, query="shuffled" if row.shuffled else "own")
+    embeddings = run.uri(texts_of(row)[1]) if row.reads else None
+    rung = Rung(row.title, trained.uri, embeddings, query="shuffled" if row.shuffled else "own")
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
-    return Outcome({"test sessions": len(test.ids)}, trained.figures)
+    figures = trained.figures | {"calibration": test.calibration(judged.scores)}
+    return Outcome({"test sessions": len(test.ids)}, figures)
 
 
-def run_slices(config: Config, slices: list[tuple[Run, Stage]]) -> None:
+def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> None:
     """Runs the slices that are not done as Ray tasks, as many at a time as the cluster holds."""
     import ray
 
@@ -186,7 +185,7 @@ def run_slices(config: Config, slices: list[tuple[Run, Stage]]) -> None:
     missing = [(job, stage, key) for job, stage, key in keyed if not controller.is_done(job, stage, key)]
     task = ray.remote(controller.execute).options(num_cpus=config.compare.cpus_per_slice, max_retries=3)
     waiting = {task.remote(job, stage, key): (job, stage) for job, stage, key in missing}
-    with progress.track("ladder", len(slices), "slices") as advance:
+    with progress.track(what, len(slices), "slices") as advance:
         advance(len(slices) - len(missing))
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=config.compare.slice_deadline_s)
@@ -207,96 +206,15 @@ def run_slices(config: Config, slices: list[tuple[Run, Stage]]) -> None:
             advance(1)
 
 
-def comparison_report(config: Config, jobs: list[Run]) -> report.Report:
-    """The ladder's table and its claims, from the slices' verdicts."""
-    settings = config.evaluate
-    names: list[str] = list(config.compare.rows)
-    verdicts = {name: [Verdict.load(job.uri(f"row_{name}", VERDICT)) for job in jobs] for name in names}
-    manifests = {name: [job.manifest(f"row_{name}") for job in jobs] for name in names}
-    first, *others = verdicts[names[0]]
-    metrics = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
-    rows = [
-        report.Row(
-            name=ROWS[name].title,
-            metrics={metric: _over_users(comparison.estimate(verdicts[name], metric, settings)) for metric in metrics},
-            note=ROWS[name].note,
-            control=ROWS[name].control,
-        )
-        for name in names
-    ]
-    comparisons = []
-    for better, worse in claims(names, {name: _validation(manifests[name]) for name in names}):
-        for metric in metrics:
-            found = comparison.difference(verdicts[better], verdicts[worse], metric, settings)
-            comparisons.append(
-                report.Comparison(
-                    better=ROWS[better].title,
-                    worse=ROWS[worse].title,
-                    metric=metric,
-                    difference=_claimed(found),
-                    separated=found.separated,
-                )
-            )
-    seeds = len(jobs)
-    claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
-    return report.Report(
-        title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
-        lead="Rankers side by side on the same test sessions, equally trained.",
-        summary=[
-            summary.sentence(found, "separated over users" + (" and seeds" if seeds > 1 else " (one seed)"))
-            for found in comparisons
-            if found.metric == metrics[0]
-        ],
-        facts={
-            "log": config.log.source,
-            "seeds": str(seeds),
-            "test sessions a seed": f"{len(verdicts[names[0]][0].sessions):,}",
-            "reasoner": config.reasoner.model,
-            "encoder": config.compare.encoder.model,
-            "intervals": f"{settings.confidence:.0%}; of rows over users, of differences {claimed}",
-        },
-        metrics={name: text for name, text in summary.meanings(config).items() if name in metrics},
-        rows=[*(row for row in rows if not row.control), *(row for row in rows if row.control)],
-        comparisons=comparisons,
-        stages=[
-            report.Stage(
-                name=f"{ROWS[name].title}, all seeds",
-                seconds=sum(m.seconds for m in manifests[name]),
-                peak_mb=max(m.peak_memory_mb for m in manifests[name]),
-            )
-            for name in names
-        ],
-        config=config.model_dump(mode="json"),
+def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
+    """What a row's slices left behind, a job a seed."""
+    read = texts_of(ROWS[name])[1:] if ROWS[name].reads else ()
+    return ladder_report.Judged(
+        name,
+        [Verdict.load(job.uri(f"row_{name}", VERDICT)) for job in jobs],
+        [job.manifest(f"row_{name}") for job in jobs],
+        float(np.mean([sum(job.manifest(stage).seconds for stage in read) for job in jobs])),
     )
-
-
-def claims(names: list[str], validation: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs to compare, the one expected to be better first.
-
-    The best rival is the row without an LLM of the best validation GAUC: chosen by the test sessions, it
-    would be the luckiest.
-    """
-    rivals = [name for name in names if ROWS[name].rival]
-    best = max(rivals, key=lambda name: validation[name]) if rivals else ""
-    pairs = [("qe_rec", best), (best, "popularity"), ("qe_rec", "template"), ("qe_rec", "qe_rec_shuffled")]
-    return [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]
-
-
-def _validation(manifests: list[storage.Manifest]) -> float:
-    return sum(manifest.figures["best_gauc"] for manifest in manifests) / len(manifests)
-
-
-def _over_users(found: Estimate) -> report.Estimate:
-    """A row's figure. Over seeds it varies with how hard each world is, which says nothing of the row."""
-    return report.Estimate(value=found.mean, low=found.users[0], high=found.users[1])
-
-
-def _claimed(found: Estimate) -> report.Estimate:
-    """A difference with the wider of both intervals: it excludes zero where both do."""
-    low, high = found.users
-    if found.over_seeds is not None:
-        low, high = min(low, found.over_seeds[0]), max(high, found.over_seeds[1])
-    return report.Estimate(value=found.mean, low=low, high=high)
 
 
 def show(config: Config, made: report.Report) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rgalign_ray import config
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.whitening import Moments
 
 Batch = dict[str, Tensor]
 """Sessions as tensors: fields [B, F], multi [B, M, L], history [B, H] and candidates [B, C] as integers
@@ -32,6 +33,8 @@ class Ranker(nn.Module):
     reads_queries: ClassVar[bool] = False
     reads_text: ClassVar[bool] = True
     """Whether its item tower takes text embeddings of the intents; else it knows them by id alone."""
+    trained: ClassVar[bool] = True
+    """Whether it has anything that settings of the training could change."""
     item_tower: nn.Module
     query_tower: nn.Module
     prior: Tensor
@@ -55,6 +58,10 @@ class Ranker(nn.Module):
     def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
         """z [..., d] of embeddings [..., De]; the learned null vector where `is_null` [...] or without embeddings."""
         return self.query_tower(embedding, is_null)
+
+    def fit_queries(self, moments: Moments) -> None:
+        """Fits what reads embeddings to those of the training sessions, before training starts."""
+        self.query_tower.whitening.fit(moments)
 
     def relevance(self, u: Any, v: Tensor, z: Tensor | None = None) -> Tensor:
         """[B, C] from u, v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d].

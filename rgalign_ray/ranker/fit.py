@@ -31,6 +31,7 @@ from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.baselines.bst import BST
+from rgalign_ray.ranker.baselines.cosine import Cosine
 from rgalign_ray.ranker.baselines.dcn_v2 import DCNv2
 from rgalign_ray.ranker.baselines.deepfm import DeepFM
 from rgalign_ray.ranker.baselines.din import DIN, DINSentence, DINText
@@ -58,6 +59,7 @@ MODELS: dict[str, type[Ranker]] = {
         DCNv2,
         LogisticRegression,
         Popularity,
+        Cosine,
     )
 }
 
@@ -182,7 +184,7 @@ class Fit:
             prompt = Moments.of(self.train["prompt"][self.train["has_prompt"]])
             query = Moments.of(self.train["query"][self.train["has_query"]])
             total = self.group.sum((prompt + query).flat())
-            model.query_tower.whitening.fit(Moments.from_flat(total, model.sizes.embedding_dim))
+            model.fit_queries(Moments.from_flat(total, model.sizes.embedding_dim))
 
     def _epoch(self, epoch: int) -> float:
         size = self.settings.batch_sessions
@@ -244,7 +246,9 @@ class Fit:
         figures["parameters"] = sum(p.numel() for p in self.model.parameters())
         figures["intents_shown"] = int(self.model.seen.sum())
         if self.model.reads_queries:
-            figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
+            for name, parameter in self.model.named_parameters():
+                if name == "query_tower.gate":
+                    figures["gate"] = float(parameter.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}
         return figures
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +74,7 @@ class RankerSpec:
     """
 
     name: str
-    kind: Literal["qe_rec", "din_sentence"] | config.Baseline
+    kind: config.Model
     out_uri: str
     seed: int
     shuffled: bool = False

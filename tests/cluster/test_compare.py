@@ -16,7 +16,7 @@ ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
 def test_a_slice_that_fits_no_node_is_refused(ray_cluster: object) -> None:
     with pytest.raises(ConfigError, match=r"compare\.cpus_per_slice: 64; the cluster's largest node has 2"):
-        compare.run_slices(config.validate({"compare": {"cpus_per_slice": 64}}), [])
+        compare.run_slices(config.validate({"compare": {"cpus_per_slice": 64}}), "ladder", [])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rgalign_ray import config
-from rgalign_ray.evaluate.comparison import Verdict, difference, estimate
+from rgalign_ray.evaluate.comparison import Verdict, difference, estimate, estimate_in, share_of_gap
 
 SETTINGS = config.Evaluate(bootstrap=400)
 
@@ -18,7 +18,8 @@ def verdict(values: np.ndarray, seed: int | None, weights: np.ndarray | None = N
     log = "" if seed is None else f"{seed}-"
     ids = [f"{log}s{i}" for i in range(len(values))]
     users = [f"{log}u{i // 2}" for i in range(len(values))]
-    return Verdict(ids, users, {"GAUC": values}, {} if weights is None else {"GAUC": weights})
+    regions = ["SG" if i % 4 < 2 else "TW" for i in range(len(values))]
+    return Verdict(ids, users, regions, {"GAUC": values}, {} if weights is None else {"GAUC": weights})
 
 
 def test_a_verdict_survives_its_file(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_a_verdict_survives_its_file(tmp_path: Path) -> None:
     saved = verdict(values, 1, weights=np.array([3.0, 1.0, 2.0]))
     saved.save(str(tmp_path / "verdict.parquet"))
     back = Verdict.load(str(tmp_path / "verdict.parquet"))
-    assert (back.sessions, back.users) == (saved.sessions, saved.users)
+    assert (back.sessions, back.users, back.regions) == (saved.sessions, saved.users, saved.regions)
     assert back.values.keys() == back.weights.keys() == {"GAUC"}
     np.testing.assert_array_equal(back.values["GAUC"], values)
     np.testing.assert_array_equal(back.weights["GAUC"], saved.weights["GAUC"])
@@ -65,6 +66,32 @@ def test_a_difference_is_paired_and_claimed_only_over_users_and_seeds() -> None:
     found = difference(moody, worse, "GAUC", SETTINGS)
     assert found.users[0] > 0
     assert not found.separated
+
+
+def test_a_region_is_judged_by_its_own_sessions() -> None:
+    row = [verdict(np.array([0.2, 0.4, 0.8, 0.9] * 5), seed) for seed in range(2)]
+    there = estimate_in(row, "GAUC", "SG", SETTINGS)
+    assert there is not None and there.mean == pytest.approx(0.3)
+    assert estimate_in(row, "GAUC", "BR", SETTINGS) is None
+    row[1].values["GAUC"][[0, 1, 4, 5, 8, 9, 12, 13, 16, 17]] = np.nan
+    assert estimate_in(row, "GAUC", "SG", SETTINGS) is None, "a seed in which nothing counts"
+
+
+@pytest.mark.parametrize("own_log", [True, False])
+def test_the_share_of_a_gap_is_the_gain_over_what_could_be_gained(own_log: bool) -> None:
+    draw = np.random.default_rng(0)
+    seeds = [seed if own_log else None for seed in range(3)]
+    base = [0.5 + 0.2 * draw.random(60) for _ in seeds]
+    worse = [verdict(values, seed) for values, seed in zip(base, seeds, strict=True)]
+    ours = [verdict(values + 0.05 + 0.02 * draw.normal(size=60), s) for values, s in zip(base, seeds, strict=True)]
+    best = [verdict(values + 0.2, seed) for values, seed in zip(base, seeds, strict=True)]
+    found = share_of_gap(ours, worse, best, "GAUC", SETTINGS)
+    gain = difference(ours, worse, "GAUC", SETTINGS)
+    assert found.mean == pytest.approx(gain.mean / 0.2)
+    assert found.users == pytest.approx([bound / 0.2 for bound in gain.users]), "the same users are drawn"
+    error = share_of_gap(ours, worse, 1.0, "GAUC", SETTINGS)
+    assert error.mean == pytest.approx(gain.mean / (1 - np.mean(base)))
+    assert error.users[0] < error.mean < error.users[1]
 
 
 def test_rows_of_other_sessions_are_not_compared() -> None:

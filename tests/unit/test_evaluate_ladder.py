@@ -295,3 +295,16 @@ def test_a_session_of_the_true_need_leads_before_one_that_clicked_without(tmp_pa
     shown = example_sessions(log, str(tmp_path), settings)
     assert needs[int(shown[0][1:])] == "speed_up_parcel_delivery"
     assert len(set(shown)) == 3
+
+
+def test_calibration_adds_up_to_the_clicks_and_lies_on_the_diagonal_for_true_shares(sessions: TestSessions) -> None:
+    clicked = int(sessions.clicks.any(axis=1).sum())
+    draw = np.random.default_rng(0)
+    found = sessions.calibration(draw.normal(size=sessions.mask.shape))
+    assert sum(found["count"]) == sessions.mask[sessions.clicks.any(axis=1)].sum()
+    assert sum(found["expected"]) == pytest.approx(clicked)
+    assert sum(found["observed"]) == pytest.approx(clicked)
+    with np.errstate(divide="ignore"):
+        sure = sessions.calibration(np.log(sessions.clicks / np.maximum(sessions.clicks.sum(axis=1, keepdims=True), 1)))
+    assert sure["expected"] == pytest.approx(sure["observed"])
+    assert sure["observed"][0] == 0

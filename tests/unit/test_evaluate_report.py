@@ -13,6 +13,8 @@ from rich.console import Console
 
 from rgalign_ray.evaluate import plots
 from rgalign_ray.evaluate.report import (
+    Breakdown,
+    Calibration,
     Comparison,
     Curves,
     Estimate,
@@ -43,7 +45,7 @@ def report(text: str = "plain", **changes: Any) -> Report:
         "metrics": {text: text},
         "rows": [
             Row(name=text, metrics={text: figures, "GAUC": Estimate(value=0.91234)}, note=text),
-            Row(name="aligned", metrics={text: Estimate(value=0.75), "GAUC": Estimate(value=0.95)}),
+            Row(name="aligned", metrics={text: Estimate(value=0.75), "GAUC": Estimate(value=0.95)}, seconds=20.0),
             Row(name="base rate", metrics={"GAUC": Estimate(value=0.99)}, control=True),
         ],
         "comparisons": [
@@ -77,6 +79,10 @@ def report(text: str = "plain", **changes: Any) -> Report:
             valid_rate=0.9,
         ),
         "curves": [Curves(title=text, x=text, y=text, lines={text: [0.1, 0.2], "other": [0.3]})],
+        "breakdowns": [
+            Breakdown(metric=text, by=text, groups=[text, "SG"], rows={text: [figures, None], "other": [figures] * 2})
+        ],
+        "calibration": [Calibration(name=text, expected=[0.01, 0.4], observed=[0.0, 0.5])],
         "stages": [Stage(name=text, seconds=75.0, peak_mb=1234.0), Stage(name="evaluate", seconds=3.0, resumed=True)],
         "ingest": Ingest(sessions=2500, roles={text: 1500}, quarantined={text: 3, "duplicate": 2}),
     }
@@ -159,7 +165,9 @@ def test_every_text_is_escaped() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
 def test_any_text_leaves_the_page_well_formed(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "all_of", lambda _: {"headline": [], "reward": [], "curves": [], "stages": []})
+        patch.setattr(
+            plots, "all_of", lambda _: {"headline": [], "reward": [], "curves": [], "looks": [], "stages": []}
+        )
         page, plain = Page(render(report(text))), Page(render(report()))
     assert page.open == []
     assert page.tags == plain.tags

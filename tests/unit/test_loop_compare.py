@@ -11,8 +11,9 @@ import pytest
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.loop import compare, controller
-from rgalign_ray.loop.compare import ROWS
+from rgalign_ray.loop import compare, controller, ladder_report, tune
+from rgalign_ray.loop.ladder_rows import ROWS
+from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.fit import MODELS
 
 
@@ -40,12 +41,36 @@ def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
 @pytest.mark.parametrize("source", ["shop", "movielens"])
 def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> None:
     extra = {} if source == "shop" else {"features": {"spec": "movielens"}, "prompt": {"template": "movielens"}}
+    if source == "movielens":
+        rows = [name for name in rows if name != "true_need"]
     settings = config.validate({"compare": {"rows": rows}, "log": {"source": source}, **extra})
-    stages = compare.preparation(settings)
+    stages = compare.preparation(settings, rows)
     made = {stage.name for stage in stages}
     assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
-    for stage in [*stages, *(compare.slice_stage(settings, name) for name in rows)]:
+    assert ("embeddings_need" in made) == ("true_need" in rows)
+    trials = [tune.trial_of(Run(settings), name, 0)[1] for name in tune.tunable(rows)]
+    for stage in [*stages, *trials, *(compare.slice_of(Run(settings), name)[1] for name in rows)]:
         assert made.issuperset(stage.inputs), stage.name
+
+
+def test_a_log_without_truth_has_no_true_need() -> None:
+    settings = config.validate({"log": {"source": "movielens"}, "features": {"spec": "movielens"}})
+    with pytest.raises(ConfigError, match="true_need is known of the simulated shop alone"):
+        compare.preparation(settings, ["lr", "true_need"])
+
+
+def test_a_row_is_trained_with_what_its_model_was_tuned_to() -> None:
+    settings = config.validate({"compare": {"tuned": {"din": {"lr": 0.01, "dim": 8}, "qe_rec": {"dropout": 0.5}}}})
+    rankers = {name: compare.slice_of(Run(settings), name)[0].config.ranker for name in ROWS}
+    assert (rankers["din"].lr, rankers["din"].dim) == (0.01, 8)
+    assert rankers["lr"] == rankers["din_text"] == settings.ranker
+    controls = ["qe_rec", "qe_rec_shuffled", "template", "true_need"]
+    assert {rankers[name].dropout for name in controls} == {0.5}, "controls take what their model was tuned to"
+
+
+def test_models_with_nothing_to_train_are_not_tuned() -> None:
+    assert tune.tunable(list(ROWS)) == [name for name in ROWS if not ROWS[name].control]
+    assert not {"popularity", "cosine", "template"} & set(tune.tunable(list(ROWS)))
 
 
 def test_seeds_draw_their_own_world_and_keep_apart() -> None:
@@ -57,8 +82,9 @@ def test_seeds_draw_their_own_world_and_keep_apart() -> None:
 
 def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     validation = dict.fromkeys(ROWS, 0.5) | {"din": 0.7, "template": 0.9, "popularity": 0.9, "qe_rec": 0.95}
-    pairs = compare.claims(list(ROWS), validation)
+    pairs = ladder_report.claims(list(ROWS), validation)
     assert ("qe_rec", "din") in pairs
     assert ("din", "popularity") in pairs
     assert ("qe_rec", "qe_rec_shuffled") in pairs
-    assert compare.claims(["popularity", "qe_rec"], validation) == []
+    assert ("true_need", "din") in pairs
+    assert ladder_report.claims(["popularity", "qe_rec"], validation) == []

@@ -13,6 +13,7 @@ class Popularity(Ranker):
 
     kind = "popularity"
     reads_text = False
+    trained = False
 
     def users(self, batch: Batch) -> None:
         """Nothing is read of a session."""

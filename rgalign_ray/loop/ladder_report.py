@@ -1,0 +1,212 @@
+"""The ladder's table and its claims, from what every slice left behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config, RowName
+from rgalign_ray.evaluate import comparison, report
+from rgalign_ray.evaluate.comparison import Verdict
+from rgalign_ray.evaluate.statistics import Estimate
+from rgalign_ray.loop import summary
+from rgalign_ray.loop.ladder_rows import ROWS
+
+CEILING: RowName = "true_need"
+BY_REGION = ("GAUC", "true CTR")
+"""Metrics that are shown by region, where the log has them."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row under every seed."""
+
+    row: RowName
+    verdicts: list[Verdict]
+    manifests: list[storage.Manifest]
+    """Of its slices."""
+    reading_s: float
+    """Seconds in which the texts that it reads were read, a seed."""
+
+    @property
+    def title(self) -> str:
+        return ROWS[self.row].title
+
+    @property
+    def validation(self) -> float:
+        return float(np.mean([manifest.figures["best_gauc"] for manifest in self.manifests]))
+
+    @property
+    def seconds(self) -> float:
+        return self.reading_s + float(np.mean([manifest.seconds for manifest in self.manifests]))
+
+    def calibration(self) -> report.Calibration:
+        seeds = [manifest.figures["calibration"] for manifest in self.manifests]
+        count, expected, observed = (
+            np.sum([seed[name] for seed in seeds], axis=0) for name in ("count", "expected", "observed")
+        )
+        filled = count > 0
+        return report.Calibration(
+            name=self.title,
+            expected=(expected[filled] / count[filled]).tolist(),
+            observed=(observed[filled] / count[filled]).tolist(),
+        )
+
+
+def make(config: Config, judged: list[Judged]) -> report.Report:
+    """The report of a comparison all of whose slices are done."""
+    settings = config.evaluate
+    by_row = {it.row: it for it in judged}
+    first, *others = judged[0].verdicts
+    found = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
+    meanings = summary.meanings(config)
+    metrics = [metric for metric in meanings if metric in found]
+    rows = [
+        report.Row(
+            name=it.title,
+            metrics={metric: _over_users(comparison.estimate(it.verdicts, metric, settings)) for metric in metrics},
+            note=ROWS[it.row].note,
+            control=ROWS[it.row].control,
+            seconds=it.seconds,
+        )
+        for it in judged
+    ]
+    pairs = claims([it.row for it in judged], {it.row: it.validation for it in judged})
+    comparisons = [
+        _compare(by_row[better], by_row[worse], metric, config) for better, worse in pairs for metric in metrics
+    ]
+    seeds = len(first_seeds := judged[0].verdicts)
+    claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
+    return report.Report(
+        title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
+        lead="Rankers side by side on the same test sessions, equally trained.",
+        summary=_summary(config, by_row, comparisons, pairs, metrics),
+        facts={
+            "log": config.log.source,
+            "seeds": str(seeds),
+            "test sessions a seed": f"{len(first_seeds[0].sessions):,}",
+            "candidates a session": f"{np.mean(first_seeds[0].weights['GAUC']):,.1f}",
+            "sessions that count in GAUC": f"{np.mean(~np.isnan(first_seeds[0].values['GAUC'])):.1%}",
+            "reasoner": config.reasoner.model,
+            "encoder": config.compare.encoder.model,
+            "settings": "tuned by validation in another world" if config.compare.tuned else "the same for every row",
+            "intervals": f"{settings.confidence:.0%}; of rows over users, of differences {claimed}",
+        },
+        metrics={name: text for name, text in meanings.items() if name in metrics},
+        rows=[*(row for row in rows if not row.control), *(row for row in rows if row.control)],
+        comparisons=comparisons,
+        breakdowns=_by_region(config, [by_row[row] for row in _featured(pairs)], metrics),
+        calibration=[by_row[row].calibration() for row in _featured(pairs)],
+        stages=[
+            report.Stage(
+                name=f"{it.title}, all seeds",
+                seconds=sum(m.seconds for m in it.manifests),
+                peak_mb=max(m.peak_memory_mb for m in it.manifests),
+            )
+            for it in judged
+        ],
+        config=config.model_dump(mode="json"),
+    )
+
+
+def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple[RowName, RowName]]:
+    """Pairs to compare, the one expected to be better first.
+
+    The best rival is the row without an LLM of the best validation GAUC: chosen by the test sessions, it
+    would be the luckiest.
+    """
+    rivals = sorted((name for name in names if ROWS[name].rival), key=lambda name: validation[name])
+    best = rivals[-1:]
+    pairs: list[tuple[RowName, RowName]] = [
+        *(("qe_rec", rival) for rival in best),
+        ("qe_rec", "two_tower"),
+        *((rival, "popularity") for rival in best),
+        ("qe_rec", "template"),
+        ("qe_rec", "qe_rec_shuffled"),
+        *((CEILING, rival) for rival in best),
+    ]
+    there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]
+    return list(dict.fromkeys(there))
+
+
+def _compare(better: Judged, worse: Judged, metric: str, config: Config) -> report.Comparison:
+    found = comparison.difference(better.verdicts, worse.verdicts, metric, config.evaluate)
+    return report.Comparison(
+        better=better.title,
+        worse=worse.title,
+        metric=metric,
+        difference=_claimed(found),
+        separated=found.separated,
+    )
+
+
+def _summary(
+    config: Config,
+    by_row: dict[RowName, Judged],
+    comparisons: list[report.Comparison],
+    pairs: list[tuple[RowName, RowName]],
+    metrics: list[str],
+) -> list[str]:
+    """What was found, a sentence each: GAUC's differences, and what the first of them is worth."""
+    over = "separated over users" + (" and seeds" if config.compare.seeds > 1 else " (one seed)")
+    lines = [summary.sentence(it, over) for it in comparisons if it.metric == metrics[0]]
+    if pairs and pairs[0][0] == "qe_rec":
+        ours, rival = (by_row[row] for row in pairs[0])
+        arguments = (ours.verdicts, rival.verdicts)
+        reduced = comparison.share_of_gap(*arguments, 1.0, metrics[0], config.evaluate)
+        lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
+        if CEILING in by_row:
+            for metric in metrics:
+                closed = comparison.share_of_gap(*arguments, by_row[CEILING].verdicts, metric, config.evaluate)
+                lines.append(
+                    f"{metric}: {_share(closed)} of the headroom between {rival.title} and the true need is closed."
+                )
+    return lines
+
+
+def _share(found: Estimate) -> str:
+    return f"{found.mean:+.1%} ({found.users[0]:+.1%} to {found.users[1]:+.1%} over users)"
+
+
+def _featured(pairs: list[tuple[RowName, RowName]]) -> list[RowName]:
+    """The rows whose details are shown: those that the first claims are about."""
+    return list(dict.fromkeys(row for pair in pairs[:2] for row in pair))
+
+
+def _by_region(config: Config, shown: list[Judged], metrics: list[str]) -> list[report.Breakdown]:
+    regions = sorted({region for it in shown for verdict in it.verdicts for region in verdict.regions})
+    if len(regions) < 2:
+        return []
+    return [
+        report.Breakdown(
+            metric=metric,
+            by="region",
+            groups=regions,
+            rows={
+                it.title: [
+                    _over_users(found) if found else None
+                    for found in (
+                        comparison.estimate_in(it.verdicts, metric, region, config.evaluate) for region in regions
+                    )
+                ]
+                for it in shown
+            },
+        )
+        for metric in metrics
+        if metric.partition("@")[0] in BY_REGION
+    ]
+
+
+def _over_users(found: Estimate) -> report.Estimate:
+    """A row's figure. Over seeds it varies with how hard each world is, which says nothing of the row."""
+    return report.Estimate(value=found.mean, low=found.users[0], high=found.users[1])
+
+
+def _claimed(found: Estimate) -> report.Estimate:
+    """A difference with the wider of both intervals: it excludes zero where both do."""
+    low, high = found.users
+    if found.over_seeds is not None:
+        low, high = min(low, found.over_seeds[0]), max(high, found.over_seeds[1])
+    return report.Estimate(value=found.mean, low=low, high=high)

@@ -1,0 +1,89 @@
+"""The ladder's report: what is said of rows whose quality is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.evaluate.comparison import Verdict
+from rgalign_ray.loop import ladder_report
+from rgalign_ray.loop.ladder_report import Judged
+
+SESSIONS = 120
+QUALITY: dict[config.RowName, float] = {
+    "popularity": 0.5,
+    "two_tower": 0.58,
+    "din": 0.6,
+    "qe_rec": 0.7,
+    "qe_rec_shuffled": 0.6,
+    "true_need": 0.9,
+}
+
+
+def judged(row: config.RowName, seeds: int = 2) -> Judged:
+    verdicts, manifests = [], []
+    for seed in range(seeds):
+        noise = np.random.default_rng(seed).normal(scale=0.02, size=SESSIONS)
+        own = np.random.default_rng([seed, *row.encode()]).normal(scale=0.002, size=SESSIONS)
+        values = QUALITY[row] + noise + own
+        verdicts.append(
+            Verdict(
+                [f"{seed}-{i}" for i in range(SESSIONS)],
+                [f"{seed}-{i // 2}" for i in range(SESSIONS)],
+                ["SG" if i % 2 else "TW" for i in range(SESSIONS)],
+                {"GAUC": values, "true CTR@3": values / 2},
+                {"GAUC": np.full(SESSIONS, 20.0)},
+            )
+        )
+        figures = {
+            "best_gauc": QUALITY[row],
+            "calibration": {"count": [90, 0, 10], "expected": [1.8, 0.0, 5.0], "observed": [0.9, 0.0, 6.0]},
+        }
+        manifests.append(
+            storage.Manifest(
+                stage=f"row_{row}",
+                key="k",
+                inputs={},
+                rows={},
+                figures=figures,
+                seconds=10.0 + seed,
+                peak_memory_mb=500,
+            )
+        )
+    return Judged(row, verdicts, manifests, 40.0 if row == "qe_rec" else 0.0)
+
+
+@pytest.fixture(scope="module")
+def report() -> ladder_report.report.Report:
+    settings = config.validate({"compare": {"rows": list(QUALITY), "seeds": 2}, "evaluate": {"bootstrap": 200}})
+    return ladder_report.make(settings, [judged(row) for row in QUALITY])
+
+
+def test_competitors_stand_above_controls_with_what_they_cost(report: ladder_report.report.Report) -> None:
+    assert [row.name for row in report.rows if not row.control] == ["AutoInt+MoE two-tower", "DIN", "QE-Rec"]
+    assert [row.control for row in report.rows] == [False] * 3 + [True] * 3
+    seconds = {row.name: row.seconds for row in report.rows}
+    assert seconds["QE-Rec"] == pytest.approx(50.5), "reading the texts counts"
+    assert seconds["DIN"] == pytest.approx(10.5)
+    assert report.columns == ["GAUC", "true CTR@3"]
+
+
+def test_gains_are_told_as_shares_of_error_and_headroom(report: ladder_report.report.Report) -> None:
+    said = "\n".join(report.summary)
+    assert "QE-Rec over DIN: GAUC +0.1" in said
+    assert "QE-Rec against DIN: +25" in said, "0.1 of an error of 0.4"
+    assert "GAUC: +33" in said and "true CTR@3: +33" in said, "0.1 of 0.3, twice"
+    assert "over users)" in said
+
+
+def test_details_are_shown_of_the_rows_that_are_compared(report: ladder_report.report.Report) -> None:
+    assert {part.metric for part in report.breakdowns} == {"GAUC", "true CTR@3"}
+    for part in report.breakdowns:
+        assert part.groups == ["SG", "TW"]
+        assert list(part.rows) == ["QE-Rec", "DIN", "AutoInt+MoE two-tower"]
+    (line, *_) = report.calibration
+    assert line.expected == pytest.approx([0.02, 0.5])
+    assert line.observed == pytest.approx([0.01, 0.6])
+    assert report.facts["candidates a session"] == "20.0"
+    assert report.facts["sessions that count in GAUC"] == "100.0%"
