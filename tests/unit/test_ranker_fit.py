@@ -14,7 +14,7 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.ranker import fit as fitting
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
-from rgalign_ray.ranker.rows import from_tables, to_table
+from rgalign_ray.ranker.rows import LISTS, from_tables, to_table
 
 SIZES = sizes()
 SETTINGS = config.Ranker(dim=16, heads=2, epochs=8, patience=8, batch_sessions=32, whitened_dim=12, lr=5e-3)
@@ -114,7 +114,7 @@ def test_every_session_takes_part_once_an_epoch(monkeypatch: pytest.MonkeyPatch)
     data = rows(SIZES, 101)
     fit = _fit(data)
     seen: list[int] = []
-    take = fitting._take
+    take = fitting.take
 
     def record(part: dict, index: object) -> dict:
         taken = take(part, index)
@@ -122,7 +122,7 @@ def test_every_session_takes_part_once_an_epoch(monkeypatch: pytest.MonkeyPatch)
             seen.extend(taken["session_key"].tolist())
         return taken
 
-    monkeypatch.setattr(fitting, "_take", record)
+    monkeypatch.setattr(fitting, "take", record)
     fit._epoch(0)
     first, seen[:] = list(seen), []
     fit._epoch(1)
@@ -187,11 +187,11 @@ def test_rows_survive_the_arrow_round_trip_and_an_empty_worker_has_shapes() -> N
     for name in ("shown", "clicks"):
         data[name] &= data["candidates"] >= 0
     parts = [to_table({k: v[i : i + 11] for k, v in data.items()}) for i in range(0, 30, 11)]
-    back = from_tables(parts, SIZES)
+    back = {name: v.padded() if name in LISTS else v for name, v in from_tables(parts, SIZES).items()}
     assert back.keys() == data.keys()
     for name, values in data.items():
         np.testing.assert_array_equal(back[name], values, err_msg=name)
         assert back[name].dtype == values.dtype
-    empty = from_tables([], SIZES)
+    empty = {name: v.padded() if name in LISTS else v for name, v in from_tables([], SIZES).items()}
     assert {name: values.shape[2:] for name, values in empty.items()} == {n: v.shape[2:] for n, v in data.items()}
     assert all(len(values) == 0 for values in empty.values())
