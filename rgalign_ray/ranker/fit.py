@@ -297,7 +297,9 @@ def score_pieces(
 
 
 def available(rows: Rows, wanted: np.ndarray) -> np.ndarray:
-    """The readout each session can have: e(x) stands in for a missing e(x,q), null for a missing e(x)."""
+    """int [n], the readout each session can have where `wanted` [n] is: e(x) stands in for a missing e(x,q), null
+    for a missing e(x).
+    """
     reads = np.where((wanted == QUERY) & ~rows["has_query"], PROMPT, wanted)
     return np.where((reads == PROMPT) & ~rows["has_prompt"], NULL, reads)
 
