@@ -89,9 +89,10 @@ def recall_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: i
     Raises:
         ValueError: for unequal shapes, a score that is nan where the mask is set, or k below 1.
     """
-    above, tied, relevant = _standing(scores, relevant, mask, k)
+    above, tied, session = _standing(scores, relevant, mask, k)
     in_first_k = np.clip((k - above) / tied, 0, 1)
-    return _share((in_first_k * relevant).sum(axis=1), relevant.sum(axis=1))
+    size = len(mask)
+    return _share(np.bincount(session, in_first_k, size), np.bincount(session, minlength=size))
 
 
 def ndcg_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
@@ -99,30 +100,29 @@ def ndcg_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int
 
     Args, returns and raises: as `recall_at_k`. Source: Järvelin and Kekäläinen (2002), binary gain.
     """
-    above, tied, relevant = _standing(scores, relevant, mask, k)
+    above, tied, session = _standing(scores, relevant, mask, k)
     summed = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
     discount = (summed[np.minimum(above + tied, k)] - summed[np.minimum(above, k)]) / tied
-    best = summed[np.minimum(relevant.sum(axis=1), k)]
-    return _share((discount * relevant).sum(axis=1), best)
+    size = len(mask)
+    best = summed[np.minimum(np.bincount(session, minlength=size), k)]
+    return _share(np.bincount(session, discount, size), best)
 
 
 def _standing(
     scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each candidate [S, C]: how many stand above it, how many tie with it (itself included), is it relevant."""
-    scores, mask = np.asarray(scores, dtype=np.float64), np.asarray(mask, dtype=bool)
-    relevant = np.asarray(relevant, dtype=bool)
+    """For each relevant candidate, int64 [R]: how many stand above it, how many tie with it (itself included),
+    and its session. Nothing is as wide as the longest list: one session may have very many candidates."""
+    scores, relevant, mask = np.asarray(scores), np.asarray(relevant, dtype=bool), np.asarray(mask, dtype=bool)
     if not scores.shape == relevant.shape == mask.shape or scores.ndim != 2:
         raise ValueError(f"scores {scores.shape}, relevant {relevant.shape} and mask {mask.shape} must be one [S, C].")
     if k < 1:
         raise ValueError(f"k must be at least 1; it is {k}.")
-    if np.isnan(scores[mask]).any():
+    flat, chosen, session = scores[mask].astype(np.float64), relevant[mask], np.nonzero(mask)[0]
+    if np.isnan(flat).any():
         raise ValueError("scores must not be nan.")
-    session = np.nonzero(mask)[0]
-    above = np.zeros(scores.shape, dtype=np.int64)
-    tied = np.ones(scores.shape, dtype=np.int64)
-    above[mask], tied[mask] = _above_and_tied(scores[mask], session)
-    return above, tied, relevant & mask
+    above, tied = _above_and_tied(flat, session)
+    return above[chosen], tied[chosen], session[chosen]
 
 
 def _above_and_tied(scores: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,10 @@ from rgalign_ray.evaluate.statistics import bootstrap, paired_bootstrap
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker.base import Batch
 from rgalign_ray.ranker.embeddings import Embeddings
-from rgalign_ray.ranker.fit import READOUTS, SCORE_BATCH, available, query_input, to_batch
+from rgalign_ray.ranker.fit import READOUTS, available, query_input, score_pieces
+from rgalign_ray.ranker.ragged import Index
 from rgalign_ray.ranker.rows import Rows
 from rgalign_ray.world.oracle import Oracle
 
@@ -162,13 +164,12 @@ class TestSessions:
 
     def _score(self, ranker: scoring.LoadedRanker, rows: Rows, z: torch.Tensor | None) -> np.ndarray:
         model = ranker.model
-        items, scores = model.items(), []
-        for start in range(0, len(self.ids), SCORE_BATCH):
-            part = slice(start, start + SCORE_BATCH)
-            batch = to_batch({name: values[part] for name, values in rows.items()})
-            query = None if z is None else z[part]
-            scores.append(model.score(model.users(batch), items, batch["candidates"], query).numpy())
-        return np.where(self.mask, np.concatenate(scores), -np.inf)
+        items = model.items()
+
+        def score(batch: Batch, piece: Index) -> torch.Tensor:
+            return model.score(model.users(batch), items, batch["candidates"], None if z is None else z[piece])
+
+        return score_pieces(rows, score)
 
     def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> Rows:
         embeddings = Embeddings.load(rung.embeddings) if rung.embeddings else None

@@ -91,10 +91,12 @@ class Examiner:
         row_of, unknown = lists.rows(counts), np.flatnonzero(_null(index))
         first = dict(zip(row_of[unknown][::-1].tolist(), unknown[::-1].tolist(), strict=True))
         found.mark("unknown_intent", _any(row_of[unknown], counts), lambda row: f"intent {intents[first[row]]}")
-        positions = pc.fill_null(index, -1).to_numpy()
-        ordered = np.sort(lists.padded(counts, positions, int(counts.max(initial=0)), -1), axis=1)
-        twice = np.where((ordered[:, 1:] == ordered[:, :-1]), ordered[:, 1:], -1).max(axis=1, initial=-1)
-        found.mark("duplicate_candidate", twice >= 0, lambda row: f"intent {self._intents[int(twice[row])]}")
+        known, size = np.flatnonzero(~_null(index)), len(self._intents)
+        places = np.sort(row_of[known] * size + index.drop_null().to_numpy())
+        repeated = places[1:][places[1:] == places[:-1]]
+        twice = dict(zip((repeated // size).tolist(), (repeated % size).tolist(), strict=True))
+        is_twice = _any(repeated // size, counts)
+        found.mark("duplicate_candidate", is_twice, lambda row: f"intent {self._intents[twice[row]]}")
         return counts
 
     def _labels(self, table: pa.Table, counts: np.ndarray, found: Examination) -> None:
@@ -109,10 +111,12 @@ class Examiner:
             null = _null(lists.flat(table[name]))
             row_of = lists.rows(lists.lengths(table[name]))
             found.mark("null_label", _any(row_of[null], counts), _constant(name))
-        width = int(counts.max(initial=0))
-        shown, clicks = (_flags(table[name], width) for name in reasons)
-        unseen = clicks & ~shown
-        found.mark("click_not_shown", unseen.any(axis=1), lambda row: f"candidate {int(unseen[row].argmax())} (from 0)")
+        parallel = np.all([lists.lengths(table[name]) == counts for name in reasons], axis=0)
+        shown, clicks = (_flags(table[name], parallel) for name in reasons)
+        unseen, own = np.flatnonzero(clicks & ~shown), np.where(parallel, counts, 0)
+        row_of, place = lists.rows(own)[unseen], lists.places(own)[unseen]
+        first = dict(zip(row_of[::-1].tolist(), place[::-1].tolist(), strict=True))
+        found.mark("click_not_shown", _any(row_of, counts), lambda row: f"candidate {first[row]} (from 0)")
 
     def _features(self, table: pa.Table, found: Examination) -> None:
         for name in self._numeric:
@@ -150,9 +154,9 @@ def _lengths_detail(name: str, long: np.ndarray, counts: np.ndarray) -> Detail:
     return lambda row: f"{name} {long[row]}, candidates {counts[row]}"
 
 
-def _flags(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    values = pc.fill_null(lists.flat(column), False).to_numpy(zero_copy_only=False)
-    return lists.padded(lists.lengths(column), values, width, False)
+def _flags(column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """The flags of the rows of a bool mask, one after another; null is false."""
+    return pc.fill_null(lists.flat(column.filter(pa.array(rows))), False).to_numpy(zero_copy_only=False)
 
 
 def _null(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -76,7 +76,21 @@ class FeatureSpace:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FeatureSpace:
-        return cls(**{**data, "spec": FeatureSpec.model_validate(data["spec"])})
+        """The space that `to_dict` wrote.
+
+        Raises:
+            DataError: when its vocabularies or buckets are not those of its spec.
+        """
+        space = cls(**{**data, "spec": FeatureSpec.model_validate(data["spec"])})
+        numeric = {field.name for field in space.spec.of_kind("numeric")}
+        others = {field.name for field in space.spec.fields} - numeric
+        for what, found, wanted in (("vocabularies", space.vocabularies, others), ("buckets", space.edges, numeric)):
+            if found.keys() != wanted:
+                odd = ", ".join(sorted(found.keys() ^ wanted))
+                raise DataError(
+                    f"features: the {what} are of another spec (they differ in {odd}); fit them on this one."
+                )
+        return space
 
     @cached_property
     def version(self) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
+from rgalign_ray.errors import DataError
 from rgalign_ray.logs import ingest, stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
@@ -76,10 +77,21 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
         sources = (run.uri("log", "sessions"), run.uri("log", INTENTS_FILE), sets if storage.exists(sets) else None)
     spec = FeatureSpec.load(config.features.spec)
     summary = ingest.ingest(*sources, out, config.roles, config.rounds, log=log, feature_columns=spec)
+    _check_roles(summary, config)
     quarantined = sum(summary.quarantined.values())
     for reason, count in sorted(summary.quarantined.items()):
         progress.note(f"{count:,} rows set aside: {reason} (see {run.uri('sessions', ingest.QUARANTINE_FILE)})")
     return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=summary.to_dict())
+
+
+def _check_roles(summary: ingest.Summary, config: Config) -> None:
+    """Raises `DataError` for a role that every run reads and no session has, before hours of work find it out."""
+    for role in ("rank", "valid", "test"):
+        if not summary.roles[role]:
+            raise DataError(
+                f"role {role}: none of the log's {summary.kept:,} sessions has it; raise roles.{role} (now "
+                f"{getattr(config.roles, role):g}), change roles.test_days (now {config.roles.test_days}) or read more."
+            )
 
 
 def fit_features(run: Run, out: str) -> Outcome:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
+from rgalign_ray.logs import lists
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
@@ -41,7 +42,8 @@ from rgalign_ray.ranker.baselines.sasrec import SASRec
 from rgalign_ray.ranker.baselines.two_tower import TwoTower
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.qe_rec import QERec
-from rgalign_ray.ranker.rows import Rows
+from rgalign_ray.ranker.ragged import Index, Ragged, narrow
+from rgalign_ray.ranker.rows import LISTS, Rows, ragged
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.ranker.whitening import Moments
 
@@ -103,9 +105,9 @@ class Fit:
         device: str = "cpu",
     ) -> None:
         self.settings, self.seed, self.group, self.device = settings, seed, group, device
-        rows = _take(rows, np.argsort(rows["session_key"], kind="stable"))
+        rows = take(ragged(rows), np.argsort(rows["session_key"], kind="stable"))
         valid = rows["valid"]
-        self.train, self.valid = _take(rows, ~valid), _take(rows, valid)
+        self.train, self.valid = take(rows, ~valid), take(rows, valid)
         self.keys = np.sort(group.concatenate(self.train["session_key"]))
         self.counts = group.sum(_counts(self.train, self.valid)).astype(int)
         _check(self.counts)
@@ -160,19 +162,17 @@ class Fit:
     def validation_gauc(self, readout: str) -> float:
         """GAUC over all candidates of the validation sessions, the session being the group."""
         scores = score_rows(self.model, self.valid, readout, self.device)
-        mask = self.valid["candidates"] >= 0
-        groups = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)
-        auc = group_auc(scores[mask], self.valid["clicks"][mask], groups[mask])
+        clicks = self.valid["clicks"]
+        auc = group_auc(scores, clicks.values, lists.rows(clicks.counts))
         total = self.group.sum(np.array([(auc.auc * auc.weight).sum(), auc.weight.sum()]))
         return float(total[0] / total[1])
 
     def _statistics(self, items: np.ndarray | None) -> None:
         """Base rates, seen intents and whitening, from the training sessions of all workers."""
         model, size = self.model, self.model.sizes.num_intents
-        candidates = self.train["candidates"]
-        clicks = _per_intent(candidates, self.train["clicks"], size)
-        shown = _per_intent(candidates, self.train["shown"], size)
-        clicks, shown = self.group.sum(np.stack([clicks, shown]))
+        candidates = self.train["candidates"].values
+        chosen = (candidates[self.train[name].values] for name in ("clicks", "shown"))
+        clicks, shown = self.group.sum(np.stack([np.bincount(intents, minlength=size) for intents in chosen]))
         seen = shown > 0
         prior = np.log(clicks + 1.0) - np.log(clicks.sum() + size)
         prior[~seen] = prior[seen].mean()
@@ -191,7 +191,7 @@ class Fit:
         place = _places(self.keys, self.train["session_key"], self.seed, epoch)
         order = np.argsort(place, kind="stable")
         bounds = np.searchsorted(place[order], np.arange(0, len(self.keys) + size, size))
-        rows = _take(self.train, order)
+        rows = take(self.train, order)
         reads = self._readouts(rows, epoch)
         total = torch.zeros(1, dtype=torch.float64)
         self.model.train()
@@ -204,24 +204,29 @@ class Fit:
         """One optimiser step on a global batch of `sessions` sessions; returns this worker's summed loss."""
         self.gradients.zero_()
         loss = 0.0
-        if part.stop > part.start:
-            batch = to_batch(_take(rows, part), self.device)
-            embedding, is_null = query_input(rows, reads, part, self.device)
-            summed = self._loss(batch, embedding, is_null, at)
+        for number, piece in enumerate(narrow(rows["candidates"].counts, part)):
+            batch = to_batch(take(rows, piece), self.device)
+            embedding, is_null = query_input(rows, reads, piece, self.device)
+            summed = self._loss(batch, embedding, is_null, at, number)
             (summed / sessions).backward()
-            loss = float(summed.detach())
+            loss += float(summed.detach())
         self.group.add_(self.gradients)
         self.optimizer.step()
         return loss
 
-    def _loss(self, batch: Batch, embedding: Tensor | None, is_null: Tensor, at: tuple[int, int]) -> Tensor:
-        """Summed loss of a batch. Candidates that training never showed take no part: they could not be clicked."""
+    def _loss(
+        self, batch: Batch, embedding: Tensor | None, is_null: Tensor, at: tuple[int, int], number: int
+    ) -> Tensor:
+        """Summed loss of piece `number` of this worker's batch.
+
+        Candidates that training never showed take no part: they could not be clicked.
+        """
         model, settings = self.model, self.settings
         candidates = batch["candidates"].clamp(min=0).long()
         mask = (batch["candidates"] >= 0) & model.seen[candidates]
         _manual_seed(self.seed, "items", *at)
         items = model.items()
-        _manual_seed(self.seed, "sessions", *at, self.group.rank)
+        _manual_seed(self.seed, "sessions", *at, self.group.rank + number * self.group.size)
         u = model.users(batch)
         z = model.queries(embedding, is_null) if model.reads_queries else None
         scores = model.score(u, items, candidates, z)
@@ -254,30 +259,56 @@ class Fit:
 
 
 def score_rows(model: Ranker, rows: Rows, readout: str, device: str = "cpu", batch: int = SCORE_BATCH) -> np.ndarray:
-    """Scores float32 [n, C] of rows, -inf where candidates are padded.
+    """Scores of rows, float32 [n, C] and -inf where candidates are padded, or [sum of counts] of ragged ones.
 
     A session without e(x,q) is read through e(x), and one without either through the null query.
     """
     reads = available(rows, np.full(len(rows["session_key"]), READOUTS[readout]))
+
+    def score(sessions: Batch, piece: Index) -> Tensor:
+        return model(sessions, *query_input(rows, reads, piece, device))
+
     training = model.training
     model.eval()
-    scores = [np.zeros((0, rows["candidates"].shape[1]), np.float32)]
     with torch.inference_mode():
-        for start in range(0, len(reads), batch):
-            part = slice(start, start + batch)
-            embedding, is_null = query_input(rows, reads, part, device)
-            scores.append(model(to_batch(_take(rows, part), device), embedding, is_null).cpu().numpy())
+        scores = score_pieces(rows, score, device, batch)
     model.train(training)
-    return np.concatenate(scores)
+    return scores
+
+
+def score_pieces(
+    rows: Rows, score: Callable[[Batch, Index], Tensor], device: str = "cpu", batch: int = SCORE_BATCH
+) -> np.ndarray:
+    """Scores as `score_rows` returns them, by a function of a piece of the rows and what selects it.
+
+    Args:
+        score: (sessions as tensors, index of their rows) → [b, C], C the piece's longest list.
+        batch: sessions of a piece, at most; pieces with long lists have fewer.
+    """
+    kept = ragged(rows)
+    candidates: Ragged = kept["candidates"]
+    scores = np.empty(len(candidates.values), np.float32)
+    for start in range(0, len(candidates), batch):
+        for piece in narrow(candidates.counts, slice(start, start + batch)):
+            sessions = to_batch(take(kept, piece), device)
+            found = score(sessions, piece)
+            scores[candidates.positions(piece)] = found[sessions["candidates"] >= 0].cpu().numpy()
+    if kept is rows:
+        return scores
+    padded = np.full(rows["candidates"].shape, -np.inf, np.float32)
+    padded[rows["candidates"] >= 0] = scores
+    return padded
 
 
 def available(rows: Rows, wanted: np.ndarray) -> np.ndarray:
-    """The readout each session can have: e(x) stands in for a missing e(x,q), null for a missing e(x)."""
+    """int [n], the readout each session can have where `wanted` [n] is: e(x) stands in for a missing e(x,q), null
+    for a missing e(x).
+    """
     reads = np.where((wanted == QUERY) & ~rows["has_query"], PROMPT, wanted)
     return np.where((reads == PROMPT) & ~rows["has_prompt"], NULL, reads)
 
 
-def query_input(rows: Rows, reads: np.ndarray, part: slice, device: str = "cpu") -> tuple[Tensor | None, Tensor]:
+def query_input(rows: Rows, reads: np.ndarray, part: Index, device: str = "cpu") -> tuple[Tensor | None, Tensor]:
     """Embeddings [b, De] and is_null [b] of the rows of `part`, each by its readout; None where there are none."""
     reads = reads[part]
     is_null = torch.from_numpy(reads == NULL).to(device)
@@ -288,8 +319,10 @@ def query_input(rows: Rows, reads: np.ndarray, part: slice, device: str = "cpu")
 
 
 def to_batch(rows: Rows, device: str = "cpu") -> Batch:
-    names = ("fields", "multi", "history", "candidates", "shown", "clicks")
-    return {name: torch.from_numpy(np.ascontiguousarray(rows[name])).to(device) for name in names if name in rows}
+    """Rows as tensors, padded to the longest of their lists; padded arrays keep their width."""
+    arrays = {name: rows[name] for name in ("fields", "multi", "history", *LISTS) if name in rows}
+    padded = {name: a.padded() if isinstance(a, Ragged) else np.ascontiguousarray(a) for name, a in arrays.items()}
+    return {name: torch.from_numpy(a).to(device) for name, a in padded.items()}
 
 
 def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
@@ -317,16 +350,13 @@ def _manual_seed(seed: int, *purpose: Any) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _take(rows: Rows, index: Any) -> Rows:
+def take(rows: Rows, index: Index) -> Rows:
+    """The rows of an index."""
     return {name: values[index] for name, values in rows.items()}
 
 
 def _copy(model: Ranker) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def _per_intent(candidates: np.ndarray, chosen: np.ndarray, size: int) -> np.ndarray:
-    return np.bincount(candidates[chosen & (candidates >= 0)], minlength=size).astype(np.float64)
 
 
 def _flat_gradients(model: Ranker) -> Tensor:
@@ -362,12 +392,11 @@ COUNTS = (
 
 
 def _counts(train: Rows, valid: Rows) -> np.ndarray:
-    clicked = train["clicks"].any(axis=1)
-    mask = valid["candidates"] >= 0
-    ranked = (valid["clicks"] & mask).any(axis=1) & (~valid["clicks"] & mask).any(axis=1)
-    sessions, with_click = len(train["clicks"]), clicked.sum()
+    clicked, chosen = train["clicks"].sums() > 0, valid["clicks"].sums()
+    ranked = (chosen > 0) & (chosen < valid["clicks"].counts)
+    sessions, with_click = len(clicked), clicked.sum()
     train_counts = [sessions, with_click, sessions - with_click, train["has_prompt"].sum(), train["has_query"].sum()]
-    return np.array([*train_counts, len(mask), ranked.sum()])
+    return np.array([*train_counts, len(ranked), ranked.sum()])
 
 
 def _check(counts: np.ndarray) -> None:

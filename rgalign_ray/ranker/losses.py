@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class Sum(NamedTuple):
-    """A loss summed over `count` sessions."""
+    """A loss summed over `count` sessions, both scalars []."""
 
     total: Tensor
     count: Tensor
@@ -22,7 +22,7 @@ class Sum(NamedTuple):
 def listnet(scores: Tensor, clicks: Tensor, mask: Tensor) -> Sum:
     """ListNet, top one (Cao et al. 2007, eq. 5): cross entropy of softmax(scores) against the clicks, normalised.
 
-    Sessions without a click contribute nothing.
+    `clicks` bool [B, C]; sessions without a click contribute nothing.
     """
     clicks = clicks & mask
     clicked = clicks.any(dim=-1)
@@ -32,7 +32,10 @@ def listnet(scores: Tensor, clicks: Tensor, mask: Tensor) -> Sum:
 
 
 def pointwise(scores: Tensor, shown: Tensor, clicks: Tensor, mask: Tensor) -> Sum:
-    """Binary cross entropy on what was shown to sessions without a click, averaged over a session's slate."""
+    """Binary cross entropy on what was shown to sessions without a click, averaged over a session's slate.
+
+    `shown` and `clicks` are bool [B, C].
+    """
     shown = shown & mask
     sessions = shown.any(dim=-1) & ~(clicks & mask).any(dim=-1)
     slate = shown & sessions[:, None]
@@ -52,6 +55,6 @@ def agreement(teacher: Tensor, student: Tensor, mask: Tensor, is_null: Tensor) -
 
 
 def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Log softmax over the candidates of `mask`; zero elsewhere, so that sums need no second mask."""
+    """[B, C], log softmax over the candidates of `mask`; zero elsewhere, so that sums need no second mask."""
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~mask, lowest).log_softmax(dim=-1).masked_fill(~mask, 0.0)

@@ -29,6 +29,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, attended: Tensor, products: Tensor) -> Tensor:
+        """[...] from the attended vectors [..., 3·d] and the products [..., 2·d]."""
         hidden = torch.relu(self.attended(attended) + self.products(products))
         return (self.output(hidden) + self.linear(products)).squeeze(-1)
 
@@ -54,9 +55,11 @@ class QERec(Ranker):
         self.head = Head(settings.dim)
 
     def users(self, batch: Batch) -> Tensor:
+        """u [B, d]."""
         return self.user_tower(batch)
 
     def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from u [B, d], v [B, C, d] and z [B, d]; [B, N, C] from z [B, N, d]."""
         assert z is not None, "QE-Rec reads a query vector; the null query has one too"
         single = z.dim() == 2
         wide_u, wide_v = u[:, None, None], v[:, None]  # [B, 1, 1, d], [B, 1, C, d]

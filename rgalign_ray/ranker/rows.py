@@ -15,11 +15,13 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ranker.ragged import Ragged
 from rgalign_ray.ranker.sizes import Sizes
 
-Rows = dict[str, np.ndarray]
-"""A ranker's sessions: fields, multi, history, candidates, shown, clicks, session_key; valid [n], sessions
-that choose the epoch; prompt [n, De] and query [n, De] as float16, has_prompt and has_query [n]."""
+Rows = dict[str, Any]
+"""A ranker's sessions as arrays: fields, multi, history, candidates, shown, clicks, session_key; valid [n],
+sessions that choose the epoch; prompt [n, De] and query [n, De] as float16, has_prompt and has_query [n].
+The columns of `LISTS` are padded arrays [n, C] where rows come from `examples`, and `Ragged` where they are kept."""
 
 READ = ("prompt", "has_prompt", "query", "has_query")
 """What a row holds of embeddings."""
@@ -86,8 +88,16 @@ def reading(rows: Rows, shuffled: bool) -> Rows:
     return own | {name: rows[SHUFFLED + name] for name in READ} if shuffled else own
 
 
+def ragged(rows: Rows) -> Rows:
+    """The rows without padding; places whose candidate is -1 are left out."""
+    if isinstance(rows["candidates"], Ragged):
+        return rows
+    there = rows["candidates"] >= 0
+    return {name: Ragged.of(v, there, LISTS[name]) if name in LISTS else v for name, v in rows.items()}
+
+
 def from_tables(tables: list[pa.Table], sizes: Sizes, shuffled: bool = False) -> Rows:
-    """The tables' rows, one after another; `shuffled` says that they hold the control's embeddings too.
+    """The tables' rows, one after another and ragged; `shuffled` says that they hold the control's embeddings too.
 
     A worker that was dealt no table gets zero rows of the right shapes, and takes part in every step.
     """
@@ -96,9 +106,8 @@ def from_tables(tables: list[pa.Table], sizes: Sizes, shuffled: bool = False) ->
     for name in table.column_names:
         column = lists.combined(table[name])
         if name in LISTS:
-            counts = lists.lengths(column)
             values = lists.flat(column).to_numpy(zero_copy_only=False)
-            rows[name] = lists.padded(counts, values, int(counts.max(initial=1)), LISTS[name])
+            rows[name] = Ragged(values, lists.lengths(column), LISTS[name])
         elif pa.types.is_fixed_size_list(column.type):
             rows[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
         else:

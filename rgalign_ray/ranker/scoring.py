@@ -86,7 +86,7 @@ class LoadedRanker:
 def save(model: Ranker, uri: str, meta: Meta) -> Meta:
     """Writes the two files into folder `uri`; returns `meta` with its version."""
     weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
-    meta = meta.model_copy(update={"version": hashlib.sha256(weights).hexdigest()[:16]})
+    meta = meta.model_copy(update={"version": _version(weights)})
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)
     storage.write_json(storage.join(uri, META), meta.model_dump())
     return meta
@@ -96,17 +96,22 @@ def load(uri: str) -> LoadedRanker:
     """The ranker of an artefact, frozen.
 
     Raises:
-        DataError: where there is no ranker.
+        DataError: where there is no ranker, or its weights or feature space are not of the version it names.
     """
     if not storage.exists(storage.join(uri, META)):
         raise DataError(f"{uri}: no {META} here, so this is not a ranker.")
     meta = Meta.model_validate(storage.read_json(storage.join(uri, META)))
     fs, path = storage.filesystem(storage.join(uri, WEIGHTS))
     with fs.open_input_stream(path) as stream:
-        weights = load_tensors(stream.read())
+        weights = stream.read()
+    space = FeatureSpace.from_dict(meta.space)
+    named = {WEIGHTS: (_version(weights), meta.version), "the feature space": (space.version, meta.space_version)}
+    for what, (found, wanted) in named.items():
+        if found != wanted:
+            raise DataError(f"{uri}: {what} is of version {found}, but {META} names {wanted}; train the ranker again.")
     model = MODELS[meta.kind](Sizes(**meta.sizes), meta.settings)
-    model.load_state_dict(weights)
-    return LoadedRanker(model.eval().requires_grad_(False), FeatureSpace.from_dict(meta.space), meta)
+    model.load_state_dict(load_tensors(weights))
+    return LoadedRanker(model.eval().requires_grad_(False), space, meta)
 
 
 def score_sessions(
@@ -161,3 +166,7 @@ def meta_of(
         seed=seed,
         figures=figures,
     )
+
+
+def _version(weights: bytes) -> str:
+    return hashlib.sha256(weights).hexdigest()[:16]

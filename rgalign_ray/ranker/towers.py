@@ -40,6 +40,7 @@ class AutoInt(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, d] from tokens [B, T, d]."""
         batch, length, dim = tokens.shape
         qkv = self.qkv(self.norm(tokens)).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -60,6 +61,7 @@ class FieldTokens(nn.Module):
             _normal(self.multi)
 
     def forward(self, batch: Batch) -> Tensor:
+        """[B, F + M, d] from fields [B, F] and multi [B, M, L]."""
         tokens = self.field(batch["fields"])
         if self.multi is None:
             return tokens
@@ -79,6 +81,7 @@ class Events(nn.Module):
         nn.init.normal_(self.age, std=EMBEDDING_STD)
 
     def forward(self, history: Tensor) -> Tensor:
+        """[B, H, d] from event ids [B, H]."""
         return self.event(history) + self.age
 
 
@@ -94,6 +97,7 @@ class HistoryEncoder(nn.Module):
         self.value = nn.Linear(dim, dim)
 
     def forward(self, history: Tensor) -> Tensor:
+        """[B, d] from event ids [B, H]."""
         events = self.events(history)
         padding = (history == 0)[..., None]
         weights = self.weight(events).masked_fill(padding, -1e9).softmax(dim=1).masked_fill(padding, 0.0)
@@ -114,6 +118,7 @@ class MixtureOfExperts(nn.Module):
         nn.init.normal_(self.output, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, d] from x [B, n]."""
         weights = self.gate(x).softmax(dim=-1)
         hidden = self.dropout(F.relu(self.hidden(x))).unflatten(-1, (self.experts, -1))
         return torch.einsum("be,beh,ehd->bd", weights, hidden, self.output)
@@ -137,6 +142,7 @@ class UserTower(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, batch: Batch) -> Tensor:
+        """u [B, d] from fields [B, F], multi [B, M, L] and history [B, H]."""
         tokens = torch.cat([self.fields(batch), self.history(batch["history"])[:, None]], dim=1)
         return self.norm(self.experts(self.dropout(self.interactions(tokens).flatten(1))))
 
@@ -161,6 +167,7 @@ class Joint(nn.Module):
         )
 
     def forward(self, session: Tensor, candidate: Tensor) -> Tensor:
+        """[B, C] from session [B, n] and candidate [B, C, m]."""
         return self.rest(self.session(session)[:, None] + self.candidate(candidate)).squeeze(-1)
 
 
@@ -198,6 +205,7 @@ class ItemTower(nn.Module):
         self.text.copy_(whitening(torch.from_numpy(embeddings.astype(np.float32))))
 
     def forward(self, seen: Tensor) -> Tensor:
+        """v [I, d] of all intents; bool [I] says which have an id of their own."""
         known = seen
         if self.training:
             known = seen & (torch.rand(len(seen), device=seen.device) >= ID_DROPOUT)

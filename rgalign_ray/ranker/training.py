@@ -148,7 +148,7 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         "items": items,
     }
     if job.local:
-        results = _train_all([_table(job, catalogue, embeddings)], worker_config)
+        results = _train_all(_tables(job, catalogue, embeddings), worker_config)
     else:
         results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
     if "data_error" in results:
@@ -337,10 +337,14 @@ def _dataset(
     )
 
 
-def _table(job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None) -> pa.Table:
-    """What `_dataset` streams, as one table in memory."""
+def _tables(
+    job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
+) -> list[pa.Table]:
+    """What `_dataset` streams, in memory; block by block, since a block is padded to its longest list on the way."""
     sessions = storage.read_table(storage.join(job.log_uri, "sessions"), _columns(job), _trains())
-    return training_table(sessions, **_reading(job, catalogue, embeddings))
+    arguments = _reading(job, catalogue, embeddings)
+    starts = range(0, sessions.num_rows, MAX_BLOCK_ROWS)
+    return [training_table(sessions.slice(start, MAX_BLOCK_ROWS), **arguments) for start in starts]
 
 
 def _columns(job: RankerJob) -> list[str]:

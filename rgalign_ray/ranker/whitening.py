@@ -27,6 +27,7 @@ class Moments:
 
     @classmethod
     def of(cls, vectors: np.ndarray, block: int = 8192) -> Moments:
+        """Of vectors [n, D], `block` rows at a time."""
         dim = vectors.shape[1]
         total, outer = np.zeros(dim), np.zeros((dim, dim))
         for start in range(0, len(vectors), block):
@@ -39,10 +40,12 @@ class Moments:
         return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def flat(self) -> np.ndarray:
+        """float64 [1 + D + D²], so that workers add theirs in one call."""
         return np.concatenate([[self.count], self.total, self.outer.ravel()])
 
     @classmethod
     def from_flat(cls, flat: np.ndarray, dim: int) -> Moments:
+        """The inverse of `flat`, D being `dim`."""
         return cls(float(flat[0]), flat[1 : dim + 1], flat[dim + 1 :].reshape(dim, dim))
 
 
@@ -61,6 +64,7 @@ class Whitening(nn.Module):
         self.register_buffer("components", torch.zeros(dim, k))
 
     def fit(self, moments: Moments) -> None:
+        """Takes mean [D] and components [D, k] from the moments of vectors [n, D]; n below 2 leaves all zero."""
         count = max(moments.count, 1.0)
         mean = moments.total / count
         covariance = moments.outer / count - np.outer(mean, mean)
@@ -77,4 +81,5 @@ class Whitening(nn.Module):
         self.components[:, :k] = vectors * scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., k] from x [..., D]."""
         return (x - self.mean) @ self.components

@@ -68,13 +68,13 @@ def table(*sessions: dict[str, Any], columns: pa.Schema = SCHEMA) -> pa.Table:
     return pa.Table.from_pylist(list(sessions), schema=pa.schema([field.with_nullable(True) for field in columns]))
 
 
-def write(folder: Path, *files: pa.Table) -> Path:
+def write(folder: Path, *files: pa.Table, intents: pa.Table = INTENTS) -> Path:
     """A source of flat Parquet files, beside its knowledge base."""
     source = folder / "source"
     source.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(files):
         pq.write_table(rows, source / f"{number}.parquet")
-    pq.write_table(INTENTS, folder / "intents.parquet")
+    pq.write_table(intents, folder / "intents.parquet")
     return source
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
+from logs_data import INTENTS, SPEC, session, table, write
 
 from rgalign_ray import __version__, cli, config
 from rgalign_ray.errors import DataError, InfrastructureError
@@ -182,3 +186,64 @@ def test_the_shop_reads_no_folder(
     arguments = ["prepare", "shop", "--out", str(tmp_path), "--folder", str(tmp_path), "-c", small]
     assert run(arguments, monkeypatch) == 2
     assert "--folder" in capsys.readouterr().err
+
+
+LOGGED = table(*(session(i) for i in range(60)))
+LOG = ("log.source=parquet", "roles.test_days=0", "reasoner.model=tiny")
+BAD_LOGS = {
+    "the spec reads a column that is not there": (
+        lambda folder: write(folder, LOGGED.drop_columns(["days_late"])),
+        [],
+        "0.parquet: column 'days_late' is missing; the feature spec reads it (numeric).",
+    ),
+    "labels are numbers, NaN among them": (
+        lambda folder: write(folder, with_clicks(pa.array([[math.nan, 0.0, 0.0]] * LOGGED.num_rows))),
+        [],
+        "0.parquet: column 'clicks' is list<element: double>; expected list<item: bool>.",
+    ),
+    "every label is null": (
+        lambda folder: write(folder, with_clicks(pa.nulls(LOGGED.num_rows, pa.list_(pa.bool_())))),
+        [],
+        "source: no sound session is left; 60 of 60 rows have 'clicks_length'.",
+    ),
+    "an intent is there twice": (
+        lambda folder: write(folder, LOGGED, intents=pa.concat_tables([INTENTS, INTENTS.slice(2)])),
+        [],
+        "intents.parquet: column 'intent_id' has 'refund' 2 times; expected each once.",
+    ),
+    "a role without sessions": (
+        lambda folder: write(folder, LOGGED),
+        ["roles.valid=0", "roles.test=0.25"],
+        "role valid: none of the log's 60 sessions has it; raise roles.valid (now 0), "
+        "change roles.test_days (now 0) or read more.",
+    ),
+}
+
+
+def with_clicks(clicks: pa.Array) -> pa.Table:
+    return LOGGED.set_column(LOGGED.column_names.index("clicks"), "clicks", clicks)
+
+
+@pytest.mark.parametrize(("spoil", "changes", "sentence"), BAD_LOGS.values(), ids=BAD_LOGS.keys())
+def test_a_bad_log_is_one_sentence_without_a_traceback(
+    spoil: Callable[[Path], Path],
+    changes: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through the loop's own first stages, which need no Ray."""
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    files = {"log.uri": spoil(tmp_path), "log.intents": tmp_path / "intents.parquet", "run_dir": tmp_path / "run"}
+    sets = [*LOG, *changes, f"features.spec={tmp_path / 'spec.yaml'}", *(f"{k}={v}" for k, v in files.items())]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    arguments = [part for one in sets for part in ("--set", one)]
+    assert run(["loop", "--config", str(tmp_path / "mine.yaml"), *arguments], monkeypatch) == 3
+    out, err = capsys.readouterr()
+    *_, last = err.strip().split("\n")
+    assert last.startswith("error: ")
+    assert last.removeprefix("error: ").removeprefix(f"{tmp_path}/").removeprefix("source/") == sentence
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "run" / "sessions").exists(), "what is refused leaves no artefact"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +78,34 @@ def test_a_space_survives_json(fitted: pa.Table, rows: pa.Table) -> None:
     assert again.version == space.version
     for name, values in space.transform(rows).items():
         np.testing.assert_array_equal(again.transform(rows)[name], values)
+
+
+@pytest.mark.parametrize("part", ["vocabularies", "edges"])
+def test_vocabularies_and_buckets_of_another_spec_are_refused(part: str) -> None:
+    own = fit(session()).to_dict()
+    fields = (FieldSpec(name="tier", kind="categorical"), FieldSpec(name="age", kind="numeric"))
+    rows = table(session()).append_column("tier", pa.array(["a"])).append_column("age", pa.array([1.0]))
+    other = FeatureSpace.fit(FeatureSpec(fields=fields), [rows]).to_dict()
+    with pytest.raises(DataError, match=r"of another spec \(they differ in .*(tier|age)") as error:
+        FeatureSpace.from_dict({**own, part: other[part]})
+    assert str(error.value).startswith("features: ") and str(error.value).endswith("fit them on this one.")
+
+
+def test_fitting_takes_one_pass_over_a_stream() -> None:
+    """A generator can be read once, and each batch is let go before the next is made."""
+    alive: list[weakref.ref] = []
+
+    def stream():
+        for start in range(0, 30, 10):
+            assert sum(batch() is not None for batch in alive) <= 1, "at most the batch before is held"
+            batch = table(*(session(i, days_late=float(i)) for i in range(start, start + 10)))
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    space = FeatureSpace.fit(SPEC, stream())
+    assert len(alive) == 3
+    assert space.version == fit(*(session(i, days_late=float(i)) for i in range(30)), length=20).version
 
 
 def fit(*rows: dict, spec: FeatureSpec = SPEC, length: int = 3) -> FeatureSpace:

@@ -35,6 +35,7 @@ ROW_FAULTS = {
     "shown too short": (session(1, shown=[True, True]), "shown_length", "shown 2, candidates 3"),
     "shown missing": (session(1, shown=None), "shown_length", "shown 0"),
     "clicks too long": (session(1, clicks=[True, False, False, True]), "clicks_length", "clicks 4, candidates 3"),
+    "both too short": (session(1, shown=[False], clicks=[True]), "shown_length", "shown 1, candidates 3"),
     "clicks missing": (session(1, clicks=None), "clicks_length", "clicks 0"),
     "null in clicks": (session(1, clicks=[True, None, False]), "null_label", "clicks"),
     "null in shown": (session(1, shown=[None, True, True], clicks=[False] * 3), "null_label", "shown"),
@@ -59,6 +60,30 @@ def test_a_bad_row_is_set_aside_with_its_reason(tmp_path: Path, row: dict, reaso
     assert entry["session_id"] == row["session_id"]
     assert detail in entry["detail"]
     assert sorted(storage.read_table(str(tmp_path / "out/sessions"))["session_id"].to_pylist()) == ["s0", "s2"]
+
+
+def test_a_batch_of_many_faults_names_each_by_its_own_row(tmp_path: Path) -> None:
+    """Lists of all lengths stand in one batch: a fault must not move to a neighbour."""
+    rows = [
+        session(0, candidates=["refund"], shown=[True], clicks=[True]),
+        session(1, shown=[False], clicks=[True]),
+        session(2, shown=[True, False, True], clicks=[True, False, False]),
+        session(3, shown=[True, False, False], clicks=[False, True, True]),
+        session(4, candidates=["cancel", "cancel"], shown=[True] * 2, clicks=[False] * 2),
+        session(5, candidates=["teleport", "refund", "refund"]),
+        session(6, candidates=None, shown=None, clicks=None),
+        session(7),
+    ]
+    write(tmp_path, table(*rows))
+    run(tmp_path)
+    aside = storage.read_table(str(tmp_path / "out/quarantine.parquet")).to_pylist()
+    assert [(entry["row"], entry["reason"], entry["detail"]) for entry in aside] == [
+        (1, "shown_length", "shown 1, candidates 3"),
+        (3, "click_not_shown", "candidate 1 (from 0)"),
+        (4, "duplicate_candidate", "intent cancel"),
+        (5, "unknown_intent", "intent teleport"),
+        (6, "no_candidates", ""),
+    ]
 
 
 def test_every_reason_is_documented_and_tried() -> None:
@@ -136,6 +161,7 @@ STRUCTURAL_FAULTS = {
     "no candidates column": (files(without("candidates")), ["0.parquet", "'candidates'", "both are missing"]),
     "wrong type": (files(recast("clicks", "yes")), ["0.parquet", "'clicks' is string", "expected list<"]),
     "wrong type of a feature": (files(recast("days_late", "7")), ["0.parquet", "'days_late' is string", "a number"]),
+    "clicks as numbers": (files(recast("clicks", [1.0, math.nan, 0.0])), ["'clicks' is list<", "expected list<"]),
     "time as text": (files(recast("ts", "2026-01-01")), ["0.parquet", "'ts' is string", "expected timestamp"]),
     "files that disagree": (files(*NOTES), ["1.parquet", "'note' is int64", "expected string", "0.parquet"]),
     "0 bytes": (damaged(lambda b: b""), ["0.parquet", "0 bytes"]),

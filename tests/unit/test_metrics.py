@@ -47,6 +47,34 @@ def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data) -> None
 
 
 @settings(deadline=None)
+@given(rows())
+def test_each_group_has_scikit_learns_auc_or_is_left_out_for_its_one_class(data) -> None:
+    scores, labels, groups = data
+    found = metrics.group_auc(scores, labels, groups)
+    wanted = [g for g in np.unique(groups) if len(np.unique(labels[groups == g])) == 2]
+    assert found.groups.tolist() == wanted
+    for group, auc, weight in zip(found.groups, found.auc, found.weight, strict=True):
+        inside = groups == group
+        assert auc == pytest.approx(roc_auc_score(labels[inside], scores[inside]))
+        assert weight == inside.sum()
+
+
+@settings(deadline=None)
+@given(sessions())
+def test_ndcg_of_the_candidates_that_exist_is_scikit_learns(data) -> None:
+    scores, relevant, mask, k = data
+    ours = metrics.ndcg_at_k(scores, relevant, mask, k)
+    for row, value in enumerate(ours):
+        s, r = scores[row][mask[row]], relevant[row][mask[row]].astype(float)
+        if not r.any():
+            assert math.isnan(value)
+        elif len(r) == 1:  # scikit-learn refuses a single document
+            assert value == 1
+        else:
+            assert value == pytest.approx(ndcg_score([r], [s], k=k))
+
+
+@settings(deadline=None)
 @given(rows(), st.randoms(use_true_random=False))
 def test_gauc_depends_neither_on_row_order_nor_on_the_kind_of_key(data, random) -> None:
     scores, labels, groups = data
@@ -88,9 +116,10 @@ def test_gauc_without_any_row_is_nan() -> None:
         ([1.0, 2.0], [1, 0], [0]),
         ([1.0, math.nan], [1, 0], [0, 0]),
         ([1.0, 2.0], [1, 2], [0, 0]),
+        ([1.0, 2.0], [1, math.nan], [0, 0]),
         ([[1.0, 2.0]], [[1, 0]], [[0, 0]]),
     ],
-    ids=["labels short", "groups short", "nan score", "label 2", "two dimensions"],
+    ids=["labels short", "groups short", "nan score", "label 2", "nan label", "two dimensions"],
 )
 def test_gauc_refuses(scores, labels, groups) -> None:
     with pytest.raises(ValueError, match=r"must (not )?be"):

@@ -26,15 +26,23 @@ SIZES = sizes()
 SETTINGS = config.Ranker(dim=16, heads=4, attention_layers=2, whitened_dim=8)
 
 
-@pytest.fixture
-def ranker() -> QERec:
+READING = [kind for kind in MODELS.values() if kind.reads_queries]
+
+
+def _listening(kind: type[Ranker]) -> Ranker:
+    """A ranker whose query tower has opened."""
     torch.manual_seed(0)
-    model = QERec(SIZES, SETTINGS).eval()
+    model = kind(SIZES, SETTINGS).eval()
     with torch.no_grad():
         model.query_tower.gate.fill_(1.0)
         model.query_tower.whitening.components.normal_()
         model.prior.normal_()
     return model
+
+
+@pytest.fixture
+def ranker() -> Ranker:
+    return _listening(QERec)
 
 
 def _input(n: int = 6) -> tuple:
@@ -97,6 +105,16 @@ def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) 
     wider = model({**batch, "candidates": padded}, embedding)
     torch.testing.assert_close(wider[:, :-3], scores)
     assert torch.isneginf(wider[:, -3:]).all()
+
+
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
+def test_scores_of_a_session_depend_on_no_other_session(kind: type[Ranker]) -> None:
+    torch.manual_seed(0)
+    model = kind(SIZES, SETTINGS).eval()
+    batch, embedding, is_null = _input()
+    scores = model(batch, embedding, is_null)
+    alone = model({name: values[2:3] for name, values in batch.items()}, embedding[2:3], is_null[2:3])
+    torch.testing.assert_close(alone, scores[2:3])
 
 
 @pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
@@ -167,7 +185,11 @@ def test_causal_history_reads_as_if_there_were_no_padding() -> None:
         torch.testing.assert_close(encoder(history[session : session + 1, -length:])[0], found[session])
 
 
-def test_null_query_ignores_the_embedding_even_if_it_is_nan(ranker: QERec) -> None:
+@pytest.mark.parametrize("kind", READING)
+def test_null_query_ignores_the_embedding_even_if_it_is_nan(kind: type[Ranker]) -> None:
+    ranker = _listening(kind)
+    with torch.no_grad():
+        ranker.query_tower.null.normal_()
     batch, embedding, _ = _input()
     null = torch.ones(6, dtype=torch.bool)
     expected = ranker(batch, None)
@@ -176,7 +198,9 @@ def test_null_query_ignores_the_embedding_even_if_it_is_nan(ranker: QERec) -> No
     assert not torch.allclose(ranker(batch, embedding), expected)
 
 
-def test_null_query_sends_no_nan_into_the_gradient(ranker: QERec) -> None:
+@pytest.mark.parametrize("kind", READING)
+def test_null_query_sends_no_nan_into_the_gradient(kind: type[Ranker]) -> None:
+    ranker = _listening(kind)
     batch, embedding, _ = _input()
     embedding[0] = torch.nan
     ranker(batch, embedding, torch.arange(6) == 0).sum().backward()
@@ -194,7 +218,7 @@ def test_fresh_query_tower_says_null_and_its_gate_can_open() -> None:
     assert tower.gate.grad.abs().min() > 0
 
 
-def test_n_queries_at_once_score_as_one_by_one(ranker: QERec) -> None:
+def test_n_queries_at_once_score_as_one_by_one(ranker: Ranker) -> None:
     batch, _, _ = _input()
     embeddings = torch.randn(6, 4, SIZES.embedding_dim)
     is_null = torch.zeros(6, 4, dtype=torch.bool)
@@ -206,7 +230,7 @@ def test_n_queries_at_once_score_as_one_by_one(ranker: QERec) -> None:
         torch.testing.assert_close(together[:, n], ranker(batch, embeddings[:, n], is_null[:, n]))
 
 
-def test_query_logits_are_the_scaled_dot_product_plus_the_prior(ranker: QERec) -> None:
+def test_query_logits_are_the_scaled_dot_product_plus_the_prior(ranker: Ranker) -> None:
     z = torch.randn(2, 3, SETTINGS.dim)
     logits = ranker.query_logits(z)
     items = ranker.items()

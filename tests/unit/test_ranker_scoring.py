@@ -112,6 +112,20 @@ def test_other_versions_are_refused(tmp_path: Path, space: FeatureSpace) -> None
         scoring.load(str(tmp_path / "nowhere"))
 
 
+def test_files_of_two_rankers_in_one_folder_are_refused(tmp_path: Path, space: FeatureSpace) -> None:
+    _saved(tmp_path / "own", space)
+    _saved(tmp_path / "other", space, TwoTower)
+    own, other = (str(tmp_path / name / "ranker") for name in ("own", "other"))
+    storage.write_bytes(storage.join(own, scoring.WEIGHTS), (tmp_path / "other/ranker" / scoring.WEIGHTS).read_bytes())
+    with pytest.raises(DataError, match=r"weights.safetensors is of version \w{16}, but ranker.json names \w{16}"):
+        scoring.load(own)
+    meta = storage.read_json(storage.join(other, scoring.META))
+    meta["space"]["vocabularies"]["tier"].append("c")
+    storage.write_json(storage.join(other, scoring.META), meta)
+    with pytest.raises(DataError, match="the feature space is of version"):
+        scoring.load(other)
+
+
 def test_lookup_finds_each_id_and_the_first_sample(tmp_path: Path) -> None:
     table = pa.concat_tables([_table(["b", "a"], "prompt"), _table(["a", "a", "c"], "query", [2, 1, 0])])
     storage.write_table(str(tmp_path / "part-00000.parquet"), table.slice(0, 3))

@@ -31,6 +31,7 @@ class TargetTransformer(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
+        """[B, C, d] from events [B, H, d], bool [B, H] where they are padding, and candidates v [B, C, d]."""
         query, own_key, own_value = (self._split(part(v)) for part in (self.query, self.key, self.value))
         key, value = self._split(self.key(events)), self._split(self.value(events))  # [B, heads, H, e]
         logits = torch.cat([query @ key.transpose(-1, -2), (query * own_key).sum(-1, keepdim=True)], dim=-1)
@@ -45,7 +46,7 @@ class TargetTransformer(nn.Module):
 
 
 class BST(TargetAware):
-    """An MLP of the fields and of the candidate as the transformer sees it after the events."""
+    """An MLP of the fields [B, T·d] and of the candidate as the transformer sees it after the events [B, C, d]."""
 
     kind = "bst"
     reads_text = False
@@ -56,5 +57,6 @@ class BST(TargetAware):
         self.transformer = TargetTransformer(settings)
 
     def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from what `users` returns and v [B, C, d]."""
         fields, events, padding = u
         return self.joint(fields, self.transformer(self.norm(events), padding, v))

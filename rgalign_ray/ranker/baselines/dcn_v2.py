@@ -14,7 +14,7 @@ LAYERS = 2
 
 
 class Cross(nn.Module):
-    """x_{l+1} = x_0 ⊙ (U V x_l + b) + x_l over the last axis.
+    """x_{l+1} = x_0 ⊙ (U V x_l + b) + x_l over the last axis: [..., size] → [..., size].
 
     Wang et al. 2021, "DCN V2: Improved Deep & Cross Network", eq. 2, with its weights of rank `rank`.
     """
@@ -32,7 +32,8 @@ class Cross(nn.Module):
 
 
 class DCNv2(Ranker):
-    """Crosses of the session's own fields once a session, and of their projection with each candidate.
+    """Crosses of the session's own fields [B, T·d] once a session, and of their projection with each
+    candidate [B, C, 3·d]; T tokens are the fields and the history.
 
     One network over fields and candidate together would cross thousands of numbers once a candidate.
     """
@@ -61,6 +62,7 @@ class DCNv2(Ranker):
         return flat, self.project(self.own(flat))
 
     def relevance(self, u: tuple[Tensor, Tensor], v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from what `users` returns and v [B, C, d]."""
         flat, crossed = u
         pair = torch.cat([crossed[:, None].expand(-1, v.shape[1], -1), v], dim=-1)
         return self.output(self.joined(pair)).squeeze(-1) + self.joint(flat, v)

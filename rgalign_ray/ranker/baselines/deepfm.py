@@ -14,8 +14,8 @@ from rgalign_ray.ranker.towers import FieldTokens, HistoryEncoder, ItemTower, Jo
 class DeepFM(Ranker):
     """Guo et al. 2017, "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction".
 
-    The candidate is one more field. Products among the session's own fields are the same for all candidates
-    and matter to the pointwise term alone.
+    The candidate [d] is one more field beside the session's tokens [T, d]. Products among the session's own
+    fields are the same for all candidates and matter to the pointwise term alone.
     """
 
     kind = "deepfm"
@@ -36,6 +36,7 @@ class DeepFM(Ranker):
         return torch.cat([self.fields(batch), self.history(batch["history"])[:, None]], dim=1)
 
     def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from tokens u [B, T, d] and v [B, C, d]."""
         total = u.sum(dim=1)
         own = 0.5 * (total.square() - u.square().sum(dim=1)).sum(dim=-1)
         pairs = own[:, None] + (v @ total[..., None]).squeeze(-1)

@@ -29,6 +29,7 @@ class TargetAttention(nn.Module):
         self.weight = nn.Sequential(nn.PReLU(), nn.Linear(dim, 1))
 
     def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
+        """[B, C, d] from events [B, H, d], bool [B, H] where they are padding, and candidates v [B, C, d]."""
         pairs = self.product(events[:, None] * v[:, :, None])  # [B, C, H, d]
         weights = self.weight(pairs + self.event(events)[:, None] + self.candidate(v)[:, :, None]).squeeze(-1)
         return weights.masked_fill(padding[:, None], 0.0) @ events
@@ -46,12 +47,13 @@ class TargetAware(Ranker):
         self.dropout = nn.Dropout(settings.dropout)
 
     def users(self, batch: Batch) -> User:
+        """Fields [B, T·d], events [B, H, d], and bool [B, H] where these are padding."""
         fields = self.dropout(self.fields(batch).flatten(1))
         return fields, self.events(batch["history"]), batch["history"] == 0
 
 
 class DIN(TargetAware):
-    """An MLP of the fields, the candidate and the history as target attention reads it."""
+    """An MLP of the fields [B, T·d], the candidate and the history as target attention reads it, both [B, C, d]."""
 
     kind = "din"
     reads_text = False
@@ -61,6 +63,7 @@ class DIN(TargetAware):
         self.attention = TargetAttention(settings.dim)
 
     def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from what `users` returns, v [B, C, d] and, where queries are read, z [B, d]."""
         fields, events, padding = u
         interest = self.attention(events, padding, v)
         parts = [interest, v, interest * v]
@@ -77,7 +80,7 @@ class DINText(DIN):
 
 
 class DINSentence(DINText):
-    """DIN that also reads an embedding of the session's text, through QE-Rec's query tower.
+    """DIN that also reads an embedding [De] of the session's text, through QE-Rec's query tower.
 
     With embeddings of a sentence encoder it is what an engineer would try before any LLM.
     """

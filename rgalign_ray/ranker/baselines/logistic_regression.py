@@ -39,4 +39,5 @@ class LogisticRegression(Ranker):
         return torch.zeros(self.sizes.num_intents, 0, device=self.prior.device)
 
     def score(self, u: Tensor, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C]: of the logits u [B, I] those of `candidates` [B, C]."""
         return (u + self.prior).gather(1, candidates.clamp(min=0).long())

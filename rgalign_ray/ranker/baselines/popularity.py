@@ -23,4 +23,5 @@ class Popularity(Ranker):
         return torch.zeros(self.sizes.num_intents, 0, device=self.prior.device)
 
     def score(self, u: None, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C]: the prior of `candidates` [B, C]."""
         return self.prior[candidates.clamp(min=0).long()]

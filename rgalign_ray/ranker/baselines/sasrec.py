@@ -31,6 +31,7 @@ class CausalHistory(nn.Module):
         )
 
     def forward(self, history: Tensor) -> Tensor:
+        """[B, d] from event ids [B, H]."""
         padding = history == 0
         length = history.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=history.device).triu(1)

@@ -21,7 +21,9 @@ class TwoTower(Ranker):
         self.item_tower = ItemTower(sizes, settings, text=self.reads_text)
 
     def users(self, batch: Batch) -> Tensor:
+        """u [B, d]."""
         return self.user_tower(batch)
 
     def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from u [B, d] and v [B, C, d]."""
         return (v @ u[..., None]).squeeze(-1) * u.shape[-1] ** -0.5
