@@ -84,6 +84,9 @@ class Roles(Settings):
     """user: users are hashed into roles, and test users count in the test period alone. time: sessions
     before the test period are hashed by user into rank, align, audit and valid; test is every session
     of the test period (for logs of few users)."""
+    cold_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of intents, drawn by `seed`, that test sessions alone have: all others lose them as candidates
+    and in the history, and test sessions rank nothing else. The shop has `world.cold_share`."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -369,6 +372,8 @@ class Config(Settings):
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
                 )
+        if self.roles.cold_share and self.log.source == "shop":
+            raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
         if self.roles.rank == 0 or self.roles.align == 0:
             raise ValueError("roles.rank and roles.align must be above 0")
         return self
