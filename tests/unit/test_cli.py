@@ -182,3 +182,13 @@ def test_the_shop_reads_no_folder(
     arguments = ["prepare", "shop", "--out", str(tmp_path), "--folder", str(tmp_path), "-c", small]
     assert run(arguments, monkeypatch) == 2
     assert "--folder" in capsys.readouterr().err
+
+
+def test_tau_retail_needs_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", "tau_retail", "--out", str(tmp_path), "--config", "tau_retail"]
+    assert run(arguments, monkeypatch) == 2
+    assert "log.uri" in capsys.readouterr().err
+    assert run([*arguments, "--folder", str(tmp_path / "nowhere")], monkeypatch) == 3
+    assert "users.json: no such file" in capsys.readouterr().err
