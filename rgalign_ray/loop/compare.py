@@ -22,7 +22,7 @@ from rgalign_ray.evaluate import report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
 from rgalign_ray.loop import controller, ladder_report, log_stages, rank_stages
-from rgalign_ray.loop.ladder_rows import ROWS, LadderRow
+from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -46,9 +46,10 @@ def run(config: Config) -> report.Report:
     models.resolve(config.compare.encoder.model)
     config = controller.settle(config)
     jobs = [Run(of_seed(config, seed)) for seed in range(config.compare.seeds)]
-    prepare(jobs, list(config.compare.rows))
-    run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in config.compare.rows])
-    made = ladder_report.make(config, [judged(jobs, name) for name in config.compare.rows])
+    rows = rows_of(config)
+    prepare(jobs, rows)
+    run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in rows])
+    made = ladder_report.make(config, [judged(jobs, name) for name in rows])
     show(config, made)
     return made
 

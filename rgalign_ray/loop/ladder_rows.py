@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rgalign_ray import config
+from rgalign_ray.loop.stage import truth_inputs
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,9 @@ ROWS: dict[config.RowName, LadderRow] = {
         "QE-Rec, true need as query", "qe_rec", "the ceiling: its query is the need's own text", "need", control=True
     ),
 }
+
+
+def rows_of(settings: config.Config) -> list[config.RowName]:
+    """The rows that a comparison has; where it names none, all but those whose truth its log does not know."""
+    named = settings.compare.rows
+    return list(named) if named else [name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings)]

@@ -6,7 +6,7 @@ import numpy as np
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import ingest, stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
@@ -23,6 +23,8 @@ def stages(config: Config) -> list[Stage]:
         sequence.append(Stage("log", "simulate the shop", make_shop, ("world", "roles", "log"), ()))
     elif config.log.source == "movielens":
         sequence.append(Stage("log", "prepare MovieLens-100k", make_movielens, ("log",), ()))
+    elif config.log.source == "tau_retail":
+        sequence.append(Stage("log", "prepare τ-bench retail", make_tau_retail, ("log",), ()))
     made = tuple(stage.name for stage in sequence)
     return [
         *sequence,
@@ -64,6 +66,15 @@ def make_movielens(run: Run, out: str) -> Outcome:
 
     folder = run.config.log.uri or movielens.fetch(cache_dir())
     return Outcome(rows=movielens.prepare(folder, out))
+
+
+def make_tau_retail(run: Run, out: str) -> Outcome:
+    from rgalign_ray.logs.sources import tau_retail
+
+    log = run.config.log
+    if log.uri is None:
+        raise ConfigError("log.uri: not set; expected the folder of τ-bench retail, with users.json and orders.json.")
+    return Outcome(rows=tau_retail.prepare(log.uri, log.tau_retail, out))
 
 
 def ingest_sessions(run: Run, out: str) -> Outcome:

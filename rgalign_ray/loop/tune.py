@@ -19,7 +19,7 @@ from rgalign_ray import storage
 from rgalign_ray.config import Config, Model, RowName
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
-from rgalign_ray.loop.ladder_rows import ROWS, LadderRow
+from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.ranker.fit import MODELS
 from rgalign_ray.reasoner import models
@@ -40,7 +40,7 @@ def run(config: Config) -> Config:
     asked = config
     config = controller.settle(config)
     job = Run(compare.of_seed(config, config.compare.tuning_seed))
-    rows = tunable(list(config.compare.rows))
+    rows = tunable(rows_of(config))
     trials = config.compare.trials
     compare.prepare([job], rows)
     slices = {(name, number): trial_of(job, name, number) for name in rows for number in range(len(trials))}

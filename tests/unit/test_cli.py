@@ -247,3 +247,13 @@ def test_a_bad_log_is_one_sentence_without_a_traceback(
     assert last.removeprefix("error: ").removeprefix(f"{tmp_path}/").removeprefix("source/") == sentence
     assert "Traceback" not in out + err
     assert not (tmp_path / "run" / "sessions").exists(), "what is refused leaves no artefact"
+
+
+def test_tau_retail_needs_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", "tau_retail", "--out", str(tmp_path), "--config", "tau_retail"]
+    assert run(arguments, monkeypatch) == 2
+    assert "log.uri" in capsys.readouterr().err
+    assert run([*arguments, "--folder", str(tmp_path / "nowhere")], monkeypatch) == 3
+    assert "users.json: no such file" in capsys.readouterr().err

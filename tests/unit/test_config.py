@@ -33,7 +33,8 @@ def test_every_packaged_configuration_is_valid(name: str) -> None:
 
 
 def test_the_configurations_that_the_documents_name_exist() -> None:
-    assert {"smoke", "demo", "movielens"} <= set(config.available())
+    splits = {"movielens_by_time", "movielens_new_users", "movielens_cold_films"}
+    assert {"smoke", "demo", "ladder", "movielens"} | splits <= set(config.available())
 
 
 @given(st.sampled_from(config.keys()))
@@ -70,6 +71,7 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("ranker.dim=30", "multiple of ranker.heads"),
         ("encode.query_share=0", "never saw e(x,q)"),
         ("log.source=parquet", "uri and intents"),
+        ("roles.cold_share=0.2", "world.cold_share"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(empty: str, override: str, part: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rgalign_ray import schema, storage
-from rgalign_ray.config import Log, Roles
+from rgalign_ray.config import Log, Roles, load
 from rgalign_ray.errors import DataError, UserError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.ingest import ingest
@@ -121,6 +121,67 @@ def test_the_prepared_log_passes_ingest_spec_and_template(folder: Path) -> None:
     texts = dict(zip(table["session_id"].to_pylist(), Template.load("movielens").sessions(table), strict=True))
     assert texts["user_1-000"] == "nothing yet."
     assert texts["user_1-001"] == "Comedy. Film 16: 5 stars; Film 17: 4 stars; Film 21: 5 stars; Film 22: 4 stars"
+
+
+DAY = 86_400
+
+
+def split(folder: Path, name: str) -> list[dict]:
+    """Sessions of 40 people, each of whom rated 30 of 60 films in three evenings, as the configuration `name` reads
+    them: the first evenings of all lie in week one, the others in any of ten weeks."""
+    films = [f"{i} | Film {i} | 1990 | Comedy" for i in range(1, 61)]
+    ratings = [
+        f"{user} | {1 + (7 * user + i) % 60} | {1 + (user + i) % 5} | {880_000_000 + evening * DAY + i}"
+        for user in range(1, 41)
+        for i in range(30)
+        for evening in [(user % 7) + (0, user % 30, user % 63)[i // 10]]
+    ]
+    for file, rows in ((movielens.FILES[1], films), (movielens.FILES[0], ratings)):
+        header = (folder / file).read_text().splitlines()[0]
+        (folder / file).write_text(header + "\n" + lines(*rows))
+    people = [f"{user} | 30 | F | writer | T8H1N" for user in range(1, 41)]
+    header = (folder / movielens.FILES[2]).read_text().splitlines()[0]
+    (folder / movielens.FILES[2]).write_text(header + "\n" + lines(*people))
+    settings = load(name)
+    movielens.prepare(folder, str(folder / "out"))
+    ingest(
+        *(str(folder / "out/sessions"), str(folder / "out/intents.parquet"), None, str(folder / "log")),
+        settings.roles,
+        settings.rounds,
+        log=settings.log,
+        feature_columns=FeatureSpec.load(settings.features.spec),
+    )
+    return storage.read_table(str(folder / "log/sessions")).to_pylist()
+
+
+def learns(row: dict) -> bool:
+    return row["role"] not in ("test", "none")
+
+
+def test_split_by_time_tests_on_what_comes_last(folder: Path) -> None:
+    rows = split(folder, "movielens_by_time")
+    training, test = [r for r in rows if learns(r)], [r for r in rows if r["role"] == "test"]
+    assert test and max(r["ts"] for r in training) < min(r["ts"] for r in test)
+    assert len(training) + len(test) == len(rows) == 120
+
+
+def test_split_by_user_tests_on_people_nobody_learned_from(folder: Path) -> None:
+    rows = split(folder, "movielens_new_users")
+    test = [r for r in rows if r["role"] == "test"]
+    assert test and {r["user_id"] for r in test}.isdisjoint(r["user_id"] for r in rows if learns(r))
+    rated = {(r["user_id"], film) for r in rows for film in r["candidates"]}
+    for row in rows:
+        assert all((row["user_id"], e["event"]) in rated and e["ts"] < row["ts"] for e in row["history"])
+
+
+def test_split_by_film_tests_on_films_nobody_learned_from(folder: Path) -> None:
+    rows = split(folder, "movielens_cold_films")
+    known = {film for r in rows if learns(r) for film in (*r["candidates"], *(e["event"] for e in r["history"]))}
+    test = [r for r in rows if r["role"] == "test"]
+    assert len(known) == 42, "seven in ten of sixty films"
+    assert test and known.isdisjoint(film for r in test for film in r["candidates"])
+    assert known & {e["event"] for r in test for e in r["history"]}, "what they watched before is known"
+    assert max(r["ts"] for r in rows if learns(r)) < min(r["ts"] for r in test)
 
 
 @pytest.mark.parametrize(
