@@ -67,6 +67,27 @@ def compare(config: ConfigName = "ladder", override: Overrides = None, run_dir: 
 
 
 @app.command()
+def sweep(
+    over: Annotated[str, typer.Option(metavar="KEY=V1,V2,…", help="A setting and its values.")],
+    control: Annotated[str | None, typer.Option(help="One of the values, at which nothing should be gained.")] = None,
+    config: ConfigName = "ladder",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Compare rankers at several values of one setting, as `--over world.text_share=0,0.5,1`."""
+    import yaml
+
+    key, separator, values = over.partition("=")
+    if not separator:
+        raise ConfigError(f"--over {over}: expected KEY=V1,V2,…, as in --over world.text_share=0,0.5,1.")
+    settings = _prepared(config, override, run_dir)
+    from rgalign_ray.loop.sweep import run
+
+    chosen = None if control is None else yaml.safe_load(control)
+    _resumable(lambda it: run(it, key, yaml.safe_load(f"[{values}]"), chosen), settings)
+
+
+@app.command()
 def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None) -> None:
     """Try settings for every ranker in a world of its own, and write the configuration to compare with."""
     settings = _prepared(config, override, run_dir)
