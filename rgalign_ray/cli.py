@@ -38,6 +38,7 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, as in ranker.dim=64; repeatable."),
 ]
 RunDir = Annotated[str | None, typer.Option(help="Folder or URI of the run; overrides run_dir.")]
+Scale = Annotated[float, typer.Option(help="Times as many sessions and users of the simulated shop as configured.")]
 
 
 class Source(StrEnum):
@@ -58,9 +59,11 @@ def loop(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDi
 
 
 @app.command()
-def compare(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None) -> None:
+def compare(
+    config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None, scale: Scale = 1.0
+) -> None:
     """Compare rankers over several seeds; the same command again resumes where it stopped."""
-    settings = _prepared(config, override, run_dir)
+    settings = _prepared(config, override, run_dir, scale)
     from rgalign_ray.loop.compare import run
 
     _resumable(run, settings)
@@ -73,6 +76,7 @@ def sweep(
     config: ConfigName = "ladder",
     override: Overrides = None,
     run_dir: RunDir = None,
+    scale: Scale = 1.0,
 ) -> None:
     """Compare rankers at several values of one setting, as `--over world.text_share=0,0.5,1`."""
     import yaml
@@ -80,7 +84,7 @@ def sweep(
     key, separator, values = over.partition("=")
     if not separator:
         raise ConfigError(f"--over {over}: expected KEY=V1,V2,…, as in --over world.text_share=0,0.5,1.")
-    settings = _prepared(config, override, run_dir)
+    settings = _prepared(config, override, run_dir, scale)
     from rgalign_ray.loop.sweep import run
 
     chosen = None if control is None else yaml.safe_load(control)
@@ -88,17 +92,19 @@ def sweep(
 
 
 @app.command()
-def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None) -> None:
+def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None, scale: Scale = 1.0) -> None:
     """Try settings for every ranker in a world of its own, and write the configuration to compare with."""
-    settings = _prepared(config, override, run_dir)
+    settings = _prepared(config, override, run_dir, scale)
     from rgalign_ray.loop.tune import run
 
     _resumable(run, settings)
 
 
-def _prepared(config: str, override: list[str] | None, run_dir: str | None) -> Config:
+def _prepared(config: str, override: list[str] | None, run_dir: str | None, scale: float = 1.0) -> Config:
     """The settings of a run, with this process ready for what reads its environment at import."""
     settings = _load(config, override)
+    if scale != 1.0:
+        settings = settings.scaled(scale)
     if run_dir is not None:
         settings = settings.model_copy(update={"run_dir": run_dir})
     from rgalign_ray.loop import environment

@@ -398,6 +398,18 @@ class Config(Settings):
         place = self.run_dir.format(name=self.name)
         return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
+    def scaled(self, factor: float) -> Config:
+        """The same with `factor` times the sessions and users of the simulated shop.
+
+        Raises:
+            ConfigError: for another log, which has the size it has, or a factor that leaves nothing.
+        """
+        if self.log.source != "shop":
+            raise ConfigError(f"--scale: the log is {self.log.source}; only the simulated shop can be made larger.")
+        world = self.world.model_dump()
+        sizes = {name: round(world[name] * factor) for name in ("sessions", "users")}
+        return validate(self.model_dump(mode="json") | {"world": world | sizes})
+
     @model_validator(mode="after")
     def _coherent(self) -> Config:
         if self.align and (self.ranker.query_input.query == 0 or self.encode.query_share == 0):

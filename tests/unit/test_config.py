@@ -148,3 +148,29 @@ def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
     monkeypatch.chdir(tmp_path)
     assert config.validate({"name": "a"}).run_uri == str(tmp_path / "runs/a")
     assert config.validate({"run_dir": "s3://bucket/{name}", "name": "a"}).run_uri == "s3://bucket/a"
+
+
+def test_the_shop_grows_by_a_factor_and_no_other_log_does() -> None:
+    grown = config.load("ladder").scaled(2.5)
+    assert (grown.world.sessions, grown.world.users) == (50_000, 30_000)
+    assert grown.world.days == config.load("ladder").world.days
+    with pytest.raises(ConfigError, match="the log is movielens; only the simulated shop"):
+        config.load("movielens").scaled(2)
+    with pytest.raises(ConfigError, match=r"world\.sessions"):
+        config.load("ladder").scaled(0)
+
+
+def test_what_models_were_tuned_to_are_settings_of_the_ranker() -> None:
+    with pytest.raises(ConfigError, match=r"tuned and trials hold settings of ranker; .*learning_rate"):
+        config.load("ladder", ["compare.tuned={din: {learning_rate: 0.1}}"])
+    with pytest.raises(ConfigError, match=r"compare\.tuned\.dinn"):
+        config.load("ladder", ["compare.tuned={dinn: {lr: 0.1}}"])
+    with pytest.raises(ConfigError, match="one of the 5 seeds that are judged"):
+        config.load("ladder", ["compare.tuning_seed=4"])
+
+
+def test_a_ladder_without_alignment_needs_no_queries() -> None:
+    settings = config.load("ladder")
+    assert settings.encode.query_share == 0 and not settings.align
+    with pytest.raises(ConfigError, match=r"never saw e\(x,q\)"):
+        config.load("ladder", ["align=[sft]"])
