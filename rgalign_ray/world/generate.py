@@ -211,7 +211,7 @@ class Shop:
             wording[row][speaks],
         )
         which = np.where(speaks, np.cumsum(speaks) - 1, 0)
-        text = pa.array(written, pa.string()).take(pa.array(which, mask=~speaks))
+        text = written.take(pa.array(which, mask=~speaks))
         age = np.ceil(moments.age[row, place] * 86400e6).astype("timedelta64[us]")
         struct = pa.StructArray.from_arrays(
             [pa.array(events.kinds()).take(pa.array(kind)), text, pa.array(ts[row] - age)], fields=list(schema.EVENT)
