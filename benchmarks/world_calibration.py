@@ -35,7 +35,7 @@ from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.rows import Rows, with_embeddings
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.world import clicks as click_models
-from rgalign_ray.world import posterior
+from rgalign_ray.world import kb, posterior
 from rgalign_ray.world.generate import Entries, Shop, generate
 from rgalign_ray.world.parameters import FIRST_DAY, PARAMETERS
 
@@ -106,9 +106,11 @@ def knowledge(world: config.World) -> None:
     days = [Day(shop, day) for day in range(shop.first_test_day, world.days)]
     judge = Judge(*(np.concatenate([day.logged[i] for day in days]) for i in range(4)))  # type: ignore[arg-type]
     sessions = sum(day.sessions for day in days)
-    share = len(judge.clicks) / sessions
+    share, vain = len(judge.clicks) / sessions, np.concatenate([day.vain for day in days]).mean()
     print(f"seed {world.seed}, clicks {world.clicks}, text_share {world.text_share:g}")
-    print(f"{sessions:,} sessions in the last week, {share:.1%} with a click")
+    print(
+        f"{sessions:,} sessions in the last week, {share:.1%} with a click, {vain:.1%} of these with nothing relevant"
+    )
     for name in days[0].scores:
         judge.show(name, np.concatenate([day.scores[name] for day in days]))
     for name in days[0].quality:
@@ -138,6 +140,8 @@ class Day:
         self.sessions = len(e.need)
         self.logged = (marks, shown, e.user.number[row], slates.uniform[row])
         """Of clicked sessions: clicks, shown, users, uniform."""
+        self.vain = kb.relevance()[e.need[row, None], slates.shown[row]].max(axis=1) == 0.0
+        """Of clicked sessions: nothing that was shown has to do with the need."""
         self.scores = {f"{known}, P(click if shown)": chances[row] for known, chances in likes.items()}
         self.scores |= {f"{known}, P(shown and clicked)": chances[row] * looks for known, chances in likes.items()}
         self.scores["P(shown and looked at), the old ranker"] = looks
