@@ -39,6 +39,17 @@ def _signals() -> np.ndarray:
     return np.array([[typed_kinds().index(name) for name in intent.signals] for intent in kb.entries()])
 
 
+@cache
+def signal_probabilities() -> np.ndarray:
+    """float64 [I, typed kinds]: P(typed event | what it is about)."""
+    matrix = np.zeros((len(kb.entries()), len(typed_kinds())))
+    common, rare = _signals().T
+    matrix[np.arange(len(matrix)), common] = PARAMETERS.first_signal
+    matrix[np.arange(len(matrix)), rare] = 1.0 - PARAMETERS.first_signal
+    matrix.setflags(write=False)
+    return matrix
+
+
 @dataclass(frozen=True)
 class Moments:
     """Moments of n sessions, oldest first: arrays [n, M]; where `happened` is false there is none."""

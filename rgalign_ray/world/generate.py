@@ -7,6 +7,7 @@ Every draw belongs to its session, user or order (see `draws`), so the log is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +82,31 @@ def _by_region(sessions: pa.Table) -> Iterator[tuple[str, pa.Table]]:
             yield region, table
 
 
+@dataclass(frozen=True)
+class Entries:
+    """n entries into the chatbot and what led to them: arrays [n, …], `base` alone [I]."""
+
+    session: np.ndarray
+    """uint64, the key of its draws."""
+    ts: np.ndarray
+    t: np.ndarray
+    """The same as days since the first day."""
+    user: users.Users
+    order: orders.Orders
+    failures: np.ndarray
+    """Failed payments of the last 30 days."""
+    active: np.ndarray
+    """bool [n, situations]"""
+    base: np.ndarray
+    """Weights of intents where nothing is known, 0 for those that may not occur yet."""
+    prior: np.ndarray
+    """Weights [n, I] of the needs before any moment is seen."""
+    plausible: np.ndarray
+    """Weights [n, I] of the concerns of typed events that have nothing to do with the need."""
+    need: np.ndarray
+    moments: events.Moments
+
+
 class Shop:
     """One world: its laws, and its sessions by day and number."""
 
@@ -98,8 +124,8 @@ class Shop:
     def date(self, day: int) -> str:
         return str(FIRST_DAY + day)
 
-    def make(self, day: int, start: int, stop: int, wording_of: WordingOf) -> tuple[pa.Table, pa.Table, int]:
-        """Sessions `start` … `stop`−1 of a day: their table, their truth, and how many have a click."""
+    def entries(self, day: int, start: int, stop: int) -> Entries:
+        """Entries `start` … `stop`−1 of a day."""
         number = np.arange(start, stop, dtype=np.uint64)
         session = (np.uint64(day) << np.uint64(40)) + number
         u = self.draws.uniform("entry", session, 3)
@@ -114,36 +140,44 @@ class Shop:
 
         allow_cold = day >= self.first_test_day
         base = self.needs.base(allow_cold)
-        typed_share = 1.0 - self.world.text_share
-        need = pick_rows(u[:, 2:], self.needs.weights(active, user.region, allow_cold, typed_share))[:, 0]
+        prior = self.needs.weights(active, user.region, allow_cold, 1.0 - self.world.text_share)
+        need = pick_rows(u[:, 2:], prior)[:, 0]
         plausible = self.needs.weights(active, user.region, allow_cold, 1.0)
         moments = events.draw(self.draws, session, need, plausible, base, self.world.text_share)
-        slates = exposure.draw(self.draws, session, self.old_ranker.weights(active, base > 0))
-        clicked, resolved = self.clicks.draw(self.draws, session, need, user.bias, slates.shown)
+        return Entries(session, ts, t, user, order, failures, active, base, prior, plausible, need, moments)
 
-        session_ids = pa.array([f"s{key:016x}" for key in self.draws.keys("session id", session).tolist()])
-        user_ids = users.ids(self.draws, user.number)
-        wording = np.asarray(wording_of(user_ids, ts))
+    def slates(self, entries: Entries) -> exposure.Slates:
+        weights = self.old_ranker.weights(entries.active, entries.base > 0)
+        return exposure.draw(self.draws, entries.session, weights)
+
+    def make(self, day: int, start: int, stop: int, wording_of: WordingOf) -> tuple[pa.Table, pa.Table, int]:
+        """Sessions `start` … `stop`−1 of a day: their table, their truth, and how many have a click."""
+        e = self.entries(day, start, stop)
+        slates = self.slates(e)
+        clicked, resolved = self.clicks.draw(self.draws, e.session, e.need, e.user.bias, slates.shown)
+
+        session_ids = pa.array([f"s{key:016x}" for key in self.draws.keys("session id", e.session).tolist()])
+        user_ids = users.ids(self.draws, e.user.number)
+        wording = np.asarray(wording_of(user_ids, e.ts))
         table = pa.table(
             {
                 "session_id": session_ids,
                 "user_id": pa.array(user_ids),
-                "ts": pa.array(ts),
-                **columns.typed(user, order, moments, t, failures),
-                "history": self._history(session, moments, ts, wording),
-                "candidate_set": pa.array([CANDIDATE_SET] * len(session)),
+                "ts": pa.array(e.ts),
+                **columns.typed(e.user, e.order, e.moments, e.t, e.failures),
+                "history": self._history(e.session, e.moments, e.ts, wording),
+                "candidate_set": pa.array([CANDIDATE_SET] * len(e.session)),
                 **_over_candidates(slates, clicked, resolved),
                 "uniform_slate": pa.array(slates.uniform),
             }
         )
-        needed = pa.array(list(kb.index())).take(pa.array(need))
         truth = pa.table(
             {
                 "session_id": session_ids,
-                "need": needed,
-                "b_user": user.bias,
+                "need": pa.array(list(kb.index())).take(pa.array(e.need)),
+                "b_user": e.user.bias,
                 "uniform": slates.uniform,
-                "click_model": pa.array([self.world.clicks] * len(session)),
+                "click_model": pa.array([self.world.clicks] * len(e.session)),
             },
             schema=schema.TRUTH,
         )
@@ -177,7 +211,7 @@ class Shop:
             wording[row][speaks],
         )
         which = np.where(speaks, np.cumsum(speaks) - 1, 0)
-        text = pa.array(written, pa.string()).take(pa.array(which, mask=~speaks))
+        text = written.take(pa.array(which, mask=~speaks))
         age = np.ceil(moments.age[row, place] * 86400e6).astype("timedelta64[us]")
         struct = pa.StructArray.from_arrays(
             [pa.array(events.kinds()).take(pa.array(kind)), text, pa.array(ts[row] - age)], fields=list(schema.EVENT)

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import re
 import zlib
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.logs.features import FeatureSpec
+from rgalign_ray.config import Config
+from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.logs.prompts import Template
+from rgalign_ray.logs.roles import role_of
+from rgalign_ray.loop import log_stages
+from rgalign_ray.loop.stage import Run
 from rgalign_ray.world import kb
 from rgalign_ray.world.generate import Shop, generate
 
@@ -91,6 +96,39 @@ def test_everything_dates_from_before_the_entry(sessions):
         assert times == sorted(times) and times[-1] < ts
 
 
+def test_an_event_planted_after_the_entry_reaches_neither_features_nor_prompt(sessions):
+    late = {"event": "view_refund_page", "text": "give me my money back", "ts": None}
+    planted = [
+        [*history, late | {"ts": ts + timedelta(microseconds=1)}]
+        for ts, history in zip(sessions["ts"].to_pylist(), sessions["history"].to_pylist(), strict=True)
+    ]
+    place = sessions.column_names.index("history")
+    leaky = sessions.set_column(place, "history", pa.array(planted, pa.list_(schema.EVENT)))
+    early = [[late | {"ts": history[0]["ts"]}, *history] for history in sessions["history"].to_pylist()]
+    seen = sessions.set_column(place, "history", pa.array(early, pa.list_(schema.EVENT)))
+    space, template = FeatureSpace.fit(FeatureSpec.load("shop"), [leaky]), Template.load("shop")
+    for name, values in space.transform(sessions).items():
+        assert np.array_equal(space.transform(leaky)[name], values), name
+    assert template.sessions(leaky) == template.sessions(sessions)
+    assert not np.array_equal(space.transform(seen)["history"], space.transform(sessions)["history"])
+    assert template.sessions(seen) != template.sessions(sessions)  # the same event, had it come in time
+
+
+def test_roles_share_no_wording(tmp_path):
+    settings = Config.model_validate({"world": {"sessions": 1200, "users": 400, "days": 10}, "run_dir": str(tmp_path)})
+    log_stages.make_shop(Run(settings), str(tmp_path))
+    table = storage.read_table(f"{tmp_path}/sessions")
+    ts, last_day = table["ts"].to_numpy(), log_stages.last_day(settings)
+    roles = role_of(table["user_id"].to_pylist(), ts, settings.roles, settings.rounds, last_day)
+    texts: dict[str, set[str]] = {}
+    for role, history in zip(roles, table["history"].to_pylist(), strict=True):
+        texts.setdefault(role, set()).update(event["text"] for event in history if event["text"])
+    assert all(len(texts[role]) > 50 for role in ("rank", "align_1", "valid", "test"))
+    for role in ("rank", "align_1"):
+        assert not texts[role] & texts["valid"] and not texts[role] & texts["test"]
+    assert not texts["valid"] & texts["test"] and texts["rank"] & texts["align_1"]
+
+
 def test_the_log_is_a_function_of_the_settings_whatever_the_chunks(log, tmp_path):
     generate(settings(), str(tmp_path), wording_of=training_words, test_days=1, chunk_sessions=80)
     for again, first in zip(read(str(tmp_path)), read(log[0]), strict=True):
@@ -142,6 +180,8 @@ def test_cold_intents_occur_in_the_test_period_alone():
         table, truth, _ = shop.make(day, 0, 1500, training_words)
         assert np.any(matrix(table, "shown")[:, cold]) == expected
         assert bool(set(truth["need"].to_pylist()) & set(ids[cold])) == expected
+        moments = shop.entries(day, 0, 1500).moments
+        assert np.any(cold[moments.about[moments.happened]]) == expected
 
 
 def test_a_week_in_to_receive_makes_users_want_the_parcel_sooner():

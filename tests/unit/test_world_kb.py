@@ -48,6 +48,22 @@ def test_written_texts_of_the_sets_share_no_string_and_fill_their_slots():
     about = np.repeat(np.arange(len(kb.entries())), 30)
     keys = np.arange(len(about), dtype=np.uint64)
     channel = keys.astype(int) % len(events.CHANNELS)
-    written = [set(texts.write(Draws(3), keys, about, channel, np.full(len(about), w))) for w in range(3)]
+    written = [set(texts.write(Draws(3), keys, about, channel, np.full(len(about), w)).to_pylist()) for w in range(3)]
     assert all(not a & b for a, b in combinations(written, 2))
     assert not any("{" in text for found in written for text in found)
+
+
+def test_texts_are_their_phrases_with_the_slots_filled():
+    rng = np.random.default_rng(0)
+    about, channel, wording = (rng.integers(size, size=3000) for size in (len(kb.entries()), 3, 3))
+    keys = np.arange(3000, dtype=np.uint64)
+    u = Draws(3).uniform("text", keys, texts.UNIFORMS)
+    for row, found in enumerate(texts.write(Draws(3), keys, about, channel, wording).to_pylist()):
+        choices = texts.phrases(about[row], channel[row], wording[row])
+        phrase = choices[int(u[row, 0] * len(choices))]
+        filled = {name: by[wording[row]] for name, (_, by) in texts.SLOTS.items()}
+        filled = {name: filled[name][int(u[row, texts.SLOTS[name][0]] * len(filled[name]))] for name in filled}
+        expected = phrase.format(**filled)
+        if channel[row] == events.CHAT:
+            expected = filled["opening"] + expected + filled["ending"]
+        assert found == expected
