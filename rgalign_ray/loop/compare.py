@@ -9,6 +9,7 @@ A slice is a stage like any other: done once for its settings and inputs, and sk
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 VERDICT = "verdict.parquet"
 RANKER = "ranker"
+SESSION_TEXTS = {"reasoner": "embeddings_0", "sentence": "embeddings_sentence", "need": "embeddings_need"}
 FETCH_DEADLINE_S = 60.0
 """Longest wait for the manifest of a slice that is done."""
 
@@ -45,13 +47,22 @@ def run(config: Config) -> report.Report:
     """
     models.resolve(config.compare.encoder.model)
     config = controller.settle(config)
-    jobs = [Run(of_seed(config, seed)) for seed in range(config.compare.seeds)]
     rows = rows_of(config)
+    jobs = runs(config, rows)
     prepare(jobs, rows)
     run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in rows])
     made = ladder_report.make(config, [judged(jobs, name) for name in rows])
     show(config, made)
     return made
+
+
+def runs(config: Config, rows: list[RowName]) -> list[Run]:
+    """A run a seed. A real log is the same under every seed, hence read once: the first run lends what it prepares."""
+    first, *others = (Run(of_seed(config, seed)) for seed in range(config.compare.seeds))
+    if truth_inputs(config):
+        return [first, *others]
+    lent = {stage.name: first.uri(stage.name) for stage in preparation(first.config, rows)}
+    return [first, *(replace(job, elsewhere=lent) for job in others)]
 
 
 def of_seed(config: Config, seed: int) -> Config:
@@ -68,9 +79,10 @@ def of_seed(config: Config, seed: int) -> Config:
 def prepare(jobs: list[Run], rows: list[RowName]) -> None:
     """Runs, seed by seed, what rows share and what is not done yet."""
     for job in jobs:
-        controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
-        controller.run_stages(job, preparation(job.config, rows))
-        controller.connect(job.config)
+        if not job.elsewhere:
+            controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
+            controller.run_stages(job, preparation(job.config, rows))
+    controller.connect(jobs[0].config)
 
 
 def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
@@ -80,7 +92,10 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
         ConfigError: for a row that reads the true need of a log that has none.
     """
     reads = {ROWS[name].reads for name in rows}
-    sequence = [*log_stages.stages(config), *rank_stages.sentence_stages(config)]
+    items, sessions = rank_stages.sentence_stages(config)
+    sequence = [*log_stages.stages(config), items]
+    if "sentence" in reads:
+        sequence.append(sessions)
     if "need" in reads:
         if not truth_inputs(config):
             raise ConfigError("compare.rows: true_need is known of the simulated shop alone; leave it out.")
@@ -106,14 +121,13 @@ def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
 
 def with_ranker(job: Run, changes: dict[str, Any]) -> Run:
     """The run with some of its ranker settings replaced."""
-    return Run(job.config.model_copy(update={"ranker": job.config.ranker.changed(changes)}))
+    return replace(job, config=job.config.model_copy(update={"ranker": job.config.ranker.changed(changes)}))
 
 
-def texts_of(row: LadderRow) -> tuple[str, str]:
-    """The artefacts that hold the intents' texts and the sessions' texts for a row."""
-    if row.reads == "reasoner":
-        return "items", "embeddings_0"
-    return "items_sentence", "embeddings_need" if row.reads == "need" else "embeddings_sentence"
+def texts_of(row: LadderRow) -> list[str]:
+    """The artefacts that hold the intents' texts for a row and, where it reads them, the sessions'."""
+    items = "items" if row.reads == "reasoner" else "items_sentence"
+    return [items, *([SESSION_TEXTS[row.reads]] if row.reads else [])]
 
 
 def embed_needs(run: Run, out: str) -> Outcome:
@@ -144,7 +158,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
     from rgalign_ray.ranker import training
 
     config = run.config
-    items, embeddings = texts_of(row)
+    items, *embeddings = texts_of(row)
     job = training.RankerJob(
         rankers=(training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), config.seed * 1000, row.shuffled),),
         log_uri=run.uri("sessions"),
@@ -152,7 +166,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
         settings=config.ranker,
         storage_uri=run.uri(TRAIN_RECORDS),
         run_name=RANKER,
-        embeddings_uri=run.uri(embeddings) if row.reads else None,
+        embeddings_uri=run.uri(*embeddings) if embeddings else None,
         item_embeddings_uri=run.uri(items),
         shuffle_seed=config.seed,
         local=True,
@@ -165,8 +179,13 @@ def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
     config = run.config
     trained = train(run, out, row)
     test = TestSessions(run.uri("sessions"), run.truth, config.evaluate)
-    embeddings = run.uri(texts_of(row)[1]) if row.reads else None
-    rung = Rung(row.title, trained.uri, embeddings, query="shuffled" if row.shuffled else "own")
+    _, *embeddings = texts_of(row)
+    rung = Rung(
+        row.title,
+        trained.uri,
+        run.uri(*embeddings) if embeddings else None,
+        query="shuffled" if row.shuffled else "own",
+    )
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
     figures = trained.figures | {"calibration": test.calibration(judged.scores)}
@@ -209,7 +228,7 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
 
 def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     """What a row's slices left behind, a job a seed."""
-    read = texts_of(ROWS[name])[1:] if ROWS[name].reads else ()
+    _, *read = texts_of(ROWS[name])
     return ladder_report.Judged(
         name,
         [Verdict.load(job.uri(f"row_{name}", VERDICT)) for job in jobs],

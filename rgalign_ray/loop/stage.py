@@ -7,7 +7,7 @@ key of both, and skips a stage whose key is already there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,12 @@ class Run:
     """One run directory and its configuration."""
 
     config: Config
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """Artefacts that another run has made for this one as well: their places by name."""
 
     def uri(self, name: str, *parts: str) -> str:
         """Place of the artefact `name`."""
-        return storage.join(self.config.run_uri, name, *parts)
+        return storage.join(self.elsewhere.get(name) or storage.join(self.config.run_uri, name), *parts)
 
     @property
     def truth(self) -> str | None:

@@ -48,9 +48,23 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
     made = {stage.name for stage in stages}
     assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
     assert ("embeddings_need" in made) == ("true_need" in rows)
+    assert ("embeddings_sentence" in made) == ("din_sentence" in rows), "nobody waits for texts that no row reads"
     trials = [tune.trial_of(Run(settings), name, 0)[1] for name in tune.tunable(rows)]
     for stage in [*stages, *trials, *(compare.slice_of(Run(settings), name)[1] for name in rows)]:
         assert made.issuperset(stage.inputs), stage.name
+
+
+def test_a_real_log_is_prepared_once_and_a_world_by_every_seed() -> None:
+    parquet = {"source": "parquet", "uri": "/log", "intents": "/log/intents.parquet"}
+    first, second = compare.runs(config.validate({"log": parquet, "compare": {"seeds": 2}}), ["din_sentence"])
+    assert second.uri("embeddings_sentence") == first.uri("embeddings_sentence")
+    assert second.uri("row_din_sentence") != first.uri("row_din_sentence")
+    slices = [compare.slice_of(job, "din_sentence")[0] for job in (first, second)]
+    assert slices[1].uri("sessions", "sessions") == first.uri("sessions", "sessions"), (
+        "with its own ranker settings too"
+    )
+    first, second = compare.runs(config.validate({"compare": {"seeds": 2}}), ["lr"])
+    assert second.uri("sessions") != first.uri("sessions")
 
 
 def test_a_log_without_truth_has_no_true_need() -> None:
