@@ -1,0 +1,123 @@
+"""Plackett–Luce policies over slates: a ranker's scores, divided by a temperature, as logits drawn without replacement.
+
+P(a_1 … a_K) = Π_k w(a_k) / Σ_{a not in a_1 … a_{k−1}} w(a), with w = exp(score / temperature)
+(Luce, 1959; Plackett, 1975). Padding has weight 0. Slots beyond a session's candidates stay empty.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FAINTEST = -100.0
+"""Logit below the best at which a candidate's own is cut off: e^−100 is as good as never, and sums stay finite."""
+CELLS_AT_ONCE = 20_000
+"""Pairs of candidates held at once; bounds the memory of `marginals`, and stays inside a core's cache."""
+MOST_CANDIDATES = 4000
+MOST_POSITIONS = 3
+
+
+def logits(scores: np.ndarray, mask: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """float64 [S, C]: scores / temperature, the best of each session at 0, −inf where `mask` (bool [S, C]) is not set.
+
+    Raises:
+        ValueError: for unequal shapes, a temperature that is not positive, a session without a candidate, or a
+            score of a candidate that is not finite.
+    """
+    scores, mask = np.asarray(scores, dtype=np.float64), np.asarray(mask, dtype=bool)
+    if scores.ndim != 2 or scores.shape != mask.shape:
+        raise ValueError(f"scores {scores.shape} and mask {mask.shape} must be one [S, C].")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; it is {temperature}.")
+    if not mask.any(axis=1).all():
+        raise ValueError("every session must have a candidate.")
+    if not np.isfinite(scores[mask]).all():
+        raise ValueError("scores of candidates must be finite.")
+    scaled = np.where(mask, scores / temperature, -np.inf)
+    return np.where(mask, np.maximum(scaled - scaled.max(axis=1, keepdims=True), FAINTEST), -np.inf)
+
+
+def sample(logits: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+    """int [S, size]: columns of a slate drawn for each session, −1 in slots that its candidates do not fill.
+
+    The largest of logits with Gumbel noise, in order (Yellott, 1977). Equal states of `random` and equal shapes
+    give equal noise, so that two policies can be compared under common random numbers.
+    """
+    return best(logits + random.gumbel(size=logits.shape), size)
+
+
+def best(scores: np.ndarray, size: int) -> np.ndarray:
+    """int [S, size]: columns of the largest scores in order, −1 where those left are −inf."""
+    size = min(size, scores.shape[1])
+    top = np.argpartition(-scores, size - 1, axis=1)[:, :size]
+    values = np.take_along_axis(scores, top, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    top, values = np.take_along_axis(top, order, axis=1), np.take_along_axis(values, order, axis=1)
+    return np.where(np.isneginf(values), -1, top)
+
+
+def conditional(logits: np.ndarray, slates: np.ndarray) -> np.ndarray:
+    """float64 [S, K]: P(a_k | a_1 … a_{k−1}) of the slates' columns (int [S, K]); 1 in empty slots (−1)."""
+    left = np.array(logits)
+    out = np.ones(slates.shape)
+    for k, chosen in enumerate(slates.T):
+        row = np.flatnonzero(chosen >= 0)
+        rest, own = left[row], left[row, chosen[row]]
+        peak = rest.max(axis=1)
+        out[row, k] = np.exp(own - peak) / np.exp(rest - peak[:, None]).sum(axis=1)
+        left[row, chosen[row]] = -np.inf
+    return out
+
+
+def marginals(logits: np.ndarray, positions: int) -> np.ndarray:
+    """float64 [S, C, positions]: P(candidate c stands at position k), exactly.
+
+    Every sum that leaves candidates out is taken without them, never as a difference: for a sharp policy what
+    is left after the best is smaller than the rounding error of the whole. Time and memory grow with C².
+
+    Raises:
+        ValueError: for more than `MOST_POSITIONS` positions or `MOST_CANDIDATES` candidates.
+    """
+    sessions, candidates = logits.shape
+    if not 1 <= positions <= MOST_POSITIONS:
+        raise ValueError(f"marginals are known for 1 to {MOST_POSITIONS} positions; {positions} were asked for.")
+    if positions == MOST_POSITIONS and candidates > MOST_CANDIDATES:
+        raise ValueError(
+            f"marginals of {positions} positions take memory as the square of the candidates, of which there are "
+            f"{candidates:,} (at most {MOST_CANDIDATES:,}); the prefix weights need none."
+        )
+    rows = max(1, CELLS_AT_ONCE // candidates**2)
+    out = np.empty((sessions, candidates, positions))
+    for start in range(0, sessions, rows):
+        part = slice(start, start + rows)
+        out[part] = _marginals(np.exp(logits[part]), positions)
+    return out
+
+
+def _marginals(w: np.ndarray, positions: int) -> np.ndarray:
+    first = w / w.sum(axis=1, keepdims=True)
+    found = [first]
+    if positions > 1:
+        onward = _ratio(first, _others(w))  # P(j first) / what is left to draw from
+        found.append(w * _others(onward))
+    if positions > 2:
+        size = w.shape[1]
+        self = np.arange(size)
+        without = np.repeat(w[:, None, :], size, axis=1)
+        without[:, self, self] = 0.0  # [j, l]: weights once j is drawn
+        pair = _ratio(onward[:, :, None] * without, _others(without))  # P(j, then l) / what is left
+        third = _others(pair)  # [j, i]: summed over l other than i
+        third[:, self, self] = 0.0
+        found.append(w * third.sum(axis=1))
+    return np.stack(found, axis=-1)
+
+
+def _others(values: np.ndarray) -> np.ndarray:
+    """For each entry of the last axis the sum of all others, without subtracting."""
+    before, after = np.zeros_like(values), np.zeros_like(values)
+    np.cumsum(values[..., :-1], axis=-1, out=before[..., 1:])
+    np.cumsum(values[..., :0:-1], axis=-1, out=after[..., -2::-1])
+    return before + after
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
