@@ -10,8 +10,10 @@ import numpy as np
 
 FAINTEST = -100.0
 """Logit below the best at which a candidate's own is cut off: e^−100 is as good as never, and sums stay finite."""
-CELLS_AT_ONCE = 20_000
+CELLS_AT_ONCE = 60_000
 """Pairs of candidates held at once; bounds the memory of `marginals`, and stays inside a core's cache."""
+NOTHING_LEFT = 1e-200
+"""Stands for 0 in a denominator, far below the faintest weight; what is divided by it counts for nothing."""
 MOST_CANDIDATES = 4000
 MOST_POSITIONS = 3
 
@@ -71,8 +73,8 @@ def conditional(logits: np.ndarray, slates: np.ndarray) -> np.ndarray:
 def marginals(logits: np.ndarray, positions: int) -> np.ndarray:
     """float64 [S, C, positions]: P(candidate c stands at position k), exactly.
 
-    Every sum that leaves candidates out is taken without them, never as a difference: for a sharp policy what
-    is left after the best is smaller than the rounding error of the whole. Time and memory grow with C².
+    Sums that leave candidates out are not taken as differences where that would lose them: for a sharp policy
+    what is left after the best is smaller than the rounding error of the whole. Time and memory grow with C².
 
     Raises:
         ValueError: for more than `MOST_POSITIONS` positions or `MOST_CANDIDATES` candidates.
@@ -97,25 +99,47 @@ def _marginals(w: np.ndarray, positions: int) -> np.ndarray:
     first = w / w.sum(axis=1, keepdims=True)
     found = [first]
     if positions > 1:
-        onward = _ratio(first, _others(w))  # P(j first) / what is left to draw from
-        found.append(w * _others(onward))
+        found.append(w * _others(_ratio(first, _others(w))))
     if positions > 2:
-        size = w.shape[1]
-        self = np.arange(size)
-        without = np.repeat(w[:, None, :], size, axis=1)
-        without[:, self, self] = 0.0  # [j, l]: weights once j is drawn
-        pair = _ratio(onward[:, :, None] * without, _others(without))  # P(j, then l) / what is left
-        third = _others(pair)  # [j, i]: summed over l other than i
-        third[:, self, self] = 0.0
-        found.append(w * third.sum(axis=1))
+        found.append(_third(w))
     return np.stack(found, axis=-1)
 
 
+def _third(w: np.ndarray) -> np.ndarray:
+    """P(third) = w_i · Σ over pairs {a, b} without i of P(a and b come first) / what is then left.
+
+    Candidates are taken in the order of their weights. Then the pair of the two heaviest has the greatest term,
+    and only for these two would a difference from the sum over all pairs be lost to rounding.
+    """
+    order = np.argsort(-w, axis=1)
+    v = np.take_along_axis(w, order, axis=1)
+    size = v.shape[1]
+    tail = np.concatenate([np.cumsum(v[:, ::-1], axis=1)[:, ::-1], np.zeros((len(v), 1))], axis=1)
+    before = np.concatenate([np.zeros((len(v), 1)), np.cumsum(v[:, :-1], axis=1)], axis=1)
+    either = _ratio(v, before + tail[:, 1:]) / tail[:, :1]
+    left = tail[:, 1:, None] - tail[:, None, :-1]  # [a, b], a < b: all but these two; first those between
+    left += before[:, :, None]
+    left += tail[:, None, 1:]
+    np.maximum(left, NOTHING_LEFT, out=left)
+    left += np.where(np.arange(size)[:, None] < np.arange(size), 0.0, np.inf)
+    term = v[:, :, None] * either[:, None, :]
+    term += v[:, None, :] * either[:, :, None]
+    term /= left
+    with_a, with_b = term.sum(axis=2), term.sum(axis=1)
+    without = (with_a.sum(axis=1, keepdims=True) - with_a) - with_b
+    lighter = with_a[:, 2:].sum(axis=1)
+    for heavy in range(min(2, size)):
+        without[:, heavy] = lighter + (term[:, 1 - heavy, 2:].sum(axis=1) if size > 1 else 0.0)
+    out = np.empty_like(w)
+    np.put_along_axis(out, order, v * without, axis=1)
+    return out
+
+
 def _others(values: np.ndarray) -> np.ndarray:
-    """For each entry of the last axis the sum of all others, without subtracting."""
+    """[S, C], for each entry the sum of all others of its row, without subtracting."""
     before, after = np.zeros_like(values), np.zeros_like(values)
-    np.cumsum(values[..., :-1], axis=-1, out=before[..., 1:])
-    np.cumsum(values[..., :0:-1], axis=-1, out=after[..., -2::-1])
+    np.cumsum(values[:, :-1], axis=1, out=before[:, 1:])
+    np.cumsum(values[:, :0:-1], axis=1, out=after[:, -2::-1])
     return before + after
 
 

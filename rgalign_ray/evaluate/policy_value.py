@@ -216,18 +216,26 @@ def reward_table(log: LoggedSlates, rewards: np.ndarray, *, folds: int = 5, seed
     return np.where(log.mask[:, :, None], q, 0.0)
 
 
-def terms(log: LoggedSlates, logits: np.ndarray, reward: Reward, *, clip: float | None = None) -> dict[str, Terms]:
+def terms(
+    log: LoggedSlates,
+    logits: np.ndarray,
+    reward: Reward,
+    *,
+    clip: float | None = None,
+    marginals: np.ndarray | None = None,
+) -> dict[str, Terms]:
     """Every estimator that the log and the reward allow, by name.
 
     Args:
         logits: float64 [S, C] of the Plackett–Luce policy, from `plackett_luce.logits`.
         clip: the largest weight of the clipped ones; √S by default (Ionides, 2008).
+        marginals: float64 [S, C, K] of these logits, where they are at hand.
 
     The item-position ones are there for clicks alone, and where the log holds marginal propensities.
     """
     rewards = log.rewards(reward)
     most = math.sqrt(len(rewards)) if clip is None else clip
-    pi = plackett_luce.marginals(logits, rewards.shape[1])
+    pi = plackett_luce.marginals(logits, rewards.shape[1]) if marginals is None else marginals
     q = reward_table(log, rewards)
     prefix = prefix_weights(log, logits)
     slate = np.repeat(prefix[:, -1:], rewards.shape[1], axis=1)
