@@ -70,6 +70,11 @@ def conditional(logits: np.ndarray, slates: np.ndarray) -> np.ndarray:
     return out
 
 
+def has_marginals(candidates: int, positions: int) -> bool:
+    """Whether `marginals` covers slates of so many positions out of so many candidates."""
+    return positions <= MOST_POSITIONS and candidates <= MOST_CANDIDATES
+
+
 def marginals(logits: np.ndarray, positions: int) -> np.ndarray:
     """float64 [S, C, positions]: P(candidate c stands at position k), exactly.
 
@@ -80,12 +85,10 @@ def marginals(logits: np.ndarray, positions: int) -> np.ndarray:
         ValueError: for more than `MOST_POSITIONS` positions or `MOST_CANDIDATES` candidates.
     """
     sessions, candidates = logits.shape
-    if not 1 <= positions <= MOST_POSITIONS:
-        raise ValueError(f"marginals are known for 1 to {MOST_POSITIONS} positions; {positions} were asked for.")
-    if positions == MOST_POSITIONS and candidates > MOST_CANDIDATES:
+    if not has_marginals(candidates, positions):
         raise ValueError(
-            f"marginals of {positions} positions take memory as the square of the candidates, of which there are "
-            f"{candidates:,} (at most {MOST_CANDIDATES:,}); the prefix weights need none."
+            f"marginals are known for at most {MOST_POSITIONS} positions and {MOST_CANDIDATES:,} candidates; asked for "
+            f"{positions} and {candidates:,}. Prefix weights need none."
         )
     rows = max(1, CELLS_AT_ONCE // candidates**2)
     out = np.empty((sessions, candidates, positions))

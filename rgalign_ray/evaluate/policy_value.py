@@ -231,30 +231,32 @@ def terms(
         clip: the largest weight of the clipped ones; √S by default (Ionides, 2008).
         marginals: float64 [S, C, K] of these logits, where they are at hand.
 
-    The item-position ones are there for clicks alone, and where the log holds marginal propensities.
+    The item-position ones are there for clicks alone, and where the log holds marginal propensities. What needs
+    the target's own marginals is left out where `plackett_luce.has_marginals` says no.
     """
     rewards = log.rewards(reward)
     most = math.sqrt(len(rewards)) if clip is None else clip
-    pi = plackett_luce.marginals(logits, rewards.shape[1]) if marginals is None else marginals
-    q = reward_table(log, rewards)
     prefix = prefix_weights(log, logits)
     slate = np.repeat(prefix[:, -1:], rewards.shape[1], axis=1)
-    found: dict[str, Terms] = {}
-    if reward == "clicks" and log.marginal is not None:
-        own = item_position_weights(log, pi)
-        found |= {
-            "item-position IPS": ips(own, rewards),
-            "item-position IPS, clipped": clipped(own, rewards, most),
-            "item-position SNIPS": self_normalised(own, rewards),
-            "item-position DR": doubly_robust(log, own, rewards, q, pi),
-        }
-    return found | {
+    found = {
         "prefix IPS": ips(prefix, rewards),
         "prefix IPS, clipped": clipped(prefix, rewards, most),
         "prefix SNIPS": self_normalised(prefix, rewards),
-        "cascade DR": doubly_robust(log, prefix, rewards, q, pi),
         "slate IPS": ips(slate, rewards),
-        "direct": direct(q, pi),
+    }
+    if not plackett_luce.has_marginals(logits.shape[1], rewards.shape[1]):
+        return found
+    pi = plackett_luce.marginals(logits, rewards.shape[1]) if marginals is None else marginals
+    q = reward_table(log, rewards)
+    found |= {"cascade DR": doubly_robust(log, prefix, rewards, q, pi), "direct": direct(q, pi)}
+    if reward == "any click" or log.marginal is None:
+        return found
+    own = item_position_weights(log, pi)
+    return found | {
+        "item-position IPS": ips(own, rewards),
+        "item-position IPS, clipped": clipped(own, rewards, most),
+        "item-position SNIPS": self_normalised(own, rewards),
+        "item-position DR": doubly_robust(log, own, rewards, q, pi),
     }
 
 

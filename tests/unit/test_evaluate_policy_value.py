@@ -108,21 +108,24 @@ def test_conditional_propensities_are_no_marginals() -> None:
     assert expectation(naive, logging) < true_value(target, rewards) - 0.01
 
 
-def shop(seed: int, sessions: int = 400, slots: int = 3, empty: bool = True) -> tuple[LoggedSlates, np.ndarray]:
+def shop(
+    seed: int, sessions: int = 400, slots: int = 3, empty: bool = True, marginals: bool = True
+) -> tuple[LoggedSlates, np.ndarray]:
     """A log with ragged lists and slates, and its logging policy's logits."""
     random = np.random.default_rng(seed)
     count = random.integers(1 if empty else slots, 8, size=sessions)
     mask = np.arange(7) < count[:, None]
     logits = plackett_luce.logits(random.normal(size=(sessions, 7)), mask)
     shown = plackett_luce.sample(logits, slots, random)
-    marginals = plackett_luce.marginals(logits, slots)
+    every = np.arange(sessions)[:, None]
+    known = plackett_luce.marginals(logits, slots)[every, shown, np.arange(slots)] if marginals else None
     log = LoggedSlates(
         candidates=np.where(mask, random.permuted(np.tile(np.arange(9), (sessions, 1)), axis=1)[:, :7], -1),
         shown=shown,
         propensity=plackett_luce.conditional(logits, shown),
         clicks=(random.random(shown.shape) < 0.3) & (shown >= 0),
         users=random.integers(sessions // 3, size=sessions),
-        marginal=marginals[np.arange(sessions)[:, None], shown, np.arange(slots)],
+        marginal=known,
     )
     return log, logits
 
@@ -156,7 +159,7 @@ def test_neither_a_shift_of_scores_nor_more_padding_changes_anything() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(0, 1e4), min_size=2, max_size=50).filter(any), st.floats(0.1, 1e3))
+@given(st.lists(st.just(0.0) | st.floats(1e-6, 1e4), min_size=2, max_size=50).filter(any), st.floats(0.1, 1e3))
 def test_clipping_never_lowers_the_effective_sample_size(weights: list[float], most: float) -> None:
     w = np.array(weights)[:, None]
     kept = policy_value.clipped(w, np.ones_like(w), most).weights
@@ -228,6 +231,13 @@ def test_the_first_click_alone_counts_once() -> None:
     log, _ = shop(7)
     assert log.rewards("any click").sum(axis=1) == pytest.approx(log.clicks.any(axis=1).astype(float))
     assert np.all(log.rewards("any click") <= log.rewards("clicks"))
+
+
+def test_longer_slates_are_estimated_by_their_prefixes() -> None:
+    log, logits = shop(11, slots=5, empty=False, marginals=False)
+    found = policy_value.terms(log, logits, "any click")
+    assert set(found) == {"prefix IPS", "prefix IPS, clipped", "prefix SNIPS", "slate IPS"}
+    assert found["prefix IPS"].value == pytest.approx(log.clicks.any(axis=1).mean())
 
 
 def test_without_marginals_there_is_no_item_position_estimate() -> None:
