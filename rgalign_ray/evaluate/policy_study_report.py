@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rgalign_ray import storage
-from rgalign_ray.evaluate import ab_test, plots
+from rgalign_ray.evaluate import ab_test, plots, policy_value
 from rgalign_ray.evaluate.policy_study import SHOP_POLICY, TARGETS, TRUE_CTR, Settings
 from rgalign_ray.evaluate.statistics import Interval, t_interval
 
@@ -26,6 +27,16 @@ PICTURED = (
     "prefix SNIPS",
     "cascade DR",
 )
+EFFECTIVE_SESSIONS = (0.0, 30.0, 100.0, 300.0, math.inf)
+"""Classes by which coverage is shown."""
+TRUSTED: dict[str, policy_value.Reward] = {
+    "prefix IPS": "any click",
+    "prefix SNIPS": "any click",
+    "cascade DR": "any click",
+    "item-position SNIPS": "clicks",
+    "item-position DR": "clicks",
+}
+"""Estimators shown by effective sample size, with their reward."""
 COLOURS = ("#1b6ca8", "#d1495b", "#2a9d8f", "#e9a03b", "#6d597a")
 
 
@@ -33,6 +44,8 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2a9d8f", "#e9a03b", "#6d597a")
 class Summary:
     estimators: Rows
     """By target, reward and estimator: bias, rmse and coverage over seeds, each with its 95 % interval."""
+    effective: Rows
+    """By estimator and effective sample size: coverage, over all targets and seeds."""
     rankers: Rows
     """By offline metric: rank correlation with true CTR, and what is lost by choosing by it."""
     a_b: Rows
@@ -42,7 +55,8 @@ class Summary:
 
 def summarise(found: dict[str, Any]) -> Summary:
     """Over the seeds of `policy_study.run`, of which there must be at least two."""
-    return Summary(_estimators(found["seeds"]), _rankers(found["seeds"]), _a_b(found["seeds"]), found["a_a"])
+    seeds = found["seeds"]
+    return Summary(_estimators(seeds), _effective(seeds), _rankers(seeds), _a_b(seeds), found["a_a"])
 
 
 def _estimators(seeds: Rows) -> Rows:
@@ -74,6 +88,32 @@ def _over_seeds(target: str, reward: str, estimator: str, rows: Rows) -> dict[st
         low, high = np.array([row[kind] for row in rows]).T
         covered = float(((low <= truth) & (truth <= high)).mean())
         found |= {f"{kind}_coverage": covered, f"{kind}_coverage_interval": ab_test.wilson(covered, len(rows))}
+    return found
+
+
+def _effective(seeds: Rows) -> Rows:
+    found = []
+    every = [row for seed in seeds for row in seed["estimates"]]
+    for estimator, reward in TRUSTED.items():
+        rows = [row for row in every if (row["estimator"], row["reward"]) == (estimator, reward)]
+        size = np.array([row["effective_sessions"] for row in rows])
+        truth = np.array([row["truth"] for row in rows])
+        low, high = np.array([row["bootstrap"] for row in rows]).T
+        for least, most in itertools.pairwise(EFFECTIVE_SESSIONS):
+            inside = (least <= size) & (size < most)
+            if count := int(inside.sum()):
+                covered = float(((low <= truth) & (truth <= high))[inside].mean())
+                found.append(
+                    {
+                        "estimator": estimator,
+                        "reward": reward,
+                        "from": least,
+                        "to": most,
+                        "coverage": covered,
+                        "coverage_interval": ab_test.wilson(covered, count),
+                        "estimates": count,
+                    }
+                )
     return found
 
 
@@ -177,6 +217,7 @@ def markdown(found: Summary, settings: Settings, command: str) -> str:
             rows = [row for row in found.estimators if (row["target"], row["reward"]) == (target, reward)]
             what = "expected clicks per slate" if reward == "clicks" else "P(at least one click)"
             lines += ["", f"## {target}: {what}, true value {rows[0]['truth']:.4f}", "", *_estimator_table(rows)]
+    lines += ["", "## How many effective sessions an interval needs", "", *_effective_table(found.effective)]
     lines += ["", "## A/B tests, and the sessions they need", "", *_a_b_table(found.a_b)]
     lines += ["", "## A/A tests", "", *_a_a_table(found.a_a)]
     if found.rankers:
@@ -197,6 +238,26 @@ def _estimator_table(rows: Rows) -> list[str]:
             f"| {row['bootstrap_coverage']:.0%} {_span(row['bootstrap_coverage_interval'], '.0%')} "
             f"| {row['effective_sessions']:,.0f} | {row['largest_weight']:,.1f} |"
         )
+    return lines
+
+
+def _effective_table(rows: Rows) -> list[str]:
+    classes = list(itertools.pairwise(EFFECTIVE_SESSIONS))
+    names = [f"{least:.0f} to {most:.0f}" if most < math.inf else f"{least:.0f} and more" for least, most in classes]
+    lines = [
+        "Truth inside the 95 % bootstrap interval, by effective sample size; the five targets of a shop share its log.",
+        "",
+        f"| estimator | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for estimator, reward in TRUSTED.items():
+        cells = []
+        for least, _ in classes:
+            row = next((row for row in rows if (row["estimator"], row["from"]) == (estimator, least)), None)
+            cells.append(
+                f"{row['coverage']:.0%} {_span(row['coverage_interval'], '.0%')} of {row['estimates']}" if row else "–"
+            )
+        lines.append(f"| {estimator}, {reward} | {' | '.join(cells)} |")
     return lines
 
 

@@ -55,7 +55,7 @@ def test_a_seed_estimates_every_target_and_compares_rankers() -> None:
 
 def result(errors: list[float]) -> dict:
     """A study of one target whose estimates miss 0.3 by these errors, with intervals of ± 0.1."""
-    row = {"reward": "clicks", "estimator": "prefix IPS", "truth": 0.3, "standard_error": 0.05}
+    row = {"truth": 0.3, "standard_error": 0.05}
     row |= {"effective_sessions": 10.0, "largest_weight": 2.0}
     rankers = [{TRUE_CTR: 0.1 * i, "good": float(i), "bad": float(-i), "flat": 1.0 + (i == 1)} for i in range(4)]
     seeds = []
@@ -66,7 +66,11 @@ def result(errors: list[float]) -> dict:
             row | {"target": name, "value": value, "normal": interval, "bootstrap": interval} for name in TARGETS
         ]
         rates = {name: {"any click": 0.3 + 0.03 * (name != SHOP_POLICY)} for name in TARGETS}
-        both = [one | {"reward": reward} for one in estimates for reward in ("clicks", "any click")]
+        both = [
+            one | {"reward": reward, "estimator": estimator}
+            for one in estimates
+            for estimator, reward in policy_study_report.TRUSTED.items()
+        ]
         seeds.append({"estimates": both, "values": rates, "rankers": rankers})
     a_a = {"by_session": 0.05, "users_by_session": 0.1, "by_user": 0.05, "repetitions": 1000, "sessions": 9, "users": 3}
     return {"seeds": seeds, "a_a": a_a}
@@ -79,6 +83,8 @@ def test_bias_rmse_and_coverage_are_over_seeds() -> None:
     assert row["bias_interval"][0] < 0.05 < row["bias_interval"][1]
     assert row["rmse"] == pytest.approx(np.sqrt((0.0025 + 0.0025 + 0.04) / 4))
     assert row["normal_coverage"] == row["bootstrap_coverage"] == 0.75
+    few = found.effective[0]
+    assert len(TARGETS) * 4 == few["estimates"] and few["to"] == 30.0 and few["coverage"] == 0.75
     assert found.a_b[0]["needed"] > 1000 and found.a_b[0]["difference"] == pytest.approx(0.03)
     by_metric = {row["metric"]: row for row in found.rankers}
     assert by_metric["good"]["correlation"] == pytest.approx(1.0) and by_metric["good"]["lost"] == pytest.approx(0.0)
@@ -92,7 +98,9 @@ def test_it_writes_a_page_tables_and_a_picture(tmp_path) -> None:
     page = (tmp_path / "study.md").read_text()
     assert "python -m jobs.policy_study" in page and "| prefix IPS | +0.0500 [" in page and "75% [30%, 95%]" in page
     rows = list(csv.DictReader(io.StringIO((tmp_path / "study.csv").read_text())))
-    assert len(rows) == 2 * len(TARGETS) and float(rows[0]["bias_low"]) < float(rows[0]["bias_high"])
+    assert len(rows) == len(policy_study_report.TRUSTED) * len(TARGETS) and float(rows[0]["bias_low"]) < float(
+        rows[0]["bias_high"]
+    )
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
