@@ -132,8 +132,10 @@ def from_shares(log: Log, other: Log, items: int, seed: int = 0) -> list[tuple[s
 
 
 def report(wheel: Path) -> str:
-    """The Markdown table: clicks per 1,000 impressions with 95 % bootstrap intervals."""
+    """As Markdown."""
     lines = [
+        "Clicks per 1,000 impressions, 95 % bootstrap intervals over impressions:",
+        "",
         "| campaign | policy | from | its probabilities | estimator | value | 95 % | effective rows |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -161,6 +163,11 @@ def report(wheel: Path) -> str:
                     lines.append(
                         _line(campaign, policy, source, how, it.estimator, it.value, *it.bootstrap, effective=rows)
                     )
+    lines += ["", "Mean logged propensities of BTS, summed over the items of a position (a probability's sum is 1):"]
+    for campaign in CAMPAIGNS:
+        log = read(wheel, "bts", campaign)
+        sums = mean_of_logged(log, int(log.item.max()) + 1).sum(axis=0)
+        lines.append(f"- {campaign}: {', '.join(f'{total:.2f}' for total in sums)}")
     return "\n".join(lines) + "\n"
 
 

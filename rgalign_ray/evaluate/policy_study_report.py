@@ -326,7 +326,7 @@ def picture(found: Summary) -> bytes:
                 height = PICTURED.index(row["estimator"]) + 0.14 * (number - 2)
                 low, high = (scale(bound) for bound in row[f"{value}_interval"])
                 axes.hlines(height, low, high, color=COLOURS[number], linewidth=1.4)
-                label = target if row["estimator"] == "prefix IPS" else None
+                label = target if row["estimator"] == PICTURED[0] else None
                 axes.plot(scale(row[value]), height, "o", color=COLOURS[number], markersize=4, label=label)
         _heights(axes, PICTURED)
         axes.set_title(title)
@@ -337,7 +337,7 @@ def picture(found: Summary) -> bytes:
         first, second, third = figure.subplots(1, 3)
         by_estimator(first, "normal_coverage", "Truth inside the 95 % normal interval, %", _percent)
         first.axvline(95, color="#777777", linewidth=1, linestyle=":")
-        first.legend(title="target policy", loc="lower left", frameon=True, edgecolor="#dddddd")
+        first.legend(title="target policy", loc="upper left", frameon=True, edgecolor="#dddddd")
         by_estimator(second, "rmse", "RMSE of clicks per slate", float)
         second.set_xlim(left=0)
         second.set_yticklabels([])
