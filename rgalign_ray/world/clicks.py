@@ -31,6 +31,9 @@ class ClickModel(Protocol):
     def expected(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(P(at least one click) [n], P(a click that resolves) [n]) on intents `ranked` [n, k] from the top."""
 
+    def expected_clicks(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+        """Expected number of clicks [n] on intents `ranked` [n, k] from the top."""
+
 
 class PositionModel:
     """P(click at k) = examination(k) · sigmoid(…) + floor, at most 1, independent of the other positions."""
@@ -45,6 +48,9 @@ class PositionModel:
     def expected(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p, r = self.probability(need, bias, ranked), resolution_probability(need, ranked)
         return 1.0 - np.prod(1.0 - p, axis=1), 1.0 - np.prod(1.0 - p * r, axis=1)
+
+    def expected_clicks(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+        return self.probability(need, bias, ranked).sum(axis=1)
 
     def probability(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> np.ndarray:
         """P(click) [n, k]."""
@@ -77,15 +83,18 @@ class CascadeModel:
 
     def expected(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         a, r = attraction(need, bias, ranked), resolution_probability(need, ranked)
-        looks, unclicked = np.ones(len(ranked)), np.ones(len(ranked))  # P(looks at k), P(that and no click before)
-        ctr, resolution = np.zeros(len(ranked)), np.zeros(len(ranked))
-        for click, helps in zip(a.T, r.T, strict=True):
-            ctr += unclicked * click
-            resolution += looks * click * helps
-            skips = (1.0 - click) * PARAMETERS.goes_on_after_skip
-            unclicked *= skips
-            looks *= click * (1.0 - helps) * PARAMETERS.goes_on_after_click + skips
-        return ctr, resolution
+        unclicked = _before(np.cumprod((1.0 - a) * PARAMETERS.goes_on_after_skip, axis=1))
+        return (unclicked * a).sum(axis=1), (self._looks(a, r) * a * r).sum(axis=1)
+
+    def expected_clicks(self, need: np.ndarray, bias: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+        a, r = attraction(need, bias, ranked), resolution_probability(need, ranked)
+        return (self._looks(a, r) * a).sum(axis=1)
+
+    @staticmethod
+    def _looks(a: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """P(looks at k) [n, k], from attraction and P(resolved | click)."""
+        goes_on = a * (1.0 - r) * PARAMETERS.goes_on_after_click + (1.0 - a) * PARAMETERS.goes_on_after_skip
+        return _before(np.cumprod(goes_on, axis=1))
 
 
 MODELS: dict[str, ClickModel] = {"position": PositionModel(), "cascade": CascadeModel()}
@@ -108,6 +117,11 @@ def _attraction(need: np.ndarray, bias: np.ndarray, intents: np.ndarray, looked_
     relevance = kb.relevance()[need[:, None], intents]
     logit = p.click_bias + bias[:, None] + p.relevance_slope * relevance + p.bait * kb.clickbait()[intents]
     return np.minimum(looked_at / (1.0 + np.exp(-logit)) + p.click_floor, 1.0)
+
+
+def _before(products: np.ndarray) -> np.ndarray:
+    """Of running products [n, k] those of the positions above: 1 at the first."""
+    return np.concatenate([np.ones((len(products), 1)), products[:, :-1]], axis=1)
 
 
 def resolution_probability(need: np.ndarray, ranked: np.ndarray) -> np.ndarray:

@@ -183,6 +183,11 @@ class Shop:
         )
         return table, truth, int(clicked.any(axis=1).sum())
 
+    def old_weights(self, day: int, start: int, stop: int) -> np.ndarray:
+        """The old ranker's weights [n, I] in these sessions; its slates are mixed with uniform ones."""
+        entries = self.entries(day, start, stop)
+        return self.old_ranker.weights(entries.active, entries.base > 0)
+
     def _times(self, day: int, number: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Entries in the order of their numbers, spread over the day as people are awake."""
         quantile = (number + u) / self.sessions_of_day[day]

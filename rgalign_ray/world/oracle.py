@@ -65,6 +65,11 @@ class Oracle:
         rows = self._rows(session_ids)
         return self._clicks.expected(self._need[rows], self._bias[rows], ranked)
 
+    def expected_clicks(self, session_ids: list[str], ranked: np.ndarray) -> np.ndarray:
+        """float64 [S], the expected number of clicks where session s is shown `ranked[s]` (int [S, k])."""
+        rows = self._rows(session_ids)
+        return self._clicks.expected_clicks(self._need[rows], self._bias[rows], ranked)
+
     def best(self, session_ids: list[str], k: int) -> np.ndarray:
         """int [S, k]: intents by relevance to the true need, equal ones by id."""
         relevance = kb.relevance()[self._need[self._rows(session_ids)]]

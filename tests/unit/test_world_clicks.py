@@ -64,6 +64,10 @@ def test_draws_have_the_expected_rates(model):
     drawn = clicks.MODELS[model].draw(Draws(0), session, *repeated)
     found = np.stack([part.any(axis=1).reshape(8, REPETITIONS).mean(axis=1) for part in drawn], axis=1)
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / REPETITIONS)
+    count = drawn[0].sum(axis=1).reshape(8, REPETITIONS).mean(axis=1)
+    assert count == pytest.approx(
+        clicks.MODELS[model].expected_clicks(need, bias, ranked), abs=4 * np.sqrt(0.75 / REPETITIONS)
+    )
     assert expected.min() < 0.1 and expected.max() > 0.7  # slates with and without the need
 
 
