@@ -74,6 +74,7 @@ class TestSessions:
         self.candidates = self.catalogue.candidates(self.table)
         self.mask = self.candidates >= 0
         self.clicks = self.catalogue.padded(self.table["clicks"], self.candidates)
+        self.shown = self.catalogue.padded(self.table["shown"], self.candidates)
         self.oracle = Oracle.load(truth_uri) if truth_uri else None
         if not (self.clicks.any(axis=1) & (self.mask & ~self.clicks).any(axis=1)).any():
             raise DataError(f"role test: {len(self.ids)} sessions, none with a click to judge by; raise roles.test.")
@@ -88,15 +89,16 @@ class TestSessions:
     def judge(self, scores: np.ndarray) -> Judged:
         """Every metric of one ranker's scores [S, C]."""
         k = self.settings.k
-        session = np.nonzero(self.mask)[0]
-        auc = metrics.group_auc(scores[self.mask], self.clicks[self.mask], session)
-        gauc = np.full(len(self.ids), np.nan)
-        gauc[auc.groups] = auc.auc
+        gauc = self._auc(scores, self.mask)
         values = {
             "GAUC": gauc,
             f"Recall@{k}": metrics.recall_at_k(scores, self.clicks, self.mask, k),
             f"NDCG@{k}": metrics.ndcg_at_k(scores, self.clicks, self.mask, k),
         }
+        shown = self.shown & self.mask
+        among_shown = self._auc(scores, shown)
+        if (shown != self.mask).any() and not np.isnan(among_shown).all():
+            values["GAUC shown"] = among_shown
         needs = self.needs()
         if self.oracle is not None and needs is not None:
             values[f"need Recall@{k}"] = metrics.recall_at_k(scores, needs, self.mask, k)
@@ -105,8 +107,16 @@ class TestSessions:
             uniform = np.where(self.oracle.uniform(self.ids), gauc, np.nan)
             if not np.isnan(uniform).all():
                 values["GAUC uniform"] = uniform
-        impressions = self.mask.sum(axis=1).astype(np.float64)
-        return Judged(values, {name: impressions for name in values if name.startswith("GAUC")}, scores)
+        ranked, seen = (among.sum(axis=1).astype(np.float64) for among in (self.mask, shown))
+        weights = {name: seen if name == "GAUC shown" else ranked for name in values if name.startswith("GAUC")}
+        return Judged(values, weights, scores)
+
+    def _auc(self, scores: np.ndarray, among: np.ndarray) -> np.ndarray:
+        """AUC of each session's clicks among some of its candidates, bool [S, C]; nan where there is but one class."""
+        auc = metrics.group_auc(scores[among], self.clicks[among], np.nonzero(among)[0])
+        found = np.full(len(self.ids), np.nan)
+        found[auc.groups] = auc.auc
+        return found
 
     def calibration(self, scores: np.ndarray) -> dict[str, list[float]]:
         """How often a candidate is clicked that softmax(scores) expects to be, over sessions with a click.

@@ -28,7 +28,7 @@ from rgalign_ray.loop.stages import stages
 from rgalign_ray.reasoner import models
 
 console = Console(stderr=True)
-TABLE_WIDTH = 116
+TABLE_WIDTH = 128
 """Columns that the headline needs; a narrower terminal wraps its lines rather than losing figures."""
 
 

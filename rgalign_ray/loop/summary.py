@@ -23,6 +23,7 @@ METRICS = {
     "need Recall@{k}": "Share of sessions whose true need is among the first {k} (simulated shop only).",
     "true CTR@{k}": "Expected probability of a click when the first {k} are shown, by the shop's own click model.",
     "resolved@{k}": "The same for a click that resolves the need.",
+    "GAUC shown": "GAUC among the candidates that were shown, so that imitating what chose them is worth nothing.",
     "GAUC uniform": "GAUC on the sessions whose slate was drawn uniformly, which owe nothing to the old ranker.",
 }
 

@@ -132,10 +132,25 @@ def test_uniform_slates_are_judged_by_themselves(sessions: TestSessions, place: 
     assert (judged.weights["GAUC uniform"] == judged.weights["GAUC"]).all()
 
 
+def test_gauc_among_the_shown_knows_nothing_of_the_rest(sessions: TestSessions) -> None:
+    draw = np.random.default_rng(0)
+    scores = draw.normal(size=sessions.mask.shape)
+    elsewhere = np.where(sessions.shown, scores, draw.normal(size=scores.shape))
+    found, other = sessions.judge(scores), sessions.judge(elsewhere)
+    np.testing.assert_array_equal(found.values["GAUC shown"], other.values["GAUC shown"])
+    assert np.nansum(found.values["GAUC"] != other.values["GAUC"]) > 0
+    clicked, shown = sessions.clicks.sum(axis=1), sessions.shown.sum(axis=1)
+    counted = ~np.isnan(found.values["GAUC shown"])
+    np.testing.assert_array_equal(counted, (clicked > 0) & (clicked < shown))
+    np.testing.assert_array_equal(found.weights["GAUC shown"], shown)
+    right = sessions.judge(sessions.clicks.astype(float)).values["GAUC shown"]
+    assert (right[counted] == 1).all()
+
+
 def test_without_a_truth_there_is_nothing_to_say_of_needs(place: Path) -> None:
     sessions = TestSessions(str(place / "log"), None, SETTINGS)
     assert sessions.needs() is None
-    assert set(sessions.judge(sessions.clicks * 1.0).values) == {"GAUC", "Recall@3", "NDCG@3"}
+    assert set(sessions.judge(sessions.clicks * 1.0).values) == {"GAUC", "GAUC shown", "Recall@3", "NDCG@3"}
 
 
 def test_the_first_k_are_the_best_and_equal_ones_stand_by_intent(sessions: TestSessions) -> None:
@@ -233,6 +248,7 @@ def _log(folder: Path, clicks: list[list[bool]], order: list[int] | None = None)
             "session_id": [f"t{i}" for i in range(count)],
             "user_id": [f"u{i}" for i in range(count)],
             "candidates": [["b", "a"]] * count,
+            "shown": [[True, True]] * count,
             "clicks": clicks,
             "role": ["test"] * (count - 1) + ["rank"],
         }
