@@ -9,7 +9,10 @@ from rgalign_ray import config
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.mutual_attention import MutualAttention
 from rgalign_ray.ranker.sizes import Sizes
-from rgalign_ray.ranker.towers import ItemTower, QueryTower, UserTower
+from rgalign_ray.ranker.towers import Events, ItemTower, QueryTower, TargetAttention, UserTower
+
+User = tuple[Tensor, Tensor, Tensor]
+"""The user tower's vector [B, d], events [B, H, d] and where events are padding [B, H]."""
 
 
 class Head(nn.Module):
@@ -37,6 +40,10 @@ class Head(nn.Module):
 class QERec(Ranker):
     """The ranker that reads query embeddings.
 
+    What stands for the user beside a candidate is u + Σ_t a(e_t, v_i)·e_t: the tower's vector, and the history as
+    DIN's attention reads it for that very candidate. A vector made before the candidate is known blurs events that
+    point straight at an intent.
+
     ⟨z, v_i⟩/τ + prior_i is the query tower's own opinion: with the base rate added, what is left for the
     vector to say is what distinguishes the session.
     """
@@ -47,6 +54,8 @@ class QERec(Ranker):
     def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
         super().__init__(sizes, settings)
         self.user_tower = UserTower(sizes, settings)
+        self.events = Events(sizes, settings.dim)
+        self.interest = TargetAttention(settings.dim)
         self.item_tower = ItemTower(sizes, settings)
         self.query_tower = QueryTower(sizes, settings)
         self.layers = nn.ModuleList(
@@ -54,15 +63,17 @@ class QERec(Ranker):
         )
         self.head = Head(settings.dim)
 
-    def users(self, batch: Batch) -> Tensor:
-        """u [B, d]."""
-        return self.user_tower(batch)
+    def users(self, batch: Batch) -> User:
+        history = batch["history"]
+        return self.user_tower(batch), self.events(history), history == 0
 
-    def relevance(self, u: Tensor, v: Tensor, z: Tensor | None = None) -> Tensor:
-        """[B, C] from u [B, d], v [B, C, d] and z [B, d]; [B, N, C] from z [B, N, d]."""
+    def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
+        """[B, C] from v [B, C, d] and z [B, d]; [B, N, C] from z [B, N, d]."""
         assert z is not None, "QE-Rec reads a query vector; the null query has one too"
+        user, events, padding = u
         single = z.dim() == 2
-        wide_u, wide_v = u[:, None, None], v[:, None]  # [B, 1, 1, d], [B, 1, C, d]
+        wide_u = (user[:, None] + self.interest(events, padding, v))[:, None]  # [B, 1, C, d]
+        wide_v = v[:, None]  # [B, 1, C, d]
         wide_z = (z[:, None] if single else z)[:, :, None]  # [B, N, 1, d]
         attended: tuple[Tensor, Tensor, Tensor] = (wide_u, wide_v, wide_z)
         for layer in self.layers:
@@ -75,6 +86,6 @@ class QERec(Ranker):
         """⟨z, v_i⟩/τ + prior_i for every intent: [..., I] from z [..., d]; `items` [I, d] where already computed."""
         return z @ (self.items() if items is None else items).T / self.settings.tau + self.prior
 
-    def user_logits(self, u: Tensor, items: Tensor) -> Tensor:
+    def user_logits(self, u: User, items: Tensor) -> Tensor:
         """The user tower's ranking in the same form: ⟨u, v_i⟩/τ + prior_i, [B, I]."""
-        return u @ items.T / self.settings.tau + self.prior
+        return u[0] @ items.T / self.settings.tau + self.prior

@@ -105,6 +105,27 @@ class HistoryEncoder(nn.Module):
         return torch.einsum("bth,bthe->bhe", weights, values).flatten(1)
 
 
+class TargetAttention(nn.Module):
+    """Σ_t a(e_t, v)·e_t over a session's events [B, H, d] for each candidate [B, C, d], with a an MLP: [B, C, d].
+
+    Zhou et al. 2018, "Deep Interest Network for Click-Through Rate Prediction", eq. 3: weights are not
+    normalised, so that their sum tells how much of the history concerns the candidate.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.event = nn.Linear(dim, dim)
+        self.candidate = nn.Linear(dim, dim, bias=False)
+        self.product = nn.Linear(dim, dim, bias=False)
+        self.weight = nn.Sequential(nn.PReLU(), nn.Linear(dim, 1))
+
+    def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
+        """[B, C, d] from events [B, H, d], bool [B, H] where they are padding, and candidates v [B, C, d]."""
+        pairs = self.product(events[:, None] * v[:, :, None])  # [B, C, H, d]
+        weights = self.weight(pairs + self.event(events)[:, None] + self.candidate(v)[:, :, None]).squeeze(-1)
+        return weights.masked_fill(padding[:, None], 0.0) @ events
+
+
 class MixtureOfExperts(nn.Module):
     """[B, n] → [B, d]: experts of two layers, weighted by a softmax gate that reads the same input."""
 

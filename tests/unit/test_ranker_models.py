@@ -14,19 +14,18 @@ from ranker_data import rows, sizes
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.baselines.bst import TargetTransformer
-from rgalign_ray.ranker.baselines.din import TargetAttention
 from rgalign_ray.ranker.baselines.sasrec import CausalHistory
 from rgalign_ray.ranker.fit import MODELS, query_input, to_batch
 from rgalign_ray.ranker.mutual_attention import MutualAttention
 from rgalign_ray.ranker.qe_rec import QERec
-from rgalign_ray.ranker.towers import QueryTower
+from rgalign_ray.ranker.towers import QueryTower, TargetAttention
 from rgalign_ray.ranker.whitening import Moments, Whitening
 
 SIZES = sizes()
 SETTINGS = config.Ranker(dim=16, heads=4, attention_layers=2, whitened_dim=8)
 
 
-READING = [kind for kind in MODELS.values() if kind.reads_queries]
+READING = [kind for kind in MODELS.values() if kind.reads_queries and kind.trained]
 
 
 def _listening(kind: type[Ranker]) -> Ranker:
@@ -205,6 +204,20 @@ def test_null_query_sends_no_nan_into_the_gradient(kind: type[Ranker]) -> None:
     embedding[0] = torch.nan
     ranker(batch, embedding, torch.arange(6) == 0).sum().backward()
     assert all(p.grad.isfinite().all() for p in ranker.parameters() if p.grad is not None)
+
+
+def test_the_cosine_compares_texts_as_they_are_and_null_is_close_to_nothing() -> None:
+    model = MODELS["cosine"](SIZES, SETTINGS).eval()
+    texts = np.random.default_rng(0).normal(size=(SIZES.num_intents, SIZES.embedding_dim))
+    model.item_tower.set_text(texts)
+    batch, embedding, _ = _input()
+    embedding[0] = 3 * torch.from_numpy(texts[2])  # the very text of intent 2, at another length
+    batch["candidates"] = torch.arange(SIZES.num_intents).expand(6, -1)
+    scores = model(batch, embedding, torch.arange(6) == 5)
+    expected = torch.nn.functional.cosine_similarity(embedding[:, None], torch.from_numpy(texts).float()[None], dim=-1)
+    torch.testing.assert_close(scores[:5], expected[:5])
+    assert scores[0].argmax() == 2 and scores[0, 2] == pytest.approx(1.0)
+    assert (scores[5] == 0).all()
 
 
 def test_fresh_query_tower_says_null_and_its_gate_can_open() -> None:

@@ -8,31 +8,10 @@ from torch import Tensor, nn
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.sizes import Sizes
-from rgalign_ray.ranker.towers import Events, FieldTokens, ItemTower, Joint, QueryTower
+from rgalign_ray.ranker.towers import Events, FieldTokens, ItemTower, Joint, QueryTower, TargetAttention
 
 User = tuple[Tensor, Tensor, Tensor]
 """Fields [B, T·d], events [B, H, d] and where events are padding [B, H]."""
-
-
-class TargetAttention(nn.Module):
-    """Σ_t a(e_t, v)·e_t over a session's events [B, H, d] for each candidate [B, C, d], with a an MLP: [B, C, d].
-
-    Zhou et al. 2018, "Deep Interest Network for Click-Through Rate Prediction", eq. 3: weights are not
-    normalised, so that their sum tells how much of the history concerns the candidate.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.event = nn.Linear(dim, dim)
-        self.candidate = nn.Linear(dim, dim, bias=False)
-        self.product = nn.Linear(dim, dim, bias=False)
-        self.weight = nn.Sequential(nn.PReLU(), nn.Linear(dim, 1))
-
-    def forward(self, events: Tensor, padding: Tensor, v: Tensor) -> Tensor:
-        """[B, C, d] from events [B, H, d], bool [B, H] where they are padding, and candidates v [B, C, d]."""
-        pairs = self.product(events[:, None] * v[:, :, None])  # [B, C, H, d]
-        weights = self.weight(pairs + self.event(events)[:, None] + self.candidate(v)[:, :, None]).squeeze(-1)
-        return weights.masked_fill(padding[:, None], 0.0) @ events
 
 
 class TargetAware(Ranker):
