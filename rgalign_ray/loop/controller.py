@@ -139,7 +139,7 @@ def connect(config: Config) -> None:
 
     Raises:
         ConfigError: when the cluster cannot hold the plan.
-        InfrastructureError: when the address does not answer.
+        InfrastructureError: when the address does not answer, or Ray does not start on this machine.
     """
     environment.prepare(config)
     import ray
@@ -148,13 +148,18 @@ def connect(config: Config) -> None:
         cluster = config.cluster
         quiet = {"logging_level": "error", "logging_config": ray.LoggingConfig(log_level="ERROR")}
         if cluster.address is None:
-            ray.init(
-                address="local",  # else Ray joins whatever cluster was last started on this machine, dead or alive
-                num_cpus=plan.local_cpus(config),
-                object_store_memory=cluster.object_store_mb * 2**20,
-                include_dashboard=False,
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",  # else Ray joins whatever cluster was last started on this machine, dead or alive
+                    num_cpus=plan.local_cpus(config),
+                    object_store_memory=cluster.object_store_mb * 2**20,
+                    include_dashboard=False,
+                    **quiet,
+                )
+            except Exception as error:  # Ray raises no narrower one when a node is not up within its 30 s
+                raise InfrastructureError(
+                    f"Ray did not start on this machine ({error}); a machine under heavy load is too slow for it."
+                ) from error
         else:
             try:
                 ray.init(address=cluster.address, runtime_env={"env_vars": environment.for_workers()}, **quiet)
