@@ -297,6 +297,9 @@ class Evaluate(Settings):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     examples: Annotated[int, Field(ge=0)] = 5
     """Test sessions shown with their latent query before and after alignment."""
+    hit_rate_sessions: Annotated[int, Field(ge=0)] = 0
+    """Test sessions of the shop that get a latent query each, for the Intent Hit Rate before and after alignment; it is
+    read by `compare.encoder`."""
     first_example: str | None = None
     """Intent whose session is shown first: one whose true need it is, or that clicked it."""
 

@@ -81,6 +81,8 @@ def settle(config: Config) -> Config:
         ConfigError: when the package that holds the model is not installed, before a worker finds that out.
     """
     models.resolve(config.reasoner.model)
+    if config.evaluate.hit_rate_sessions:
+        models.resolve(config.compare.encoder.model)
     place = storage.join(config.run_uri, "settled.json")
     if not storage.exists(place):
         storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.evaluate.examples import example_sessions
+from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits
 from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
-from rgalign_ray.evaluate.report import Example
+from rgalign_ray.evaluate.report import Comparison, Estimate, Example
+from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop.rank_stages import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
+from rgalign_ray.reasoner.engine import Prompts
 
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
@@ -21,7 +27,13 @@ def stages(config: Config) -> list[Stage]:
     inputs += [f"{kind}_{r}" for r in sorted({0, config.rounds}) for kind in ("embeddings", "rankers")]
     inputs += truth_inputs(config)
     return [
-        Stage("evaluation", "judge every ranker on the test sessions", evaluate, ("evaluate", "prompt"), tuple(inputs))
+        Stage(
+            "evaluation",
+            "judge every ranker on the test sessions",
+            evaluate,
+            ("evaluate", "prompt", "compare.encoder", "compare.max_text_tokens"),
+            tuple(inputs),
+        )
     ]
 
 
@@ -56,6 +68,7 @@ def evaluate(run: Run, out: str) -> Outcome:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
     for rung, control in zip(ladder[-2:], controls[1:3], strict=True):
         comparisons += compare(rung, control, judged[rung.name], judged[control.name], test.users, settings)
+    comparisons += _hit_rate(run, test)
     evaluation = {
         "rows": [row.model_dump() for row in rows],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
@@ -89,6 +102,42 @@ def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[E
             wanted_is="clicked" if needs is None else "true need",
         )
         for row, text in zip(chosen, texts, strict=True)
+    ]
+
+
+def _hit_rate(run: Run, test: TestSessions) -> list[Comparison]:
+    """Intent Hit Rate of the last reasoner against the frozen one's, on sessions where both wrote a valid query."""
+    sessions = hit_rate_sessions(run.uri("sessions"), run.truth, run.config.evaluate)
+    if not sessions:
+        return []
+    settings = run.config.evaluate
+    template = Template.load(run.config.prompt.template)
+    encoder = sentence_engine(run.config).start()
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return encoder.embed(Prompts("", texts, ""))
+
+    assert test.oracle is not None, "hit rate sessions are drawn where the truth is known"
+    needs = [test.catalogue.index[need] for need in test.oracle.needs(sessions)]
+    texts = template.items(test.catalogue.intents)
+    queries = [_queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)]
+    before, after = (hits([written.get(i) for i in sessions], needs, texts, embed) for written in queries)
+    both = ~np.isnan(before) & ~np.isnan(after)
+    if not both.any():
+        return []
+    user_of = dict(zip(test.ids, test.users, strict=True))
+    users = [user_of[session] for session, counts in zip(sessions, both, strict=True) if counts]
+    gain = paired_bootstrap(
+        after[both], before[both], users, repetitions=settings.bootstrap, confidence=settings.confidence
+    )
+    return [
+        Comparison(
+            better=f"aligned reasoner ({after[both].mean():.1%})",
+            worse=f"frozen reasoner ({before[both].mean():.1%})",
+            metric=f"Intent Hit Rate, {len(users)} queries",
+            difference=Estimate(value=gain.mean, low=gain.users[0], high=gain.users[1]),
+            separated=gain.separated,
+        )
     ]
 
 

@@ -10,6 +10,7 @@ import ray
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Baseline, Config
 from rgalign_ray.evaluate.examples import example_sessions
+from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
@@ -141,7 +142,10 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         template=Template.load(config.prompt.template),
         roles=ENCODED,
         queries_for=("valid", "test") if config.evaluate.readout == "query" else (),
-        query_sessions=tuple(example_sessions(run.uri("sessions"), run.truth, config.evaluate)),
+        query_sessions=(
+            *example_sessions(run.uri("sessions"), run.truth, config.evaluate),
+            *hit_rate_sessions(run.uri("sessions"), run.truth, config.evaluate),
+        ),
         encode=config.encode,
         sampling=config.rollout,
         run_seed=config.seed,
