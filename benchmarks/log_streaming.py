@@ -11,8 +11,9 @@ Makes a log of the simulated shop and ingests it, once, and measures each path i
     hold      as `examples`, but the batches are kept and joined, as a worker does that trains on them
 
 Rates are taken between the first batch and the last, so that the start of Ray does not count; CPU seconds are those of
-the driver and of every Ray process. Memory is the most that all of them held, shared pages counted once. Smaller logs
-are the first files of the largest.
+the driver and of every Ray process; workers start inside that time, so a log must be large for the rate to be steady.
+Memory is the most that all of them held, shared pages counted once. Smaller logs are the first files of the largest,
+hence as large as these files allow.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ DAYS = 8
 CPUS = 2
 """Of the Ray that is started; one task each."""
 DEADLINE_S = 3600.0
-meter.SAMPLE_EVERY_S = 1.0
+SAMPLE_EVERY_S = 1.0
+"""Of the memory: the smallest log is over in seconds."""
 
 
 def measure(
@@ -67,6 +69,7 @@ def measure(
     ] = None,
 ) -> None:
     """Measure every path on logs of several sizes, and print rates, ratios and memory."""
+    environment.prepare(config.load("demo"))  # inherited by the measuring processes, whose Ray reads it at import
     out = out.absolute()
     sizes = sorted(size or SIZES)
     log = _prepare(out, sizes[-1], source)
@@ -136,12 +139,13 @@ def _run(command: list[str]) -> None:
 
 def one(path: str, log: str, result: str) -> None:
     """One path over one log, in this process."""
-    environment.prepare(config.load("demo", []))
     space = storage.read_json(storage.join(os.path.dirname(log), "features.json"))
+    meter.SAMPLE_EVERY_S = SAMPLE_EVERY_S
     before = meter.memory_mb()
     with meter.PeakMemory() as memory:
         measured = _fit(path, log) if path.startswith("fit") else _examples(path, log, space)
-    figures = measured | {"peak_mb": memory.peak_mb, "before_mb": before}
+    sessions = sum(pq.read_metadata(file).num_rows for file in Path(log, "sessions").rglob("*.parquet"))
+    figures = measured | {"log_sessions": sessions, "peak_mb": memory.peak_mb, "before_mb": before}
     Path(result).write_text(json.dumps(figures))
 
 
@@ -199,7 +203,7 @@ def _examples(path: str, log: str, space: dict[str, Any]) -> dict[str, Any]:
         for _ in watch.passes(training_table(table, **encode) for table in _scan(log, names, READ)):
             pass
         return watch.figures()
-    _start_ray()
+    _connect()
     blocks = training._dataset(job, catalogue, None).iter_batches(batch_size=None, batch_format="pyarrow")
     if path == "examples":
         for _ in watch.passes(blocks):
@@ -220,17 +224,16 @@ def _fit(path: str, log: str) -> dict[str, Any]:
     if path == "fit_scan":
         tables: Any = _scan(log, spec.columns, ("rank",))
     else:
-        _start_ray()
+        _connect()
         tables = stream.batches(stream.sessions(log, columns=spec.columns, roles=["rank"]))
     FeatureSpace.fit(spec, watch.passes(tables))
     return watch.figures()
 
 
-def _start_ray() -> None:
-    import ray
+def _connect() -> None:
+    from rgalign_ray.loop import controller
 
-    ray.init(num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    controller.connect(config.load("demo", [f"cluster.num_cpus={CPUS}"]))
 
 
 def _scan(log: str, names: list[str], roles: tuple[str, ...]) -> Iterator[pa.Table]:
@@ -271,13 +274,15 @@ def _summary(found: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
     for path, plain in (("examples", "scan"), ("fit", "fit_scan")):
         for name in ("rows_per_s", "rows_per_cpu_s"):
             summary[path][f"{name}_ratio"] = summary[path][name][largest][0] / summary[plain][name][largest][0]
+    summary["log_sessions"] = {one["sessions"]: one["log_sessions"] for one in found}
     summary["hold"]["bytes_per_session"] = values("hold", largest, "held_bytes_per_session")[0]
     return summary
 
 
 def _show(summary: dict[str, Any], sizes: list[int]) -> None:
-    table = Table(title=f"{sizes[-1]:,} sessions; Ray with {CPUS} CPUs")
-    for name in ("path", "rows/s", "rows/s of CPU", *(f"MiB at {rows:,}" for rows in sizes), "largest / smallest"):
+    held = [summary["log_sessions"][rows] for rows in sizes]
+    table = Table(title=f"{held[-1]:,} sessions; Ray with {CPUS} CPUs")
+    for name in ("path", "rows/s", "rows/s of CPU", *(f"MiB at {rows:,}" for rows in held), "largest / smallest"):
         table.add_column(name, justify="left" if name == "path" else "right")
     for path in PATHS:
         rates = ["{:,.0f}\n{:,.0f} … {:,.0f}".format(*summary[path][name][sizes[-1]]) for name in _RATES]
