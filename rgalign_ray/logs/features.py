@@ -211,8 +211,10 @@ class _Fitting:
         self.counts = {name: Counter() for name in [*names, "history"]}
         self._numeric = [f.name for f in self.spec.of_kind("numeric")]
         self._random = np.random.default_rng(0)
-        self._priority = np.empty(0)
-        self._sample = np.empty((0, len(self._numeric)))
+        self._bound = np.inf
+        """Rows with a greater priority cannot be among the smallest."""
+        self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        """Priorities [b] and values [b, numeric fields] of the rows that may be."""
 
     def add(self, batch: pa.Table) -> None:
         self.spec.check(batch.schema, "features")
@@ -229,26 +231,34 @@ class _Fitting:
             self.counts[name][entry["values"]] += entry["counts"]
 
     def _keep(self, batch: pa.Table) -> None:
-        """Bottom-k sampling: each row draws a number, and the rows with the smallest are kept."""
+        """Bottom-k sampling: each row draws a number, and the rows with the smallest are kept.
+
+        Rows gather until they are twice the sample: to cut it after every batch would copy it as often.
+        """
         priority = self._random.random(batch.num_rows)
-        if len(self._priority) == SAMPLE_ROWS:
-            chosen = np.flatnonzero(priority < self._priority.max())
-        else:
-            chosen = np.arange(batch.num_rows)
+        chosen = np.flatnonzero(priority < self._bound)
         rows = [_floats(batch[name])[chosen] for name in self._numeric]
         values = np.stack(rows, axis=1) if rows else np.empty((len(chosen), 0))
-        priority = np.concatenate([self._priority, priority[chosen]])
+        self._held.append((priority[chosen], values))
+        if sum(len(priority) for priority, _ in self._held) >= 2 * SAMPLE_ROWS:
+            self._cut()
+
+    def _cut(self) -> np.ndarray:
+        """float64 [at most SAMPLE_ROWS, numeric fields], the sample; what is held besides is dropped."""
+        priority, values = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
         smallest = np.argsort(priority, kind="stable")[:SAMPLE_ROWS]
-        self._priority = priority[smallest]
-        self._sample = np.concatenate([self._sample, values])[smallest]
+        self._held = [(priority[smallest], values[smallest])]
+        if len(smallest) == SAMPLE_ROWS:
+            self._bound = priority[smallest[-1]]
+        return self._held[0][1]
 
     def vocabulary(self, name: str) -> list[str]:
         return sorted(value for value, count in self.counts[name].items() if count >= self.spec.min_count)
 
     def edges(self) -> dict[str, list[float]]:
+        sample = self._cut()
         return {
-            f.name: _edges(self._sample[:, position], f.buckets)
-            for position, f in enumerate(self.spec.of_kind("numeric"))
+            f.name: _edges(sample[:, position], f.buckets) for position, f in enumerate(self.spec.of_kind("numeric"))
         }
 
 

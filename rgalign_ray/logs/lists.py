@@ -39,10 +39,10 @@ def places(counts: np.ndarray) -> np.ndarray:
 
 def padded(counts: np.ndarray, values: np.ndarray, width: int, fill: Any) -> np.ndarray:
     """[B, width] of the values' type: each row's values from the left, then `fill`; longer lists are cut at the end."""
+    if (counts > width).any():
+        values = values[places(counts) < width]
     out = np.full((len(counts), width), fill, dtype=values.dtype)
-    place = places(counts)
-    keep = place < width
-    out[rows(counts)[keep], place[keep]] = values[keep]
+    out[np.arange(width) < counts[:, None]] = values
     return out
 
 

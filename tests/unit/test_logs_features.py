@@ -168,10 +168,22 @@ def test_quantiles_come_from_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -
     fitting = features._Fitting(spec)
     for batch in batches:
         fitting.add(batch)
-    assert fitting._sample.shape == (2000, 1)
+        assert sum(len(values) for _, values in fitting._held) <= 2 * 2000
     assert fitting.edges()["days_late"][0] == pytest.approx(20, abs=1.5), (
         "the median of 0 to 40, drawn from all batches"
     )
+
+
+def test_the_sample_is_the_rows_with_the_smallest_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "SAMPLE_ROWS", 100)
+    spec = FeatureSpec(fields=(FieldSpec(name="days_late", kind="numeric"),))
+    values, drawn = np.random.default_rng(5).normal(size=1500), np.random.default_rng(0).random(1500)
+    base = table(*(session(i) for i in range(30)))
+    place = base.column_names.index("days_late")
+    fitting = features._Fitting(spec)
+    for start in range(0, 1500, 30):
+        fitting.add(base.set_column(place, "days_late", pa.array(values[start : start + 30])))
+    assert sorted(fitting._cut()[:, 0]) == sorted(values[np.argsort(drawn)[:100]])
 
 
 def test_values_below_the_count_floor_are_unknown() -> None:
