@@ -48,7 +48,7 @@ environment:
 	@{ test ! -e $(VENV)/.unfinished && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || rm -rf $(VENV)
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	@test -d $(VENV) || $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"rgalign needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/.unfinished
