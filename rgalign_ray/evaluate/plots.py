@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     from rgalign_ray.evaluate.report import Breakdown, Calibration, Curves, Report, RewardGate, Row, Stage
@@ -166,6 +167,7 @@ def quality_against_time(metric: str, rows: Sequence[Row]) -> Markup:
             axes.plot(*place, "o", markersize=5, color=colour, markerfacecolor="none" if row.control else colour)
             axes.annotate(_short(row.name), place, xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
         axes.set_xscale("log")
+        _plain(axes.xaxis)
         axes.margins(x=0.25, y=0.08)
         axes.set(
             xlabel="seconds a seed: reading, training, scoring", ylabel=metric, title=f"{metric} against wall time"
@@ -193,7 +195,7 @@ def breakdown(it: Breakdown) -> Markup:
         axes.set_ylim(len(it.groups) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=it.metric, title=f"{it.metric} by {it.by}")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
 
     return _svg(f"{it.metric} by {it.by}", draw, height=1.4 + 0.34 * len(it.groups))
 
@@ -213,10 +215,18 @@ def calibration(lines: Sequence[Calibration]) -> Markup:
         axes.plot([low, 1], [low, 1], ":", color=MUTED, linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain(axes.xaxis)
+        _plain(axes.yaxis)
         axes.set(xlabel="expected share of the clicks", ylabel="observed share", title="Calibration")
         axes.legend()
 
     return _svg("calibration", draw, height=3.4)
+
+
+def _plain(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis: matplotlib's own labels are formulas, which are not parsed here."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _timed(report: Report) -> list[str]:

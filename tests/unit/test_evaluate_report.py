@@ -192,6 +192,7 @@ def test_plots_take_every_colour_from_the_page(page_text: str) -> None:
     assert "var(--ink)" in text
     assert "var(--series-1)" in text
     assert re.findall(r"#[0-9a-f]{6}\b", text) == []
+    assert "mathdefault" not in text, "an axis is labelled by formulas that nobody renders"
 
 
 def test_equal_reports_give_equal_pages(page_text: str) -> None:
