@@ -30,7 +30,9 @@ def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp
     with (tmp_path / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(ROWS) * len(made.columns)
-    assert all(float(line["low"]) <= float(line["value"]) <= float(line["high"]) for line in lines)
+    for line in lines:
+        low, value, high = (float(line[name]) for name in ("low", "value", "high"))
+        assert low <= value + 1e-12 and value <= high + 1e-12, "equal but for rounding where one session counts"
     assert "| QE-Rec |" in (tmp_path / "comparison.md").read_text()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed_*/row_*/manifest.json")}
     assert len(files) == 2 * len(ROWS)
