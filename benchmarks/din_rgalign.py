@@ -61,7 +61,9 @@ class Pointwise(Timed):
         super()._statistics(items)
         self.model.prior.zero_()
 
-    def _loss(self, batch: dict[str, Tensor], embedding: Tensor | None, is_null: Tensor, at: tuple[int, int]) -> Tensor:
+    def _loss(
+        self, batch: dict[str, Tensor], embedding: Tensor | None, is_null: Tensor, at: tuple[int, int], number: int
+    ) -> Tensor:
         candidates = batch["candidates"]
         scores = self.model.score(self.model.users(batch), self.model.items(), candidates)
         mask = candidates >= 0
@@ -80,9 +82,9 @@ def train(folder: Path, seed: int, out: Path, pointwise: bool) -> None:
     fit = contender("din", sizes, ranker, rows_of(log, space, sizes, ["rank", "valid"]), None, seed, Group())
     figures = fit.run()
     test = rows_of(log, space, sizes, ["test"])
-    np.save(out.with_suffix(".npy"), score_rows(fit.model, test, "null")[test["candidates"] >= 0])
+    np.save(out.with_suffix(".npy"), score_rows(fit.model, test, "null"))
     result = {
-        "samples": int((fit.train["candidates"] >= 0).sum()),
+        "samples": len(fit.train["candidates"].values),
         "epochs": fit.epochs,
         "evaluation_seconds": fit.evaluations,
         "parameters": figures["parameters"],

@@ -190,6 +190,7 @@ def _cpu_seconds() -> float:
 
 def _examples(path: str, log: str, space: dict[str, Any]) -> dict[str, Any]:
     from rgalign_ray.ranker import training
+    from rgalign_ray.ranker.ragged import Ragged
     from rgalign_ray.ranker.rows import from_tables, training_table
     from rgalign_ray.ranker.sizes import Sizes
 
@@ -212,7 +213,8 @@ def _examples(path: str, log: str, space: dict[str, Any]) -> dict[str, Any]:
     features = FeatureSpace.from_dict(space)
     sizes = Sizes.of(features, num_intents=catalogue[0].num_rows, embedding_dim=0, item_dim=0)
     rows = from_tables(list(watch.passes(blocks)), sizes)
-    held = sum(values.nbytes for values in rows.values())
+    arrays = (part for it in rows.values() for part in ((it.values, it.counts) if isinstance(it, Ragged) else (it,)))
+    held = sum(array.nbytes for array in arrays)
     return watch.figures() | {"held_bytes_per_session": held / len(rows["fields"])}
 
 

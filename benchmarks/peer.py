@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from rgalign_ray import progress
 from rgalign_ray.errors import UserError
+from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FIRST, UNKNOWN, FeatureSpace
-from rgalign_ray.ranker.rows import Rows
+from rgalign_ray.ranker.rows import Rows, ragged
 
 FUXICTR = "fuxictr==2.3.10"
 PARTS = ("train", "valid", "test")
@@ -72,14 +73,14 @@ def write(folder: Path, parts: dict[str, Rows], space: FeatureSpace, catalogue: 
     offsets = np.cumsum([0, *sizes[:-1]])
     histories: list[np.ndarray] = []
     for name in PARTS:
-        rows = parts[name]
-        session, place = np.nonzero(rows["candidates"] >= 0)
+        rows = ragged(parts[name])
+        session = lists.rows(rows["candidates"].counts)
         columns: dict[str, Any] = {
-            "click": rows["clicks"][session, place].astype(np.int64),
+            "click": rows["clicks"].values.astype(np.int64),
             "session": session,
             "user_index": session + len(histories),
             "seq_len": (rows["history"] > 0).sum(axis=1)[session],
-            "item_index": item_of_intent[rows["candidates"][session, place]],
+            "item_index": item_of_intent[rows["candidates"].values],
         }
         for field, offset in enumerate(offsets):
             columns[f"field_{field}"] = (rows["fields"][:, field] - offset).astype(np.int64)[session]

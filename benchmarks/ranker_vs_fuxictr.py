@@ -35,6 +35,7 @@ from benchmarks.din_rgalign import rows_of
 from rgalign_ray import config, progress, storage
 from rgalign_ray.errors import UserError
 from rgalign_ray.evaluate.statistics import t_interval
+from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.loop import log_stages
@@ -118,10 +119,10 @@ def _prepare(name: str, out: Path, settings: config.Config) -> Path:
     tables = place / "fuxictr"
     tables.mkdir()
     peer.write(tables, parts, space, catalogue)
-    session, candidate = np.nonzero(parts["test"]["candidates"] >= 0)
-    np.savez(place / "test.npz", groups=session, labels=parts["test"]["clicks"][session, candidate].astype(np.float64))
+    labels = parts["test"]["clicks"]
+    np.savez(place / "test.npz", groups=lists.rows(labels.counts), labels=labels.values.astype(np.float64))
     ranker = settings.ranker
-    pairs = (parts["train"]["candidates"] >= 0).sum(axis=1).mean()
+    pairs = parts["train"]["candidates"].counts.mean()
     storage.write_json(
         str(place / "settings.json"),
         {
@@ -138,7 +139,7 @@ def _prepare(name: str, out: Path, settings: config.Config) -> Path:
             "batch_samples": round(ranker.batch_sessions * pairs),
             "history_length": space.history_length,
             "sessions": {part: len(rows["candidates"]) for part, rows in parts.items()},
-            "pairs": {part: int((rows["candidates"] >= 0).sum()) for part, rows in parts.items()},
+            "pairs": {part: len(rows["candidates"].values) for part, rows in parts.items()},
         },
     )
     shutil.copy(place / "settings.json", tables)

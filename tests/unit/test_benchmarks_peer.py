@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from logs_data import INTENTS, SPEC, event, session, table
 
-from benchmarks import peer
+from benchmarks import din_rgalign, peer, ranker_vs_fuxictr
+from rgalign_ray import config
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.features import FeatureSpace
@@ -67,3 +68,26 @@ def test_every_id_has_a_row_in_its_table(written) -> None:
     items = pq.read_table(folder / "item_info.parquet")["item_index"].to_pylist()
     assert items == list(range(features["item_id"]["vocab_size"]))
     assert max(train["item_index"]) < len(items)
+
+
+def test_our_contenders_train_on_what_the_driver_prepares(tmp_path: Path) -> None:
+    overrides = [
+        "world.sessions=400",
+        "world.users=200",
+        "ranker.epochs=1",
+        "ranker.dim=8",
+        "roles.rank=0.4",
+        "roles.test=0.53",
+    ]
+    place = ranker_vs_fuxictr._prepare("shop", tmp_path, config.load("ladder", overrides))
+    settings = json.loads((place / "settings.json").read_text())
+    test = np.load(place / "test.npz")
+    for pointwise in (False, True):
+        out = tmp_path / f"{pointwise}.json"
+        din_rgalign.train(place, 0, out, pointwise)
+        result = json.loads(out.read_text())
+        assert 0 < result["samples"] == settings["pairs"]["train"]
+        assert 0 < result["valid_gauc"] < 1
+        scores = np.load(out.with_suffix(".npy"))
+        assert scores.shape == test["groups"].shape == test["labels"].shape == (settings["pairs"]["test"],)
+        assert np.isfinite(scores).all()
