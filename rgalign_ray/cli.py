@@ -79,16 +79,13 @@ def sweep(
     scale: Scale = 1.0,
 ) -> None:
     """Compare rankers at several values of one setting, as `--over world.text_share=0,0.5,1`."""
-    import yaml
-
     key, separator, values = over.partition("=")
     if not separator:
         raise ConfigError(f"--over {over}: expected KEY=V1,V2,…, as in --over world.text_share=0,0.5,1.")
     settings = _prepared(config, override, run_dir, scale)
     from rgalign_ray.loop.sweep import run
 
-    chosen = None if control is None else yaml.safe_load(control)
-    _resumable(lambda it: run(it, key, yaml.safe_load(f"[{values}]"), chosen), settings)
+    _resumable(lambda it: run(it, key, values.split(","), control), settings)
 
 
 @app.command()

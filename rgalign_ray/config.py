@@ -455,7 +455,18 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> Config:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override}: expected KEY=VALUE, as in --set ranker.dim=64.")
-        _assign(data, key.strip(), _parse(key, text))
+        _assign(data, key.strip(), _parse(f"--set {key}", text))
+    return validate(data)
+
+
+def with_setting(config: Config, key: str, text: str) -> Config:
+    """The configuration with the setting `key` (a.b) replaced by the value that `text` holds as YAML.
+
+    Raises:
+        ConfigError: for an unknown key, text that is no YAML, or an ill-typed value.
+    """
+    data = config.model_dump(mode="json")
+    _assign(data, key, _parse(key, text))
     return validate(data)
 
 
@@ -487,11 +498,11 @@ def _read(name_or_path: str) -> dict[str, Any]:
     return data
 
 
-def _parse(key: str, text: str) -> Any:
+def _parse(where: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: '{text}' is not a valid value.") from None
+        raise ConfigError(f"{where}: '{text}' is not a valid value.") from None
     if isinstance(value, str):
         try:
             return float(value)  # YAML reads 1e-4 as a string

@@ -59,7 +59,8 @@ def make(config: Config, judged: list[Judged]) -> report.Report:
     """The report of a comparison all of whose slices are done."""
     settings = config.evaluate
     by_row = {it.row: it for it in judged}
-    first, *others = judged[0].verdicts
+    verdicts = judged[0].verdicts
+    first, *others = verdicts
     found = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
     meanings = summary.meanings(config)
     metrics = [metric for metric in meanings if metric in found]
@@ -77,7 +78,7 @@ def make(config: Config, judged: list[Judged]) -> report.Report:
     comparisons = [
         _compare(by_row[better], by_row[worse], metric, config) for better, worse in pairs for metric in metrics
     ]
-    seeds = len(first_seeds := judged[0].verdicts)
+    seeds = len(verdicts)
     claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
     return report.Report(
         title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
@@ -86,9 +87,9 @@ def make(config: Config, judged: list[Judged]) -> report.Report:
         facts={
             "log": config.log.source,
             "seeds": str(seeds),
-            "test sessions a seed": f"{len(first_seeds[0].sessions):,}",
-            "candidates a session": f"{np.mean(first_seeds[0].weights['GAUC']):,.1f}",
-            "sessions that count in GAUC": f"{np.mean(~np.isnan(first_seeds[0].values['GAUC'])):.1%}",
+            "test sessions a seed": f"{len(first.sessions):,}",
+            "candidates a session": f"{np.mean(first.weights['GAUC']):,.1f}",
+            "sessions that count in GAUC": f"{np.mean(~np.isnan(first.values['GAUC'])):.1%}",
             "reasoner": config.reasoner.model,
             "encoder": config.compare.encoder.model,
             "settings": "tuned by validation in another world" if config.compare.tuned else "the same for every row",

@@ -7,43 +7,50 @@ at the end:      QE-Rec's gain over the best rival by value, as a page, Markdown
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import reduce
 
 from rich.console import Console
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, keys, validate
+from rgalign_ray.config import Config, keys, with_setting
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
+from rgalign_ray.loop.ladder_rows import ROWS, rows_of
 
 NEGLIGIBLE = 0.05
 """A gain counts as none where its upper end is below this share of the gain at the configured value."""
 
 
-def run(config: Config, key: str, values: list[Any], control: Any = None) -> report.Report:
+def run(config: Config, key: str, values: list[str], control: str | None = None) -> report.Report:
     """Compares at every value of the setting `key`, and shows what was gained at each.
 
     Args:
+        values: as YAML, as `--set` takes them.
         control: one of the values, at which there should be no gain; None where no such value is known.
 
     Raises:
-        ConfigError: for a setting that does not exist, a value that it cannot have, a value that stands twice or a
-            control that is none of them, before anything runs.
+        ConfigError: for a setting that does not exist, a value that it cannot have, a value that stands twice, a
+            control that is none of them, or rows without QE-Rec and a rival, before anything runs.
         Others: as `compare.run`.
     """
     if key not in keys():
         raise ConfigError(f"--over {key}: no such setting.")
-    if len(set(map(str, values))) != len(values):
-        raise ConfigError(f"--over {key}: a value stands twice in {', '.join(map(str, values))}.")
-    if control is not None and control not in values:
-        raise ConfigError(f"--control {control}: not one of {', '.join(map(str, values))}.")
-    configs = {str(value): at(config, key, value) for value in values}
+    rows = rows_of(config)
+    if "qe_rec" not in rows or not any(ROWS[row].rival for row in rows):
+        raise ConfigError("compare.rows: a sweep shows what qe_rec gains over a rival; name it and at least one row.")
+    configs = {value_of(changed, key): changed for changed in (with_setting(config, key, value) for value in values)}
+    if len(configs) != len(values):
+        raise ConfigError(f"--over {key}: a value stands twice in {', '.join(values)}.")
+    chosen = None if control is None else value_of(with_setting(config, key, control), key)
+    if chosen is not None and chosen not in configs:
+        raise ConfigError(f"--control {control}: not one of {', '.join(values)}.")
     made = {}
     for value, changed in configs.items():
         controller.console.print(f"[bold]{key} = {value}[/bold]")
-        made[value] = compare.run(changed)
-    swept = sweep_report(config, key, made, None if control is None else str(control))
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{key.rpartition('.')[2]}_{value}")
+        made[value] = compare.run(changed.model_copy(update={"run_dir": storage.join(config.run_uri, name)}))
+    swept = sweep_report(config, key, made, chosen)
     place = storage.join(config.run_uri, "sweep")
     report.write_report(f"{place}.html", swept)
     storage.write_bytes(f"{place}.md", report.markdown(swept).encode())
@@ -55,29 +62,19 @@ def run(config: Config, key: str, values: list[Any], control: Any = None) -> rep
     return swept
 
 
-def at(config: Config, key: str, value: Any) -> Config:
-    """The configuration with one setting changed, and a run directory of its own."""
-    data = config.model_dump(mode="json")
-    *parents, last = key.split(".")
-    group = data
-    for parent in parents:
-        group = group[parent]
-    group[last] = value
-    data["run_dir"] = storage.join(config.run_uri, f"{last}_{re.sub(r'[^A-Za-z0-9.-]+', '_', str(value))}")
-    return validate(data)
+def value_of(config: Config, key: str) -> str:
+    """The value of the setting `key` (a.b), as text: equal values are equal text, however they were written."""
+    return str(reduce(getattr, key.split("."), config))
 
 
 def sweep_report(config: Config, key: str, made: dict[str, report.Report], control: str | None = None) -> report.Report:
     """The first claim of each comparison by value: QE-Rec against that value's best rival."""
     gains = {value: _first_claim(one) for value, one in made.items()}
     first = next(iter(made.values()))
-    group: Any = config
-    for name in key.split("."):
-        group = getattr(group, name)
     return report.Report(
         title=f"{config.name}: gains by {key}",
         lead=f"What QE-Rec gains over the best row without an LLM, at {len(made)} values of {key}.",
-        summary=_equivalence(gains, str(group), control) if control is not None else [],
+        summary=_equivalence(gains, value_of(config, key), control) if control is not None else [],
         facts={name: first.facts[name] for name in ("log", "seeds", "intervals", "reasoner") if name in first.facts},
         metrics=first.metrics,
         rows=[

@@ -10,13 +10,13 @@ The tuning world is none of those that are judged, and its test sessions are not
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, Model, RowName
+from rgalign_ray.config import Config, RowName
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
@@ -61,8 +61,7 @@ def tunable(rows: list[RowName]) -> list[RowName]:
     Controls of a model use what the model itself was tuned to: a control tuned better or worse would tell
     of its tuning.
     """
-    trained = {kind for kind in get_args(Model) if kind in MODELS and MODELS[kind].trained}
-    return [name for name in rows if ROWS[name].kind in trained and not ROWS[name].control]
+    return [name for name in rows if MODELS[ROWS[name].kind].trained and not ROWS[name].control]
 
 
 def trial_of(job: Run, name: RowName, number: int) -> tuple[Run, Stage]:

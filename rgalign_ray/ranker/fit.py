@@ -251,9 +251,8 @@ class Fit:
         figures["parameters"] = sum(p.numel() for p in self.model.parameters())
         figures["intents_shown"] = int(self.model.seen.sum())
         if self.model.reads_queries:
-            for name, parameter in self.model.named_parameters():
-                if name == "query_tower.gate":
-                    figures["gate"] = float(parameter.detach().abs().mean())
+            if self.model.trained:
+                figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}
         return figures
 

@@ -43,7 +43,7 @@ def test_every_value_is_compared_in_a_folder_of_its_own(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(compare, "run", record)
     settings = config.validate({"run_dir": str(tmp_path)})
-    made = sweep.run(settings, KEY, [0, 0.5, 1])
+    made = sweep.run(settings, KEY, ["0", "0.5", "1"], "0.0")
     assert [it.world.text_share for it in seen] == [0, 0.5, 1]
     assert len({it.run_uri for it in seen}) == 3
     assert [row.metrics["GAUC"].value for row in made.rows] == [0.02] * 3, "the first claim, not the last"
@@ -68,15 +68,23 @@ def test_without_a_gain_nothing_is_said_of_the_control() -> None:
 @pytest.mark.parametrize(
     ("key", "values", "control", "says"),
     [
-        ("world.text", [0, 1], None, "--over world.text: no such setting"),
-        (KEY, [0.5, 0.5], None, "a value stands twice in 0.5, 0.5"),
-        (KEY, [0.5, 1], 0, "--control 0: not one of 0.5, 1"),
-        (KEY, [0.5, 3], None, "world.text_share"),
+        ("world.text", ["0", "1"], None, "--over world.text: no such setting"),
+        (KEY, ["0.5", ".50"], None, "a value stands twice in 0.5, .50"),
+        (KEY, ["0.5", "1"], "0", "--control 0: not one of 0.5, 1"),
+        (KEY, ["0.5", "3"], None, "world.text_share"),
+        (KEY, ["0.5", "["], None, r"world\.text_share: '\[' is not a valid value"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
-    key: str, values: list[float], control: float | None, says: str, monkeypatch: pytest.MonkeyPatch
+    key: str, values: list[str], control: str | None, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "run", lambda settings: pytest.fail("nothing may run"))
     with pytest.raises(ConfigError, match=says):
         sweep.run(config.Config(), key, values, control)
+
+
+@pytest.mark.parametrize("rows", [["lr", "din"], ["popularity", "qe_rec"]])
+def test_a_sweep_without_the_two_that_it_compares_is_refused(rows: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "run", lambda settings: pytest.fail("nothing may run"))
+    with pytest.raises(ConfigError, match="what qe_rec gains over a rival"):
+        sweep.run(config.validate({"compare": {"rows": rows}}), KEY, ["0", "1"])
