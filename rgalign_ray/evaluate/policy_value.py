@@ -41,14 +41,12 @@ import numpy as np
 
 from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate import plackett_luce
-from rgalign_ray.evaluate.statistics import Interval
+from rgalign_ray.evaluate.statistics import Interval, draw_ratios, percentiles
 
 Reward = Literal["clicks", "any click"]
 
 PRIOR_CLICKS = 3.0
 """Expected clicks after which the reward model trusts an item's own rate as much as the position's."""
-DRAWS_AT_ONCE = 4_000_000
-"""Users drawn at once by the bootstrap, over repetitions; bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -285,21 +283,19 @@ def estimate(
     sums = [
         np.stack([_by_user(part, user, len(keys)) for part in (it.numerator, it.denominator)]) for it in named.values()
     ]
-    drawn = _bootstrap(np.concatenate(sums, axis=-1), repetitions, seed)
+    drawn = draw_ratios(np.concatenate(sums, axis=-1), repetitions, seed)
     edges = np.cumsum([part.shape[-1] for part in sums])[:-1]
-    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     found = []
     for (name, it), part, ratios in zip(named.items(), sums, np.split(drawn, edges, axis=1), strict=True):
         error = _standard_error(*part)
-        low, high = np.nanpercentile(ratios.sum(axis=1), tails)
         found.append(
             Estimate(
                 estimator=name,
                 value=it.value,
                 standard_error=error,
                 normal=(it.value - z * error, it.value + z * error),
-                bootstrap=(float(low), float(high)),
+                bootstrap=percentiles(ratios.sum(axis=1), confidence),
                 effective_sessions=effective_sample_size(it.weights),
                 largest_weight=float(it.weights.max()),
             )
@@ -328,18 +324,3 @@ def _standard_error(numerator: np.ndarray, denominator: np.ndarray) -> float:
     ratio = numerator.sum(axis=0) / whole
     influence = ((numerator - ratio * denominator) / whole).sum(axis=1)
     return math.sqrt((influence**2).sum() * len(influence) / (len(influence) - 1))
-
-
-def _bootstrap(sums: np.ndarray, repetitions: int, seed: int) -> np.ndarray:
-    """Ratios [repetitions, J] of sums by user [2, U, J], users being drawn with replacement."""
-    users = sums.shape[1]
-    random = np.random.default_rng(seed)
-    rows = max(1, DRAWS_AT_ONCE // users)
-    ratios = []
-    for start in range(0, repetitions, rows):
-        size = min(rows, repetitions - start)
-        drawn = random.integers(users, size=(size, users)) + users * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * users).reshape(size, users).astype(np.float64)
-        numerator, denominator = times @ sums[0], times @ sums[1]
-        ratios.append(np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0))
-    return np.concatenate(ratios)

@@ -64,7 +64,7 @@ def bootstrap(
     """
     values, weights = _checked(values, users, weights)
     per_seed = (values * weights).sum(axis=1) / weights.sum()
-    drawn = _draw(values.mean(axis=0), weights, users, repetitions, seed)
+    drawn = _draw(values.mean(axis=0, keepdims=True), weights, users, repetitions, seed)[:, 0]
     return _estimate(per_seed, drawn, confidence)
 
 
@@ -112,7 +112,7 @@ def stratified_bootstrap(
     for number, (value, user, weight) in enumerate(zip(values, users, weights, strict=True)):
         checked, weight = _checked(value, user, weight)
         per_seed.append(float((checked[0] * weight).sum() / weight.sum()))
-        drawn.append(_draw(checked[0], weight, user, repetitions, seed + number))
+        drawn.append(_draw(checked, weight, user, repetitions, seed + number)[:, 0])
     return _estimate(np.array(per_seed), np.mean(drawn, axis=0), confidence)
 
 
@@ -131,20 +131,16 @@ def ratio_bootstrap(
     Args and raises: as `stratified_bootstrap`; parts and wholes are parallel, and a session counts where both have
     a value. The interval is of users alone, and it is wide or nan where the whole itself may be zero.
     """
-    above, below = [], []
-    means = []
+    drawn, means = [], []
     for number, (part, whole, user, weight) in enumerate(zip(parts, wholes, users, weights, strict=True)):
         both = np.isnan(part) | np.isnan(whole)
         values, weight = _checked(np.where(both, np.nan, np.stack([part, whole])), user, weight)
         means.append((values * weight).sum(axis=1) / weight.sum())
-        above.append(_draw(values[0], weight, user, repetitions, seed + number))
-        below.append(_draw(values[1], weight, user, repetitions, seed + number))
-    drawn = np.mean(above, axis=0) / np.mean(below, axis=0)
-    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = np.nanpercentile(drawn, tails)
+        drawn.append(_draw(values, weight, user, repetitions, seed + number))
+    above, below = np.mean(drawn, axis=0).T
     part, whole = np.mean(means, axis=0)
     per_seed = tuple(float(p / w) for p, w in means)
-    return Estimate(float(part / whole), (float(low), float(high)), len(means), per_seed, None)
+    return Estimate(float(part / whole), percentiles(above / below, confidence), len(means), per_seed, None)
 
 
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -174,11 +170,9 @@ def t_quantile(freedom: int, confidence: float) -> float:
 
 def _estimate(per_seed: np.ndarray, drawn: np.ndarray, confidence: float) -> Estimate:
     """From the mean of each seed [seeds] and the bootstrap's means over seeds [repetitions]."""
-    tails = 100 * np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = np.nanpercentile(drawn, tails)
     return Estimate(
         mean=float(per_seed.mean()),
-        users=(float(low), float(high)),
+        users=percentiles(drawn, confidence),
         seeds=len(per_seed),
         per_seed=tuple(per_seed.tolist()),
         over_seeds=t_interval(per_seed, confidence) if len(per_seed) > 1 else None,
@@ -188,18 +182,40 @@ def _estimate(per_seed: np.ndarray, drawn: np.ndarray, confidence: float) -> Est
 def _draw(
     values: np.ndarray, weights: np.ndarray, users: Sequence[str] | np.ndarray, repetitions: int, seed: int
 ) -> np.ndarray:
-    """float64 [repetitions], the weighted mean over users drawn with replacement; nan where none drawn has weight."""
+    """float64 [repetitions, J], weighted means of values [J, S] over users drawn with replacement."""
     keys, user = np.unique(np.asarray(users), return_inverse=True)
-    part = np.bincount(user, weights=values * weights, minlength=len(keys))
     whole = np.bincount(user, weights=weights, minlength=len(keys))
+    parts = [np.bincount(user, weights=row * weights, minlength=len(keys)) for row in values]
+    sums = np.stack([np.stack(parts, axis=1), np.stack([whole] * len(parts), axis=1)])
+    return draw_ratios(sums, repetitions, seed)
+
+
+def draw_ratios(sums: np.ndarray, repetitions: int, seed: int) -> np.ndarray:
+    """Ratios of sums over users drawn with replacement, all J on the same users.
+
+    Args:
+        sums: float64 [2, U, J], numerators and denominators by user.
+
+    Returns:
+        float64 [repetitions, J]; nan where no user that was drawn has a denominator.
+    """
+    users = sums.shape[1]
     random = np.random.default_rng(seed)
-    rows = max(1, DRAWS_AT_ONCE // len(keys))
-    means = []
+    rows = max(1, DRAWS_AT_ONCE // users)
+    ratios = []
     for start in range(0, repetitions, rows):
-        drawn = random.integers(len(keys), size=(min(rows, repetitions - start), len(keys)))
-        parts, wholes = part[drawn].sum(axis=1), whole[drawn].sum(axis=1)
-        means.append(np.divide(parts, wholes, out=np.full(len(parts), np.nan), where=wholes > 0))
-    return np.concatenate(means)
+        size = min(rows, repetitions - start)
+        drawn = random.integers(users, size=(size, users))
+        # added row by row: the bits of a matrix product would depend on how many rows are drawn at once
+        numerator, denominator = (np.stack([row[drawn].sum(axis=1) for row in part.T], axis=1) for part in sums)
+        ratios.append(np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0))
+    return np.concatenate(ratios)
+
+
+def percentiles(drawn: np.ndarray, confidence: float) -> Interval:
+    """The middle `confidence` of a bootstrap's draws [repetitions], nan left out."""
+    low, high = np.nanpercentile(drawn, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return float(low), float(high)
 
 
 def _checked(
