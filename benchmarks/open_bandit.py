@@ -19,8 +19,6 @@ Only the data files of the package `obp` are read; nothing of it is installed or
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +27,9 @@ import numpy as np
 import pyarrow.csv as csv
 import yaml
 
-from rgalign_ray.errors import UserError
 from rgalign_ray.evaluate import policy_value
 from rgalign_ray.evaluate.policy_value import Estimate
+from rgalign_ray.logs.sources import wheels
 from rgalign_ray.reasoner import models
 
 PACKAGE = "obp==0.4.1"
@@ -54,16 +52,7 @@ class Log:
 def fetch(cache_dir: Path) -> Path:
     """The wheel that holds the data; downloaded the first time."""
     found = list(cache_dir.glob("obp-0.4.1-*.whl"))
-    if not found:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(cache_dir), PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = list(cache_dir.glob("obp-0.4.1-*.whl"))
-        if done.returncode or not found:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(
-                f"Open Bandit: 'pip download --no-deps {PACKAGE}' failed ({reason}); put it into {cache_dir}."
-            )
-    return found[0]
+    return found[0] if found else wheels.download(PACKAGE, cache_dir, "Open Bandit", f"put it into {cache_dir}")
 
 
 def read(wheel: Path, policy: str, campaign: str) -> Log:

