@@ -35,29 +35,28 @@ def hit_rate_sessions(log_uri: str, truth_uri: str | None, settings: config.Eval
 def hits(
     queries: Sequence[str | None],
     needs: Sequence[int],
-    intent_texts: Sequence[str],
+    intents: np.ndarray,
     embed: Callable[[list[str]], np.ndarray],
 ) -> np.ndarray:
     """Whether each query's nearest intent is the need: float64 [S], 1 or 0, nan for a session without a valid query.
 
     Args:
         queries: [S].
-        needs: [S], indices into `intent_texts`.
-        intent_texts: [I].
+        needs: [S], indices into `intents`.
+        intents: float64 [I, D], `vectors` of the intents' texts.
         embed: texts to their vectors [n, D].
     """
     there = [row for row, query in enumerate(queries) if query is not None]
     found = np.full(len(queries), np.nan)
     if not there:
         return found
-    intents = _unit(embed, list(intent_texts))
-    close = _unit(embed, [str(queries[row]) for row in there]) @ intents.T
+    close = vectors([str(queries[row]) for row in there], embed) @ intents.T
     found[there] = close.argmax(axis=1) == np.asarray(needs)[there]
     return found
 
 
-def _unit(embed: Callable[[list[str]], np.ndarray], texts: list[str]) -> np.ndarray:
+def vectors(texts: list[str], embed: Callable[[list[str]], np.ndarray]) -> np.ndarray:
     """float64 [n, D] of unit length."""
     parts = [embed(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-    vectors = np.concatenate(parts).astype(np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    found = np.concatenate(parts).astype(np.float64)
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)

@@ -9,7 +9,7 @@ import numpy as np
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.evaluate.examples import example_sessions
-from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits
+from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
 from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
 from rgalign_ray.evaluate.report import Comparison, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
@@ -20,6 +20,9 @@ from rgalign_ray.reasoner.engine import Prompts
 
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
+
+Queries = dict[int, dict[str, str]]
+"""By round, the valid latent query of each session that has one."""
 
 
 def stages(config: Config) -> list[Stage]:
@@ -68,12 +71,13 @@ def evaluate(run: Run, out: str) -> Outcome:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
     for rung, control in zip(ladder[-2:], controls[1:3], strict=True):
         comparisons += compare(rung, control, judged[rung.name], judged[control.name], test.users, settings)
-    comparisons += _hit_rate(run, test)
+    queries = {r: _queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
+    comparisons += _hit_rate(run, test, queries)
     evaluation = {
         "rows": [row.model_dump() for row in rows],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "query_variance": {rung.name: test.between_session_variance(rung) for rung in ladder if rung.embeddings},
-        "examples": [example.model_dump() for example in _examples(run, test, judged)],
+        "examples": [example.model_dump() for example in _examples(run, test, judged, queries)],
     }
     storage.write_json(storage.join(out, "evaluation.json"), evaluation)
     return Outcome(
@@ -82,14 +86,13 @@ def evaluate(run: Run, out: str) -> Outcome:
     )
 
 
-def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[Example]:
+def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: Queries) -> list[Example]:
     place = {session: row for row, session in enumerate(test.ids)}
     chosen = [place[session] for session in example_sessions(run.uri("sessions"), run.truth, run.config.evaluate)]
     texts = Template.load(run.config.prompt.template).sessions(test.table.take(chosen))
     titles = test.catalogue.titles
     needs = test.needs()
     wanted = test.clicks if needs is None else needs
-    queries = {r: _queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
     top = {name: test.top(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", "RGAlign-Rec")}
     return [
         Example(
@@ -105,7 +108,7 @@ def _examples(run: Run, test: TestSessions, judged: dict[str, Judged]) -> list[E
     ]
 
 
-def _hit_rate(run: Run, test: TestSessions) -> list[Comparison]:
+def _hit_rate(run: Run, test: TestSessions, queries: Queries) -> list[Comparison]:
     """Intent Hit Rate of the last reasoner against the frozen one's, on sessions where both wrote a valid query."""
     sessions = hit_rate_sessions(run.uri("sessions"), run.truth, run.config.evaluate)
     if not sessions:
@@ -119,9 +122,8 @@ def _hit_rate(run: Run, test: TestSessions) -> list[Comparison]:
 
     assert test.oracle is not None, "hit rate sessions are drawn where the truth is known"
     needs = [test.catalogue.index[need] for need in test.oracle.needs(sessions)]
-    texts = template.items(test.catalogue.intents)
-    queries = [_queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)]
-    before, after = (hits([written.get(i) for i in sessions], needs, texts, embed) for written in queries)
+    intents = vectors(template.items(test.catalogue.intents), embed)
+    before, after = (hits([queries[r].get(i) for i in sessions], needs, intents, embed) for r in (0, run.config.rounds))
     both = ~np.isnan(before) & ~np.isnan(after)
     if not both.any():
         return []

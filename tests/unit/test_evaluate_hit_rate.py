@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from rgalign_ray import config, storage
-from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits
+from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
 
 INTENTS = ["parcel late", "refund money", "change password"]
 
@@ -21,14 +21,14 @@ def embed(texts: list[str]) -> np.ndarray:
 
 def test_a_query_hits_where_its_nearest_intent_is_the_need() -> None:
     queries = ["my parcel is late late late", "password", "refund", None]
-    found = hits(queries, [0, 2, 0, 1], INTENTS, embed)
+    found = hits(queries, [0, 2, 0, 1], vectors(INTENTS, embed), embed)
     np.testing.assert_array_equal(found, [1, 1, 0, np.nan])
-    assert np.isnan(hits([None], [0], INTENTS, embed)).all()
+    assert np.isnan(hits([None], [0], vectors(INTENTS, embed), embed)).all()
 
 
 def test_more_queries_than_a_batch_are_read_alike() -> None:
     queries = [INTENTS[i % 3] for i in range(200)]
-    assert hits(queries, [i % 3 for i in range(200)], INTENTS, embed).mean() == 1.0
+    assert hits(queries, [i % 3 for i in range(200)], vectors(INTENTS, embed), embed).mean() == 1.0
 
 
 def test_sessions_are_drawn_by_hash_from_the_test_sessions_where_truth_is_known(tmp_path: Path) -> None:
@@ -52,4 +52,6 @@ def test_only_directions_count(scale: float) -> None:
         return embed(texts).astype(np.float32) * scale
 
     queries = ["parcel parcel", "money"]
-    np.testing.assert_array_equal(hits(queries, [0, 1], INTENTS, scaled), hits(queries, [0, 1], INTENTS, embed))
+    np.testing.assert_array_equal(
+        hits(queries, [0, 1], vectors(INTENTS, scaled), scaled), hits(queries, [0, 1], vectors(INTENTS, embed), embed)
+    )
