@@ -16,16 +16,19 @@ TELLS_FROM = 0.1
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "") -> Iterator[Advance]:
-    """Shows how far `total` steps of `label` have come; the block calls `advance(n)` after each n of them."""
-    with _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit) as advance:
+def track(label: str, total: int, unit: str = "", before: int = 0) -> Iterator[Advance]:
+    """Shows how far `total` steps of `label` have come; the block calls `advance(n)` after each n of them.
+
+    `before` of them were done by an earlier run: they say nothing about the time that is left.
+    """
+    with (_bar if sys.stderr.isatty() else _lines)(label, total, unit, before) as advance:
         yield advance
 
 
 @contextmanager
-def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _lines(label: str, total: int, unit: str, before: int) -> Iterator[Advance]:
     started = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(n: int) -> None:
         nonlocal done, last
@@ -34,8 +37,9 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
         if now - last >= LINE_EVERY_S and done < total:
             # from the whole time so far, since units arrive in bursts and a rate taken between two of them
             # would be anything; at first that is mostly the start of the workers, and tells nothing
-            left = (now - started) / done * (total - done)
-            about = f", about {clock(left)} left" if done >= total * TELLS_FROM else ""
+            here = done - before
+            told = here and here >= (total - before) * TELLS_FROM
+            about = f", about {clock((now - started) / here * (total - done))} left" if told else ""
             print(f"  {label}: {done:,}/{total:,} {unit}{about}", file=sys.stderr, flush=True)
             last = now
 
@@ -44,7 +48,7 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(label: str, total: int, unit: str, before: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -65,7 +69,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total, completed=before)
 
         def advance(n: int) -> None:
             bar.advance(task, n)

@@ -205,8 +205,7 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
     missing = [(job, stage, key) for job, stage, key in keyed if not controller.is_done(job, stage, key)]
     task = ray.remote(controller.execute).options(num_cpus=config.compare.cpus_per_slice, max_retries=3)
     waiting = {task.remote(job, stage, key): (job, stage) for job, stage, key in missing}
-    with progress.track(what, len(slices), "slices") as advance:
-        advance(len(slices) - len(missing))
+    with progress.track(what, len(slices), "slices", before=len(slices) - len(missing)) as advance:
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=config.compare.slice_deadline_s)
             if not done:

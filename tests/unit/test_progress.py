@@ -50,6 +50,19 @@ def test_remaining_time_waits_until_it_can_be_told(clock: Clock, capsys: pytest.
     ]
 
 
+def test_steps_of_an_earlier_run_say_nothing_about_the_time_left(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.track("ladder", 50, "slices", before=20) as advance:
+        for n in (2, 4):
+            clock.now += 60
+            advance(n)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "  ladder: 22/50 slices",
+        "  ladder: 26/50 slices, about 8 min 00 s left",
+    ]
+
+
 def test_a_stage_of_seconds_writes_one_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.track("rewards", 3, "units") as advance:
         for _ in range(3):
