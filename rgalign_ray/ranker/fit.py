@@ -115,6 +115,9 @@ class Fit:
         self.model = MODELS[kind](sizes, settings)
         self._statistics(items)
         group.same_(self.model)
+        self.agrees = isinstance(self.model, QERec) and settings.kl != "off"
+        if not self.agrees:
+            self.train = _with_a_part(self.train)
         self.model.to(device)
         self.gradients = _flat_gradients(self.model)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, settings))
@@ -233,7 +236,7 @@ class Fit:
         loss = losses.listnet(scores, batch["clicks"], mask).total
         no_click = losses.pointwise(scores, batch["shown"], batch["clicks"], mask).total
         loss = loss + settings.no_click_weight * no_click
-        if isinstance(model, QERec) and settings.kl != "off":
+        if self.agrees:
             student = model.query_logits(z, items).gather(1, candidates)
             teacher = scores if settings.kl == "fused" else model.user_logits(u, items).gather(1, candidates)
             loss = loss + settings.kl_weight * losses.agreement(teacher, student, mask, is_null).total
@@ -352,6 +355,13 @@ def _manual_seed(seed: int, *purpose: Any) -> None:
 def take(rows: Rows, index: Index) -> Rows:
     """The rows of an index."""
     return {name: values[index] for name, values in rows.items()}
+
+
+def _with_a_part(rows: Rows) -> Rows:
+    """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown."""
+    clicked = rows["clicks"].sums() > 0
+    keep = np.repeat(clicked, rows["clicks"].counts) | rows["shown"].values
+    return rows | {name: rows[name].where(keep) for name in LISTS}
 
 
 def _copy(model: Ranker) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from rgalign_ray.logs import lists
 MAX_PLACES = 2**15
 """Candidates of a batch with their padding, at most: what a model holds of them at a time is in proportion.
 A session with more is a batch of its own."""
+WORTH_A_CUT = 2**11
+"""Places of padding that cutting a batch in two must save: fewer cost less than another pass of a model."""
 
 Index = slice | np.ndarray
 
@@ -59,6 +61,11 @@ class Ragged:
             return self.values.reshape(len(self), width)
         return lists.padded(self.counts, self.values, width, self.fill)
 
+    def where(self, keep: np.ndarray) -> Ragged:
+        """The lists without the values that bool `keep` [sum of counts] leaves out."""
+        counts = np.bincount(lists.rows(self.counts)[keep], minlength=len(self))
+        return Ragged(self.values[keep], counts, self.fill)
+
     def sums(self) -> np.ndarray:
         """float64 [n], the sum of each list."""
         return np.bincount(lists.rows(self.counts), weights=self.values, minlength=len(self))
@@ -69,9 +76,9 @@ class Ragged:
 
 
 def narrow(counts: np.ndarray, part: slice) -> list[Index]:
-    """Cuts a batch so that no piece, padded to its longest list, has more than `MAX_PLACES` places.
+    """Cuts a batch so that no piece, padded to its longest list, has more than `MAX_PLACES` places or much padding.
 
-    A batch that has no more stays whole, in its order. Else lists of like length come together.
+    A batch that needs no cut stays whole, in its order. Else lists of like length come together.
 
     Args:
         counts: int [n], the lengths of all lists.
@@ -83,10 +90,26 @@ def narrow(counts: np.ndarray, part: slice) -> list[Index]:
     start, stop, _ = part.indices(len(counts))
     if stop <= start:
         return []
-    if (stop - start) * counts[start:stop].max() <= MAX_PLACES:
-        return [part]
     order = start + np.argsort(counts[start:stop], kind="stable")
-    pieces: list[Index] = []
+    pieces = [piece for alike in _alike(order, counts) for piece in _small(alike, counts)]
+    return [part] if len(pieces) == 1 else list(pieces)
+
+
+def _alike(order: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Rows in order of length, cut wherever that saves as many places of padding as a cut is worth."""
+    widths, firsts = counts[order], np.arange(1, len(order))
+    if len(order) < 2:
+        return [order]
+    saved = firsts * (widths[-1] - widths[:-1])  # by a cut behind the first 1, 2, … rows
+    best = int(saved.argmax())
+    if saved[best] < WORTH_A_CUT:
+        return [order]
+    return [*_alike(order[: best + 1], counts), *_alike(order[best + 1 :], counts)]
+
+
+def _small(order: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Rows in order of length, cut so that no piece has more than `MAX_PLACES` places."""
+    pieces = []
     first = 0
     for last, width in enumerate(counts[order]):
         if last > first and (last + 1 - first) * width > MAX_PLACES:

@@ -68,6 +68,27 @@ def test_narrow_pieces_are_the_batch_and_stay_small(counts: list[int], start: in
         assert [part.tolist() for part in taken] == [batch.tolist()], "a batch that fits stays as it is"
 
 
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=40))
+def test_a_batch_is_cut_where_that_saves_padding(counts: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged, "WORTH_A_CUT", 200)
+        pieces = narrow(np.array(counts, np.int64), slice(0, len(counts)))
+    taken = [np.array(counts)[piece] for piece in pieces]
+    assert sorted(np.concatenate(taken).tolist()) == sorted(counts)
+    places = sum(len(part) * part.max() for part in taken)
+    assert places <= len(counts) * max(counts) - 200 * (len(pieces) - 1)
+    for part in map(np.sort, taken):
+        assert all(cut * (part[-1] - part[cut - 1]) < 200 for cut in range(1, len(part))), "no cut is left that saves"
+
+
+@given(LISTS, st.data())
+def test_values_left_out_of_lists(lists: list[list[int]], data: st.DataObject) -> None:
+    held = _of(lists)
+    keep = data.draw(st.lists(st.booleans(), min_size=len(held.values), max_size=len(held.values)))
+    marks = iter(keep)
+    assert _lists(held.where(np.array(keep, bool))) == [[value for value in part if next(marks)] for part in lists]
+
+
 def _wide_log(n: int = 36) -> tuple[dict, int]:
     """Sessions of 50 candidates, and a training one of 10,000; its row."""
     data = rows(sizes(intents=MANY), n)
