@@ -271,9 +271,31 @@ class Sft(Optimisation):
     neftune_alpha: Annotated[float, Field(ge=0.0)] = 5.0
 
 
-class Contrastive(Optimisation):
+class Embedding(Optimisation):
+    """Objectives that move the embedding through the frozen ranker."""
+
     lr: Positive = 2e-4
-    readouts: list[Literal["prompt", "query"]] = ["prompt", "query"]
+    readouts: Annotated[list[Literal["prompt", "query"]], Field(min_length=1)] = ["prompt", "query"]
+    """Which embeddings learn; a session without a selected query is read at e(x) alone."""
+
+
+class Contrastive(Embedding):
+    """RG-CL."""
+
+
+class Gradient(Embedding):
+    """The ranking loss through the frozen ranker."""
+
+
+class Latent(Embedding):
+    """Reinforcement learning on noisy copies of the embedding."""
+
+    copies: Annotated[int, Field(ge=2)] = 8
+    noise: Positive = 0.3
+    """Standard deviation of a copy, in deviations between sessions of each direction that the ranker reads."""
+
+
+AlignName = Literal["sft", "contrastive", "gradient", "latent"]
 
 
 class Learner(Settings):
@@ -386,9 +408,12 @@ class Config(Settings):
     """Rankers without an LLM that round 0 trains as well."""
     reward: Reward = Reward()
     select: Select = Select()
-    align: list[Literal["sft", "contrastive"]] = ["sft", "contrastive"]
+    align: list[AlignName] = ["sft", "contrastive"]
+    """Objectives of a round, each starting from the one before."""
     sft: Sft = Sft()
     contrastive: Contrastive = Contrastive()
+    gradient: Gradient = Gradient()
+    latent: Latent = Latent()
     learner: Learner = Learner()
     rounds: Annotated[int, Field(ge=1, le=1)] = 1
     evaluate: Evaluate = Evaluate()
@@ -423,7 +448,7 @@ class Config(Settings):
         if self.ranker.dim % self.ranker.heads:
             raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
         at_once = self.learner.workers * self.learner.micro_batch
-        for name in ("sft", "contrastive"):
+        for name in get_args(AlignName):
             if getattr(self, name).batch_sessions % at_once:
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"

@@ -26,18 +26,28 @@ class LearnerTask:
     objective: str
     reasoner: config.Reasoner
     learner: config.Learner
-    optimisation: config.Sft | config.Contrastive
+    optimisation: config.Sft | config.Embedding
     weights: str | None
     """Reasoner artefact to start from; None starts from the base model."""
     data: str
-    """Folder with `selected.parquet` (and, for RG-CL, `positives.parquet`)."""
+    """Folder with `selected.parquet` (RG-SFT) and `positives.parquet` (objectives of the embedding)."""
     ranker: str | None
-    """Ranker artefact that RG-CL reads through."""
+    """Ranker artefact that objectives of the embedding read through."""
     out: str
     """Folder that receives the new reasoner artefact."""
     version: str
     """Version name of the new reasoner."""
     seed: int
+    sessions: str | None = None
+    """The round's sessions, of those objectives that read the ranker's scores."""
+    log: str | None = None
+    """The ingested log, for its knowledge base."""
+    reward: config.Reward | None = None
+    """Of objectives that ask for rewards."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.learner.use_gpu else "cpu")
 
     @property
     def workers(self) -> int:

@@ -34,7 +34,7 @@ from rgalign_ray.rollout.worker import Instruction, Unit
 
 SESSIONS_FILE = "sessions.parquet"
 """The round's sessions with a click, beside their rollouts."""
-OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL"}
+OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL", "gradient": "ranking gradient", "latent": "latent RL"}
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
@@ -70,14 +70,14 @@ def stages(config: Config, round_: int) -> list[Stage]:
     for objective in config.align:
         name = f"align_{round_}_{objective}"
         inputs = [f"selected_{round_}", *((previous,) if previous else ())]
-        if objective == "contrastive":
-            inputs.append(f"rankers_{before}")
+        if objective != "sft":
+            inputs += [f"rankers_{before}", "sessions", f"rollouts_{round_}"]
         sequence.append(
             Stage(
                 name,
                 f"{OBJECTIVE_NAMES[objective]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
                 partial(align, objective=objective, round_=round_, weights=previous),
-                ("reasoner", "learner", objective),
+                ("reasoner", "learner", objective, *(("reward",) if objective == "latent" else ())),
                 tuple(inputs),
                 ray=True,
             )
@@ -237,7 +237,10 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         optimisation=optimisation,
         weights=run.uri(weights) if weights else None,
         data=run.uri(f"selected_{round_}"),
-        ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec") if objective == "contrastive" else None,
+        ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec"),
+        sessions=run.uri(f"rollouts_{round_}", SESSIONS_FILE),
+        log=run.uri("sessions"),
+        reward=config.reward,
         out=out,
         version=f"{config.reasoner.model}+{round_}.{objective}",
         seed=config.seed * 1000 + round_,

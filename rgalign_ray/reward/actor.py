@@ -90,10 +90,7 @@ class RewardModel:
         """One judge's rewards [S, N] of the queries, and [S] of the null query."""
         scores = query_scores(judge.model, to_batch(batch), torch.from_numpy(embeddings.astype(np.float32)))
         mask = batch["candidates"] >= 0
-        if self.settings.kind == "logprob":
-            rewards = functions.logprob(scores, batch["clicks"], mask)
-        else:
-            rewards = functions.ndcg(scores, batch["clicks"], mask, self.settings.k)
+        rewards = functions.reward(self.settings, scores, batch["clicks"], mask)
         return rewards[:, :-1], rewards[:, -1]
 
     def _table(self, rollouts: pa.Table, reward: np.ndarray, null: np.ndarray) -> pa.Table:

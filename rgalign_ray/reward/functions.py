@@ -6,11 +6,18 @@ from collections import Counter
 
 import numpy as np
 
-from rgalign_ray import metrics
+from rgalign_ray import config, metrics
 from rgalign_ray.reasoner.engine import Sample
 
 LOOP_REPEATS = 3
 """Times that the same three tokens in a row may not occur in a query."""
+
+
+def reward(settings: config.Reward, scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The reward of the settings; shapes as in `logprob`."""
+    if settings.kind == "logprob":
+        return logprob(scores, clicks, mask)
+    return ndcg(scores, clicks, mask, settings.k)
 
 
 def logprob(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:

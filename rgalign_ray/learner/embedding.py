@@ -1,0 +1,219 @@
+"""The loop of the objectives that move the reasoner's embedding through the frozen ranker.
+
+  prompt (+ latent query) ──▶ LLM ──▶ e(x), e(x,q) ──▶ the ranker's frozen query tower ──▶ an objective's loss
+
+The reading through the ranker's own tower is the point: a free projection would absorb the loss and
+leave the LLM where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rgalign_ray import config, storage
+from rgalign_ray.learner import engine
+from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker.base import Batch
+from rgalign_ray.ranker.fit import take, to_batch
+from rgalign_ray.ranker.qe_rec import QERec
+from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.transformers_engine import stop_tokens
+
+READ = ("fields", "multi", "history", "candidates", "clicks")
+"""What the ranker's scores and their loss read of a session."""
+
+
+class Objective(Protocol):
+    """What embeddings are asked for."""
+
+    measure: str
+    """Name of what it returns beside the loss."""
+
+    def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
+        """Loss and measure, both [B, P], of embeddings float32 [B, P, H].
+
+        Args:
+            embeddings: of B sessions, each at P places (readouts).
+            rows: [B], the sessions' places in the round's table, which is sorted by id.
+            step: the optimiser step.
+        """
+        ...
+
+
+class EmbeddingReader(nn.Module):
+    """The LLM without its output head: token rows in, hidden states at chosen places out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """Hidden states [B, P, H] at places [B, P] of right-padded rows [B, T]."""
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden = causal.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).float()
+
+
+def train(task: LearnerTask, advance: Advance, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
+    """Aligns embeddings on `positives.parquet` and exports the reasoner.
+
+    Sessions without a selected query are read at e(x) alone.
+
+    Args:
+        task: data, weights, ranker and settings; `task.optimisation` is `config.Embedding`.
+        advance: called after each optimiser step.
+        objective: makes the objective from the task and the round's table.
+
+    Returns:
+        figures: `sessions`, `steps`, and per optimiser step `loss` and the objective's measure, as means
+        over sessions.
+    """
+    settings = task.optimisation
+    assert isinstance(settings, config.Embedding)
+    import deepspeed
+
+    engine.forbid_compilation()
+    rows = Rows(task, settings.readouts)
+    asked = objective(task, rows.table)
+    reader = EmbeddingReader(engine.trainable(task))
+    parameters = [p for p in reader.parameters() if p.requires_grad]
+    steps = math.ceil(len(rows) / settings.batch_sessions) * settings.epochs
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    learner, _, _, _ = deepspeed.initialize(
+        model=reader,
+        model_parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, settings.warmup_ratio)),
+        config=engine.deepspeed_config(task),
+        dist_init_required=False,
+    )
+    curve = [_step(learner, asked, rows, task, step, advance) for step in range(steps)]
+    engine.export(reader.model, task)
+    return {
+        "sessions": len(rows),
+        "steps": steps,
+        "loss": [loss for loss, _ in curve],
+        asked.measure: [measure for _, measure in curve],
+    }
+
+
+def _step(
+    learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int, advance: Advance
+) -> tuple[float, float]:
+    """One optimiser step; its global mean loss and measure."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for micro in range(task.micro_steps):
+        chosen = rows.batch(step, micro, task, dist.get_rank())
+        batch = rows.tensors(chosen, learner.device)
+        embeddings = learner(batch["input_ids"], batch["mask"], batch["places"])
+        loss, measure = objective(embeddings, [max(row, 0) for row in chosen], step)
+        weight = batch["weight"]
+        # every session counts the same, in a short last batch and behind a missing readout too
+        learner.backward((loss * weight).sum() / task.learner.micro_batch)
+        learner.step()
+        totals += torch.stack([(loss * weight).sum(), (measure * weight).sum(), weight.sum()]).detach().cpu().double()
+    dist.all_reduce(totals)
+    advance(1)
+    mean = totals[:2] / totals[2]
+    return float(mean[0]), float(mean[1])
+
+
+class Rows:
+    """The training sessions; a batch is a pure function of step and rank."""
+
+    def __init__(self, task: LearnerTask, readouts: Sequence[str]) -> None:
+        self.table = storage.read_table(storage.join(task.data, "positives.parquet")).sort_by("session_id")
+        self.readouts = readouts
+        tokenizer = models.load_tokenizer(task.reasoner.model)
+        self.stops = stop_tokens(tokenizer)
+        self.pad = tokenizer.pad_token_id
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def batch(self, step: int, micro: int, task: LearnerTask, rank: int) -> list[int]:
+        """Row numbers of one micro-batch; -1 fills the places that a short last batch leaves empty."""
+        size = task.optimisation.batch_sessions
+        epoch, place = divmod(step, math.ceil(len(self) / size))
+        order = np.random.Generator(np.random.Philox(key=[task.seed, epoch])).permutation(len(self))
+        order = np.concatenate([order, np.full(-len(order) % size, -1)])
+        start = place * size + (micro * task.workers + rank) * task.learner.micro_batch
+        return order[start : start + task.learner.micro_batch].tolist()
+
+    def tensors(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
+        """input_ids, mask [B, T]; places, weight [B, readouts]. Empty places weigh nothing."""
+        sessions = self.table.take(pa.array([max(row, 0) for row in rows])).to_pylist()
+        tokens, places, weights = [], [], []
+        for row, session in zip(rows, sessions, strict=True):
+            prompt = session["prompt_ids"]
+            query = [token for token in session["completion_ids"] or [] if token not in self.stops]
+            read = {"prompt": len(prompt) - 1, "query": len(prompt) + len(query) - 1}
+            tokens.append(prompt + (query if "query" in self.readouts else []))
+            places.append([read[readout] for readout in self.readouts])
+            present = [readout == "prompt" or bool(query) for readout in self.readouts]
+            weights.append([(row >= 0) * here / max(sum(present), 1) for here in present])
+        width = max(len(row) for row in tokens)
+        return {
+            "input_ids": torch.tensor([row + [self.pad] * (width - len(row)) for row in tokens], device=device),
+            "mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens], device=device),
+            "places": torch.tensor(places, device=device),
+            "weight": torch.tensor(weights, device=device),
+        }
+
+
+class FrozenRanker:
+    """The ranker over the round's sessions: scores of query vectors, which gradients pass through.
+
+    Raises:
+        DataError: where the ranker is of another knowledge base.
+    """
+
+    def __init__(self, task: LearnerTask, table: pa.Table) -> None:
+        assert task.sessions is not None and task.log is not None, "an objective through the scores reads sessions"
+        loaded = scoring.load(str(task.ranker))
+        catalogue = Catalogue.load(task.log)
+        loaded.require(intent_ids=catalogue.ids)
+        sessions = storage.read_table(task.sessions).sort_by("session_id")
+        assert sessions["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
+        self.model = frozen(task)
+        self.sessions = {name: a for name, a in examples(sessions, loaded.space, catalogue).items() if name in READ}
+        self.device = str(task.device)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Those sessions as tensors, padded to the round's longest list of candidates."""
+        return to_batch(take(self.sessions, np.asarray(rows)), self.device)
+
+    def scores(self, z: Tensor, batch: Batch) -> Tensor:
+        """[B, N, C] of N query vectors z [B, N, d] a session."""
+        return self.model.score(self.model.users(batch), self.model.items(), batch["candidates"], z)
+
+
+def frozen(task: LearnerTask) -> QERec:
+    """The ranker that the task reads through, where its learner computes."""
+    model = scoring.load(str(task.ranker)).model
+    assert isinstance(model, QERec)
+    return model.to(task.device)
+
+
+def _schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(round(steps * warmup_ratio), 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return factor

@@ -1,0 +1,49 @@
+"""The gradient arm: the ranking loss itself, straight through the frozen ranker into the reasoner.
+
+  e ──▶ query tower ──▶ z ──▶ the whole ranker ──▶ scores ──▶ ListNet against the session's clicks
+
+Nothing is sampled, judged or selected: whatever does so must do better than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rgalign_ray.learner import embedding
+from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.ranker.losses import masked_log_softmax
+
+
+def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+    """Runs the gradient arm as `embedding.train` says; its measure is `reward`, the mean log-probability of the
+    clicked intents (nats).
+    """
+    return embedding.train(task, advance, RankingLoss)
+
+
+class RankingLoss:
+    """ListNet (top one) of the frozen ranker's scores."""
+
+    measure = "reward"
+
+    def __init__(self, task: LearnerTask, table: pa.Table) -> None:
+        self.ranker = embedding.FrozenRanker(task, table)
+
+    def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
+        batch = self.ranker.batch(rows)
+        is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        reward = log_probability(self.ranker.scores(self.ranker.model.queries(embeddings, is_null), batch), batch)
+        return -reward, reward.detach()
+
+
+def log_probability(scores: Tensor, batch: embedding.Batch) -> Tensor:
+    """[B, N], mean log-probability of the clicked candidates by softmax of scores [B, N, C]: the `logprob` reward."""
+    exists = batch["candidates"] >= 0
+    clicks = batch["clicks"] & exists
+    target = clicks / clicks.sum(dim=-1, keepdim=True).clamp(min=1)
+    return (target[:, None] * masked_log_softmax(scores, exists[:, None].expand(scores.shape))).sum(dim=-1)

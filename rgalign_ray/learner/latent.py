@@ -1,0 +1,66 @@
+"""Reinforcement learning on the embedding itself: no query is decoded.
+
+  w = whiten(e)      copies w + σ·ε_k      reward r_k of each, from the frozen ranker      advantage r_k − mean r
+  loss = −mean_k advantage_k · log N(w + σ·ε_k ; w, σ²), the copies and advantages held fixed
+
+In the manner of Zhang et al. 2025, "Reinforced Latent Reasoning for LLM-based Recommendation". The noise is drawn
+in the directions that the ranker reads, in units of their deviation between sessions; elsewhere it could
+change no reward. Advantages are not divided by their deviation: where all copies rank alike, that would
+blow up rounding errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rgalign_ray import config
+from rgalign_ray.learner import embedding
+from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.reward import functions
+
+
+def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+    """Runs it as `embedding.train` says; its measure is `reward`, the mean reward of the copies."""
+    return embedding.train(task, advance, NoisyCopies)
+
+
+class NoisyCopies:
+    """The policy is a normal distribution around the whitened embedding; any reward will do."""
+
+    measure = "reward"
+
+    def __init__(self, task: LearnerTask, table: pa.Table) -> None:
+        assert isinstance(task.optimisation, config.Latent) and task.reward is not None
+        self.ranker = embedding.FrozenRanker(task, table)
+        self.settings, self.reward, self.seed = task.optimisation, task.reward, task.seed
+
+    def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
+        tower = self.ranker.model.query_tower
+        centre = tower.whitening(embeddings)[:, :, None]  # [B, P, 1, k]
+        noise = self._noise(rows, step, centre)  # [B, P, K, k]
+        with torch.no_grad():
+            rewards = self._rewards(tower.read(centre + self.settings.noise * noise), rows)
+            advantage = rewards - rewards.mean(dim=-1, keepdim=True)
+        distance = (centre.detach() + self.settings.noise * noise - centre).square().sum(dim=-1)
+        loss = (advantage * distance).mean(dim=-1) / (2 * self.settings.noise**2)
+        return loss, rewards.mean(dim=-1)
+
+    def _noise(self, rows: Sequence[int], step: int, centre: Tensor) -> Tensor:
+        """Drawn by session and step, so that it depends on no batch and no worker."""
+        shape = (centre.shape[1], self.settings.copies, centre.shape[-1])
+        drawn = [np.random.Generator(np.random.Philox(key=[self.seed, row << 32 | step])) for row in rows]
+        return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in drawn])).to(centre.device)
+
+    def _rewards(self, z: Tensor, rows: Sequence[int]) -> Tensor:
+        """[B, P, K] of z [B, P, K, d]."""
+        batch = self.ranker.batch(rows)
+        scores = self.ranker.scores(z.flatten(1, 2), batch).cpu().numpy()
+        clicks, exists = (batch[name].cpu().numpy() for name in ("clicks", "candidates"))
+        found = functions.reward(self.reward, scores, clicks, exists >= 0)
+        return torch.from_numpy(found.astype(np.float32)).to(z.device).view(z.shape[:-1])

@@ -1,0 +1,114 @@
+"""RG-SFT on the tiny model, in this process: it improves its own quantity, and a wrong sign would fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.learner import sft, training
+from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+
+REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=8, upper_layers=1.0))
+WORDS = ["slow parcel", "card refused", "broken vase", "new password"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group_of_one() -> None:
+    training._group_of_one()
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    return TransformersEngine(REASONER, max_session_tokens=64)
+
+
+def task(folder: Path, objective: str, optimisation: config.Optimisation, **changes: object) -> LearnerTask:
+    arguments: dict = {
+        "objective": objective,
+        "reasoner": REASONER,
+        "learner": config.Learner(workers=1, micro_batch=4, zero_stage=2),
+        "optimisation": optimisation,
+        "weights": None,
+        "data": str(folder / "data"),
+        "ranker": None,
+        "out": str(folder / "out"),
+        "version": "tiny+1",
+        "seed": 0,
+    }
+    return LearnerTask(**(arguments | changes))
+
+
+def selected(engine: TransformersEngine, folder: Path, sessions: int = 32) -> None:
+    """Prompts whose right query is a word of the prompt."""
+    table = []
+    for i in range(sessions):
+        word = WORDS[i % len(WORDS)]
+        prompt = engine.prompt_ids(Prompts("Q: ", [word], "\nA:"))[0]
+        query = engine._ids(f" {word[:4]}\n")
+        table.append(
+            {
+                "session_id": f"s{i:03d}",
+                "prompt_ids": prompt,
+                "completion_ids": query,
+                "query": word,
+                "weight": 1.0,
+                "rank": 0,
+                "rejected": None,
+            }
+        )
+    storage.write_table(str(folder / "data/selected.parquet"), pa.Table.from_pylist(table, schema=schema.SELECTED))
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_rg_sft_lowers_the_loss_of_the_selected_queries(
+    engine: TransformersEngine, tmp_path: Path, zero_stage: int
+) -> None:
+    selected(engine, tmp_path)
+    steps = []
+    work = task(
+        tmp_path,
+        "sft",
+        config.Sft(lr=1e-2, epochs=4, batch_sessions=8, neftune_alpha=0.0),
+        learner=config.Learner(workers=1, micro_batch=4, zero_stage=zero_stage),
+    )
+    figures = sft.train(work, steps.append)
+    assert figures["steps"] == len(steps) == 16
+    assert np.mean(figures["loss"][-4:]) < 0.75 * np.mean(figures["loss"][:4])
+    before = models.load_base(REASONER)
+    after = models.load_reasoner(REASONER, work.out)
+    moved = [name for name, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(name))]
+    assert moved
+    assert models.version_of(REASONER, work.out) == "tiny+1"
+
+
+def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, tmp_path: Path) -> None:
+    """The loss of a completion that is certain already is nearly zero, whatever the prompt says."""
+    selected(engine, tmp_path)
+    path = str(tmp_path / "data/selected.parquet")
+    table = storage.read_table(path)
+    prompts = [[int(t) for t in np.random.default_rng(i).integers(3, 250, 30)] for i in range(len(table))]
+    fixed = table.set_column(1, "prompt_ids", pa.array(prompts, pa.list_(pa.int32())))
+    fixed = fixed.set_column(2, "completion_ids", pa.array([[5, 5]] * len(table), pa.list_(pa.int32())))
+    storage.write_table(path, fixed.select(table.column_names))
+    figures = sft.train(task(tmp_path, "sft", config.Sft(lr=2e-2, epochs=8, batch_sessions=8)), lambda n: None)
+    assert figures["loss"][-1] < 1.5 < 4 < figures["loss"][0]
+
+
+@pytest.mark.slow
+def test_all_weights_can_be_trained(engine: TransformersEngine, tmp_path: Path) -> None:
+    selected(engine, tmp_path)
+    whole = config.Reasoner(model="tiny", dtype="float32", lora=None)
+    work = task(tmp_path, "sft", config.Sft(lr=1e-2, epochs=2, batch_sessions=8), reasoner=whole)
+    figures = sft.train(work, lambda n: None)
+    assert figures["loss"][-1] < figures["loss"][0]
+    assert models.load_reasoner(whole, work.out).config.hidden_size == 32
