@@ -256,6 +256,10 @@ class Select(Settings):
     """soft: temperature of the resampling weights exp((r − max)/β)."""
     require_uplift: bool = False
     """Drop sessions in which no query beats the null query."""
+    rejected: Literal["worst", "random", "nearest"] = "worst"
+    """Which query RG-DPO sets against the best: the one with the lowest reward, any, or the highest, of those that
+    stand at least `pair_gap` below it."""
+    pair_gap: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class Optimisation(Settings):
@@ -269,6 +273,12 @@ class Optimisation(Settings):
 
 class Sft(Optimisation):
     neftune_alpha: Annotated[float, Field(ge=0.0)] = 5.0
+
+
+class Dpo(Optimisation):
+    lr: Positive = 5e-5
+    beta: Positive = 0.1
+    """Weight of the divergence from the reference."""
 
 
 class Embedding(Optimisation):
@@ -295,7 +305,7 @@ class Latent(Embedding):
     """Standard deviation of a copy, in deviations between sessions of each direction that the ranker reads."""
 
 
-AlignName = Literal["sft", "contrastive", "gradient", "latent"]
+AlignName = Literal["sft", "dpo", "contrastive", "gradient", "latent"]
 
 
 class Learner(Settings):
@@ -411,6 +421,7 @@ class Config(Settings):
     align: list[AlignName] = ["sft", "contrastive"]
     """Objectives of a round, each starting from the one before."""
     sft: Sft = Sft()
+    dpo: Dpo = Dpo()
     contrastive: Contrastive = Contrastive()
     gradient: Gradient = Gradient()
     latent: Latent = Latent()
@@ -448,7 +459,7 @@ class Config(Settings):
         if self.ranker.dim % self.ranker.heads:
             raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
         at_once = self.learner.workers * self.learner.micro_batch
-        for name in get_args(AlignName):
+        for name in self.align:
             if getattr(self, name).batch_sessions % at_once:
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"

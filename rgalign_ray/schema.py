@@ -142,9 +142,19 @@ SELECTED = pa.schema(
         ("query", pa.string()),
         ("weight", pa.float32()),
         ("rank", pa.int32()),
-        ("rejected", pa.string()),
     ]
 )
+
+PAIRS = pa.schema(
+    [
+        pa.field("session_id", pa.string(), nullable=False),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("gap", pa.float32()),
+    ]
+)
+"""Of two queries of a session, the one with the higher reward, and by how much it is higher."""
 
 
 def check(table_schema: pa.Schema, expected: pa.Schema, where: str, *, extra: bool = False) -> None:

@@ -26,11 +26,12 @@ class LearnerTask:
     objective: str
     reasoner: config.Reasoner
     learner: config.Learner
-    optimisation: config.Sft | config.Embedding
+    optimisation: config.Optimisation
     weights: str | None
     """Reasoner artefact to start from; None starts from the base model."""
     data: str
-    """Folder with `selected.parquet` (RG-SFT) and `positives.parquet` (objectives of the embedding)."""
+    """Folder with `selected.parquet` (RG-SFT), `pairs.parquet` (RG-DPO) and `positives.parquet` (objectives of the
+    embedding)."""
     ranker: str | None
     """Ranker artefact that objectives of the embedding read through."""
     out: str
@@ -122,7 +123,9 @@ def export(model: PreTrainedModel, task: LearnerTask) -> None:
     with deepspeed.zero.GatheredParameters(parameters, enabled=task.learner.zero_stage == 3):
         if dist.get_rank() == 0:
             with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder, safe_serialization=True)
+                # of the adapters only the trained one: DPO's reference is an adapter as well
+                chosen = {} if full else {"selected_adapters": ["default"]}
+                model.save_pretrained(folder, safe_serialization=True, **chosen)
                 fs, path = storage.filesystem(task.out)
                 fs.create_dir(path, recursive=True)
                 pafs.copy_files(folder, path, destination_filesystem=fs)

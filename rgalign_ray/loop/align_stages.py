@@ -28,13 +28,22 @@ from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.reward import actor
 from rgalign_ray.reward.gate import gate
-from rgalign_ray.reward.selection import select
+from rgalign_ray.reward.selection import pairs, select
 from rgalign_ray.rollout.pool import RolloutPool
 from rgalign_ray.rollout.worker import Instruction, Unit
 
 SESSIONS_FILE = "sessions.parquet"
 """The round's sessions with a click, beside their rollouts."""
-OBJECTIVE_NAMES = {"sft": "RG-SFT", "contrastive": "RG-CL", "gradient": "ranking gradient", "latent": "latent RL"}
+OBJECTIVE_NAMES = {
+    "sft": "RG-SFT",
+    "dpo": "RG-DPO",
+    "contrastive": "RG-CL",
+    "gradient": "ranking gradient",
+    "latent": "latent RL",
+}
+LEARNS_FROM = {"sft": "selected.parquet", "dpo": "pairs.parquet"}
+"""Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
+POSITIVES = "positives.parquet"
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
@@ -70,7 +79,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
     for objective in config.align:
         name = f"align_{round_}_{objective}"
         inputs = [f"selected_{round_}", *((previous,) if previous else ())]
-        if objective != "sft":
+        if objective not in LEARNS_FROM:
             inputs += [f"rankers_{before}", "sessions", f"rollouts_{round_}"]
         sequence.append(
             Stage(
@@ -173,7 +182,9 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
 
 
 def choose(run: Run, out: str, round_: int) -> Outcome:
-    """Writes `selected.parquet` for RG-SFT and `positives.parquet` for RG-CL, which learns from every session."""
+    """Writes what each objective learns from: `selected.parquet`, `pairs.parquet`, and `positives.parquet`, which has
+    every session.
+    """
     config = run.config
     order = [("session_id", "ascending"), ("sample", "ascending")]
     scored = storage.read_table(run.uri(f"rewards_{round_}", "scored.parquet")).sort_by(order)
@@ -191,16 +202,32 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
             *(picked[name] for name in ("session_id", "prompt_ids", "completion_ids", "query")),
             pa.array(np.ones(len(taken)), pa.float32()),
             pa.array(rank[taken], pa.int32()),
-            pa.nulls(len(taken), pa.string()),
         ],
         schema=schema.SELECTED,
     )
-    storage.write_table(storage.join(out, "selected.parquet"), selected)
-    storage.write_table(storage.join(out, "positives.parquet"), positives(run, round_, rollouts, selected, n))
+    paired = pair_table(rollouts, reward, pairs(reward, config.select, seeds))
+    storage.write_table(storage.join(out, LEARNS_FROM["sft"]), selected)
+    storage.write_table(storage.join(out, LEARNS_FROM["dpo"]), paired)
+    storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
     gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
     return Outcome(
-        {"sessions": len(ids), "selected": len(taken), "taught nothing": len(ids) - len(taken)},
+        {"sessions": len(ids), "selected": len(taken), "pairs": len(paired), "taught nothing": len(ids) - len(taken)},
         {"gain_over_mean": float(gain.mean()) if len(taken) else 0.0, "lift": float(np.nanmean(uplift))},
+    )
+
+
+def pair_table(rollouts: pa.Table, reward: np.ndarray, chosen: np.ndarray) -> pa.Table:
+    """`schema.PAIRS` from the rollouts in order of session and sample, rewards [S, N] and pairs [S, 2]."""
+    there = np.flatnonzero(chosen[:, 0] >= 0)
+    better, worse = (rollouts.take(pa.array(there * reward.shape[1] + chosen[there, side])) for side in (0, 1))
+    gap = reward[there, chosen[there, 0]] - reward[there, chosen[there, 1]]
+    return pa.table(
+        [
+            *(better[name] for name in ("session_id", "prompt_ids", "completion_ids")),
+            worse["completion_ids"],
+            pa.array(gap, pa.float32()),
+        ],
+        schema=schema.PAIRS,
     )
 
 
@@ -245,8 +272,8 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         version=f"{config.reasoner.model}+{round_}.{objective}",
         seed=config.seed * 1000 + round_,
     )
-    table = "selected.parquet" if objective == "sft" else "positives.parquet"
-    rows = storage.read_table(storage.join(task.data, table), columns=["session_id"]).num_rows
+    table = storage.join(task.data, LEARNS_FROM.get(objective, POSITIVES))
+    rows = storage.read_table(table, columns=["session_id"]).num_rows
     if not rows:
         raise DataError(
             f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."

@@ -1,4 +1,4 @@
-"""From judged rollouts to what the reasoner learns from: best of N, soft resampling, or the random control."""
+"""From judged rollouts to what the reasoner learns from: best of N, soft resampling, the random control, or pairs."""
 
 from __future__ import annotations
 
@@ -35,3 +35,30 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         elif (values[valid].max() - values[valid]).mean() > settings.margin:  # exactly 0 where all are equal
             chosen[i] = valid[values[valid].argmax()]
     return chosen
+
+
+def pairs(reward: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.ndarray:
+    """The best sample of each session and one that is worse.
+
+    Args:
+        reward: float [S, N]; nan for queries that were not valid.
+        settings: which worse one, and how much worse it must be.
+        seeds: uint64 [S].
+
+    Returns:
+        int64 [S, 2]: chosen and rejected; -1, -1 for a session without such a pair.
+    """
+    found = np.full((len(reward), 2), -1, dtype=np.int64)
+    for i, values in enumerate(reward):
+        if not np.isfinite(values).any():
+            continue
+        best = int(np.nanargmax(values))
+        below = np.flatnonzero((values < values[best]) & (values <= values[best] - settings.pair_gap))
+        if not len(below):
+            continue
+        if settings.rejected == "random":
+            worse = np.random.Generator(np.random.Philox(int(seeds[i]))).choice(below)
+        else:
+            worse = below[values[below].argmin() if settings.rejected == "worst" else values[below].argmax()]
+        found[i] = best, worse
+    return found

@@ -25,7 +25,6 @@ def test_two_workers_learn_and_export_one_adapter(ray_cluster: object, tmp_path:
             "query": "q",
             "weight": 1.0,
             "rank": 0,
-            "rejected": None,
         }
         for i in range(30)
     ]

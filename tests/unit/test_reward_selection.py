@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgalign_ray import config
-from rgalign_ray.reward.selection import select
+from rgalign_ray.reward.selection import pairs, select
 
 REWARD = st.floats(-4, 0, width=32) | st.sampled_from([-1.0, -0.5])
 ROW = st.lists(REWARD | st.just(float("nan")), min_size=2, max_size=6)
@@ -101,3 +101,29 @@ def test_the_uplift_of_an_invalid_query_does_not_count() -> None:
     reward = np.array([[-1.0, -2.0, np.nan]])
     uplift = np.array([[-0.1, -1.1, 3.0]])
     assert select(reward, uplift, config.Select(require_uplift=True), np.zeros(1, np.uint64)).tolist() == [-1]
+
+
+@settings(deadline=None)
+@given(row=ROW, gap=st.sampled_from([0.0, 0.3]), rejected=st.sampled_from(["worst", "random", "nearest"]))
+def test_a_pair_is_the_best_and_one_that_is_worse(row: list[float], gap: float, rejected: str) -> None:
+    reward = np.array([row])
+    chosen = config.Select(rejected=rejected, pair_gap=gap)  # type: ignore[arg-type]
+    ((best, worse),) = pairs(reward, chosen, np.array([7], np.uint64)).tolist()
+    top = max((value for value in row if not np.isnan(value)), default=np.nan)
+    below = [value for value in row if value < top and value <= top - gap]
+    if not below:
+        assert (best, worse) == (-1, -1)
+        return
+    assert row[best] == top
+    assert row[worse] in below
+    if rejected != "random":
+        assert row[worse] == (min(below) if rejected == "worst" else max(below))
+
+
+def test_a_random_rejected_query_is_the_sessions_own() -> None:
+    reward = np.tile([0.0, -1.0, -2.0, -3.0], (64, 1))
+    seeds = np.arange(64, dtype=np.uint64)
+    found = pairs(reward, config.Select(rejected="random"), seeds)
+    assert set(found[:, 1].tolist()) == {1, 2, 3}
+    order = np.random.default_rng(0).permutation(64)
+    np.testing.assert_array_equal(pairs(reward, config.Select(rejected="random"), seeds[order]), found[order])

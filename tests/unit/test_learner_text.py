@@ -1,4 +1,4 @@
-"""RG-SFT on the tiny model, in this process: it improves its own quantity, and a wrong sign would fail."""
+"""RG-SFT and RG-DPO on the tiny model, in this process: each improves its own quantity, and a wrong sign would fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.learner import sft, training
+from rgalign_ray.learner import dpo, sft, training
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
@@ -61,7 +61,6 @@ def selected(engine: TransformersEngine, folder: Path, sessions: int = 32) -> No
                 "query": word,
                 "weight": 1.0,
                 "rank": 0,
-                "rejected": None,
             }
         )
     storage.write_table(str(folder / "data/selected.parquet"), pa.Table.from_pylist(table, schema=schema.SELECTED))
@@ -112,3 +111,66 @@ def test_all_weights_can_be_trained(engine: TransformersEngine, tmp_path: Path) 
     figures = sft.train(work, lambda n: None)
     assert figures["loss"][-1] < figures["loss"][0]
     assert models.load_reasoner(whole, work.out).config.hidden_size == 32
+
+
+def paired(engine: TransformersEngine, folder: Path) -> None:
+    """The right query against that of the next session."""
+    selected(engine, folder)
+    table = storage.read_table(str(folder / "data/selected.parquet"))
+    chosen = table["completion_ids"].to_pylist()
+    columns = [table["session_id"], table["prompt_ids"], table["completion_ids"]]
+    rejected = pa.array(chosen[1:] + chosen[:1], pa.list_(pa.int32()))
+    gaps = pa.array(np.ones(len(table)), pa.float32())
+    storage.write_table(str(folder / "data/pairs.parquet"), pa.table([*columns, rejected, gaps], schema=schema.PAIRS))
+
+
+@pytest.mark.parametrize(
+    ("lora", "zero_stage"),
+    [
+        (REASONER.lora, 2),
+        pytest.param(REASONER.lora, 3, marks=pytest.mark.slow),
+        pytest.param(None, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_rg_dpo_parts_the_chosen_from_the_rejected(
+    engine: TransformersEngine, tmp_path: Path, lora: config.Lora | None, zero_stage: int
+) -> None:
+    paired(engine, tmp_path)
+    reasoner = config.Reasoner(model="tiny", dtype="float32", lora=lora)
+    work = task(
+        tmp_path,
+        "dpo",
+        config.Dpo(lr=1e-2, epochs=4, batch_sessions=8),
+        reasoner=reasoner,
+        learner=config.Learner(workers=1, micro_batch=4, zero_stage=zero_stage),
+    )
+    figures = dpo.train(work, lambda n: None)
+    assert figures["steps"] == 16
+    assert figures["loss"][0] == pytest.approx(np.log(2), abs=0.01), "at first it is its own reference"
+    assert np.mean(figures["loss"][-4:]) < 0.5
+    assert np.mean(figures["margin"][-4:]) > 0.5
+    assert np.mean(figures["accuracy"][-4:]) > 0.9
+    assert models.version_of(reasoner, work.out) == "tiny+1"
+    assert not (tmp_path / "out/ref").exists(), "the reference is not part of the reasoner"
+
+
+def test_rg_dpo_goes_on_from_what_the_objective_before_it_made(engine: TransformersEngine, tmp_path: Path) -> None:
+    """Its reference is that reasoner, not the base model: the first step's loss tells."""
+    paired(engine, tmp_path)
+    first = task(tmp_path, "sft", config.Sft(lr=1e-2, epochs=2, batch_sessions=8, neftune_alpha=0.0))
+    sft.train(first, lambda n: None)
+    second = task(
+        tmp_path,
+        "dpo",
+        config.Dpo(lr=1e-6, batch_sessions=8),
+        weights=first.out,
+        out=str(tmp_path / "second"),
+        version="tiny+1.dpo",
+    )
+    figures = dpo.train(second, lambda n: None)
+    assert figures["loss"] == pytest.approx([np.log(2)] * 4, abs=0.01)
+    before, after = (models.load_reasoner(REASONER, uri) for uri in (first.out, second.out))
+    base = models.load_base(REASONER)
+    name = next(name for name, w in before.named_parameters() if not torch.equal(w, base.get_parameter(name)))
+    moved = (before.get_parameter(name) - base.get_parameter(name)).norm()
+    assert (after.get_parameter(name) - before.get_parameter(name)).norm() < 0.1 * moved

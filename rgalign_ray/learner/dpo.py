@@ -1,0 +1,61 @@
+"""RG-DPO: the reasoner learns to prefer the query that the ranker judged best to one that it judged worse.
+
+TRL's DPOTrainer (Rafailov et al., 2023) over the sampled token ids themselves. The reference is the reasoner
+that the objective starts from: under LoRA a frozen copy of its adapter, else its log-probabilities taken before
+the first step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from rgalign_ray import config, storage
+from rgalign_ray.learner import engine, trainer
+from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.reasoner import models
+
+
+class _Pairs(DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
+        return dataset  # token ids already, as they were sampled
+
+
+def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+    """Optimises preferences on `pairs.parquet` and exports the reasoner.
+
+    Args:
+        task: data, weights and settings; `task.optimisation` is `config.Dpo`.
+        advance: called after each optimiser step.
+
+    Returns:
+        figures: `sessions`, `steps`, and per optimiser step `loss` (nats), `margin` (implicit reward of the chosen
+        query above the rejected one's) and `accuracy` (share of pairs in which it is above).
+    """
+    settings = task.optimisation
+    assert isinstance(settings, config.Dpo)
+    pairs = storage.read_table(storage.join(task.data, "pairs.parquet"))
+    rows = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
+    with tempfile.TemporaryDirectory() as scratch:
+        log = trainer.run(
+            task,
+            advance,
+            lambda: _Pairs(
+                model=engine.trainable(task),
+                args=DPOConfig(
+                    **trainer.arguments(task, scratch),
+                    beta=settings.beta,
+                    max_length=None,
+                    precompute_ref_log_probs=task.reasoner.lora is None,
+                ),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=models.load_tokenizer(task.reasoner.model),
+            ),
+        )
+    curves = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    return {"sessions": len(rows), "steps": len(log)} | {
+        name: [entry[key] for entry in log] for name, key in curves.items()
+    }
