@@ -281,6 +281,19 @@ class Dpo(Optimisation):
     """Weight of the divergence from the reference."""
 
 
+class Grpo(Optimisation):
+    """Samples as long as `rollout.max_new_tokens`, with top-p 1."""
+
+    lr: Positive = 2e-5
+    n: Annotated[int, Field(ge=2)] = 8
+    """Queries of one group."""
+    temperature: Positive = 0.7
+    kl_weight: Annotated[float, Field(ge=0.0)] = 0.02
+    """Weight of the divergence from the reasoner that the objective starts from."""
+    clip: Positive = 0.2
+    """How far the ratio to the sampler's probability counts, either way."""
+
+
 class Embedding(Optimisation):
     """Objectives that move the embedding through the frozen ranker."""
 
@@ -305,7 +318,7 @@ class Latent(Embedding):
     """Standard deviation of a copy, in deviations between sessions of each direction that the ranker reads."""
 
 
-AlignName = Literal["sft", "dpo", "contrastive", "gradient", "latent"]
+AlignName = Literal["sft", "dpo", "grpo", "contrastive", "gradient", "latent"]
 
 
 class Learner(Settings):
@@ -422,6 +435,7 @@ class Config(Settings):
     """Objectives of a round, each starting from the one before."""
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
+    grpo: Grpo = Grpo()
     contrastive: Contrastive = Contrastive()
     gradient: Gradient = Gradient()
     latent: Latent = Latent()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rgalign_ray.learner import embedding
+from rgalign_ray.learner import embedding, frozen
 from rgalign_ray.learner.engine import Advance, LearnerTask
 
 
@@ -34,7 +34,7 @@ class Contrast:
     measure = "accuracy"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        self.ranker = embedding.frozen(task)
+        self.ranker = frozen.ranker(task)
         self.clicked: list[list[int]] = table["positives"].to_pylist()
         self.device = task.device
 

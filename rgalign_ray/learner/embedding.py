@@ -22,17 +22,8 @@ from transformers import PreTrainedModel
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import Advance, LearnerTask
-from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import examples
-from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.base import Batch
-from rgalign_ray.ranker.fit import take, to_batch
-from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.transformers_engine import stop_tokens
-
-READ = ("fields", "multi", "history", "candidates", "clicks")
-"""What the ranker's scores and their loss read of a session."""
 
 
 class Objective(Protocol):
@@ -171,40 +162,6 @@ class Rows:
             "places": torch.tensor(places, device=device),
             "weight": torch.tensor(weights, device=device),
         }
-
-
-class FrozenRanker:
-    """The ranker over the round's sessions: scores of query vectors, which gradients pass through.
-
-    Raises:
-        DataError: where the ranker is of another knowledge base.
-    """
-
-    def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        assert task.sessions is not None and task.log is not None, "an objective through the scores reads sessions"
-        loaded = scoring.load(str(task.ranker))
-        catalogue = Catalogue.load(task.log)
-        loaded.require(intent_ids=catalogue.ids)
-        sessions = storage.read_table(task.sessions).sort_by("session_id")
-        assert sessions["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
-        self.model = frozen(task)
-        self.sessions = {name: a for name, a in examples(sessions, loaded.space, catalogue).items() if name in READ}
-        self.device = str(task.device)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """Those sessions as tensors, padded to the round's longest list of candidates."""
-        return to_batch(take(self.sessions, np.asarray(rows)), self.device)
-
-    def scores(self, z: Tensor, batch: Batch) -> Tensor:
-        """[B, N, C] of N query vectors z [B, N, d] a session."""
-        return self.model.score(self.model.users(batch), self.model.items(), batch["candidates"], z)
-
-
-def frozen(task: LearnerTask) -> QERec:
-    """The ranker that the task reads through, where its learner computes."""
-    model = scoring.load(str(task.ranker)).model
-    assert isinstance(model, QERec)
-    return model.to(task.device)
 
 
 def _schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:

@@ -20,6 +20,21 @@ from rgalign_ray.reasoner import models
 
 
 @dataclass(frozen=True, slots=True)
+class FrozenPair:
+    """The reward model: a ranker and the reasoner whose embeddings it reads, over the round's sessions."""
+
+    ranker: str
+    """Ranker artefact."""
+    encoder: str | None
+    """Reasoner artefact; None is the base model."""
+    sessions: str
+    """The round's sessions."""
+    log: str
+    """The ingested log, for its knowledge base."""
+    reward: config.Reward
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerTask:
     """One objective's work; plain data that travels to the learners."""
 
@@ -32,19 +47,16 @@ class LearnerTask:
     data: str
     """Folder with `selected.parquet` (RG-SFT), `pairs.parquet` (RG-DPO) and `positives.parquet` (objectives of the
     embedding)."""
-    ranker: str | None
-    """Ranker artefact that objectives of the embedding read through."""
     out: str
     """Folder that receives the new reasoner artefact."""
     version: str
     """Version name of the new reasoner."""
     seed: int
-    sessions: str | None = None
-    """The round's sessions, of those objectives that read the ranker's scores."""
-    log: str | None = None
-    """The ingested log, for its knowledge base."""
-    reward: config.Reward | None = None
-    """Of objectives that ask for rewards."""
+    pair: FrozenPair | None
+    """Of objectives that ask the ranker itself."""
+    prompt: config.Prompt
+    rollout: config.Rollout
+    """Of RG-GRPO, which samples as it learns."""
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.ranker.base import Batch
 from rgalign_ray.ranker.losses import masked_log_softmax
 
 
@@ -32,7 +34,8 @@ class RankingLoss:
     measure = "reward"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        self.ranker = embedding.FrozenRanker(task, table)
+        self.ranker = FrozenRanker(task)
+        assert self.ranker.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         batch = self.ranker.batch(rows)
@@ -41,7 +44,7 @@ class RankingLoss:
         return -reward, reward.detach()
 
 
-def log_probability(scores: Tensor, batch: embedding.Batch) -> Tensor:
+def log_probability(scores: Tensor, batch: Batch) -> Tensor:
     """[B, N], mean log-probability of the clicked candidates by softmax of scores [B, N, C]: the `logprob` reward."""
     exists = batch["candidates"] >= 0
     clicks = batch["clicks"] & exists

@@ -22,7 +22,7 @@ from torch import Tensor
 from rgalign_ray import config
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Advance, LearnerTask
-from rgalign_ray.reward import functions
+from rgalign_ray.learner.frozen import FrozenRanker
 
 
 def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
@@ -36,17 +36,18 @@ class NoisyCopies:
     measure = "reward"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        assert isinstance(task.optimisation, config.Latent) and task.reward is not None
-        self.ranker = embedding.FrozenRanker(task, table)
-        self.settings, self.reward, self.seed = task.optimisation, task.reward, task.seed
+        assert isinstance(task.optimisation, config.Latent)
+        self.ranker = FrozenRanker(task)
+        assert self.ranker.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
+        self.settings, self.seed = task.optimisation, task.seed
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         tower = self.ranker.model.query_tower
         centre = tower.whitening(embeddings)[:, :, None]  # [B, P, 1, k]
         noise = self._noise(rows, step, centre)  # [B, P, K, k]
-        with torch.no_grad():
-            rewards = self._rewards(tower.read(centre + self.settings.noise * noise), rows)
-            advantage = rewards - rewards.mean(dim=-1, keepdim=True)
+        copies = tower.read(centre.detach() + self.settings.noise * noise)
+        rewards = self.ranker.rewards(copies.flatten(1, 2), rows).view(noise.shape[:-1])
+        advantage = rewards - rewards.mean(dim=-1, keepdim=True)
         distance = (centre.detach() + self.settings.noise * noise - centre).square().sum(dim=-1)
         loss = (advantage * distance).mean(dim=-1) / (2 * self.settings.noise**2)
         return loss, rewards.mean(dim=-1)
@@ -56,11 +57,3 @@ class NoisyCopies:
         shape = (centre.shape[1], self.settings.copies, centre.shape[-1])
         drawn = [np.random.Generator(np.random.Philox(key=[self.seed, row << 32 | step])) for row in rows]
         return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in drawn])).to(centre.device)
-
-    def _rewards(self, z: Tensor, rows: Sequence[int]) -> Tensor:
-        """[B, P, K] of z [B, P, K, d]."""
-        batch = self.ranker.batch(rows)
-        scores = self.ranker.scores(z.flatten(1, 2), batch).cpu().numpy()
-        clicks, exists = (batch[name].cpu().numpy() for name in ("clicks", "candidates"))
-        found = functions.reward(self.reward, scores, clicks, exists >= 0)
-        return torch.from_numpy(found.astype(np.float32)).to(z.device).view(z.shape[:-1])

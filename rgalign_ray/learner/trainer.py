@@ -19,6 +19,7 @@ def arguments(task: LearnerTask, scratch: str) -> dict[str, Any]:
         scratch: folder that the trainer asks for and leaves empty.
     """
     settings = task.optimisation
+    sizes = dict.fromkeys(("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"), "auto")
     return {
         "output_dir": scratch,
         "per_device_train_batch_size": task.learner.micro_batch,
@@ -29,7 +30,7 @@ def arguments(task: LearnerTask, scratch: str) -> dict[str, Any]:
         "warmup_steps": settings.warmup_ratio,
         "max_grad_norm": settings.max_grad_norm,
         "remove_unused_columns": False,
-        "deepspeed": engine.deepspeed_config(task) | {"gradient_accumulation_steps": "auto"},
+        "deepspeed": engine.deepspeed_config(task) | sizes,
         "use_cpu": not task.learner.use_gpu,
         "bf16": task.bf16,
         "gradient_checkpointing": False,

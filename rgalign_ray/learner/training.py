@@ -55,19 +55,20 @@ def _worker(loop: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task.reasoner.threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
     objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
-    if not dist.is_initialized():
-        _group_of_one()
+    group_of_one()
     if dist.get_rank() > 0:
         return objective.train(task, lambda n: None)
     with progress.track(f"RG-{task.objective}", loop["steps"], "steps") as advance:
         return objective.train(task, advance)
 
 
-def _group_of_one() -> None:
-    """Ray Train's local mode makes no process group, and DeepSpeed insists on one.
+def group_of_one() -> None:
+    """Makes a process group where there is none: Ray Train's local mode makes none, and DeepSpeed insists on one.
 
     It stays until the process ends: DeepSpeed remembers its first group, and a second would be foreign to it.
     """
+    if dist.is_initialized():
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -18,7 +18,7 @@ from rgalign_ray import progress, schema, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import DataError
 from rgalign_ray.learner import training
-from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.learner.engine import FrozenPair, LearnerTask
 from rgalign_ray.logs import examples, stream
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace
@@ -37,6 +37,7 @@ SESSIONS_FILE = "sessions.parquet"
 OBJECTIVE_NAMES = {
     "sft": "RG-SFT",
     "dpo": "RG-DPO",
+    "grpo": "RG-GRPO",
     "contrastive": "RG-CL",
     "gradient": "ranking gradient",
     "latent": "latent RL",
@@ -44,6 +45,8 @@ OBJECTIVE_NAMES = {
 LEARNS_FROM = {"sft": "selected.parquet", "dpo": "pairs.parquet"}
 """Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
 POSITIVES = "positives.parquet"
+ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
+"""Settings of objectives that ask for rewards as they learn."""
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
@@ -86,7 +89,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
                 name,
                 f"{OBJECTIVE_NAMES[objective]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
                 partial(align, objective=objective, round_=round_, weights=previous),
-                ("reasoner", "learner", objective, *(("reward",) if objective == "latent" else ())),
+                ("reasoner", "learner", objective, *ASKS.get(objective, ())),
                 tuple(inputs),
                 ray=True,
             )
@@ -264,10 +267,15 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         optimisation=optimisation,
         weights=run.uri(weights) if weights else None,
         data=run.uri(f"selected_{round_}"),
-        ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec"),
-        sessions=run.uri(f"rollouts_{round_}", SESSIONS_FILE),
-        log=run.uri("sessions"),
-        reward=config.reward,
+        pair=FrozenPair(
+            ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec"),
+            encoder=engine_spec(run, round_ - 1).weights,
+            sessions=run.uri(f"rollouts_{round_}", SESSIONS_FILE),
+            log=run.uri("sessions"),
+            reward=config.reward,
+        ),
+        prompt=config.prompt,
+        rollout=config.rollout,
         out=out,
         version=f"{config.reasoner.model}+{round_}.{objective}",
         seed=config.seed * 1000 + round_,

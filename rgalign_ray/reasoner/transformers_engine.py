@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgalign_ray import config
 from rgalign_ray.reasoner import models
@@ -43,9 +43,14 @@ class TransformersEngine:
         self.load(weights)
 
     def load(self, weights: str | None) -> None:
-        self.model = models.load_reasoner(self.settings, weights).to(self.device)
-        self.version = models.version_of(self.settings, weights)
-        self.hidden_size: int = self.model.config.hidden_size
+        model = models.load_reasoner(self.settings, weights).to(self.device)
+        self.use(model, models.version_of(self.settings, weights))
+
+    def use(self, model: PreTrainedModel, version: str) -> None:
+        """Goes on with the weights of a model in memory, as they are now: what was computed by others is forgotten."""
+        self.model = model
+        self.version = version
+        self.hidden_size: int = model.config.hidden_size
         self._prefix: tuple[str, list[tuple[torch.Tensor, torch.Tensor]], int] | None = None
 
     def prompt_ids(self, prompts: Prompts) -> list[list[int]]:

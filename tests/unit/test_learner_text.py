@@ -22,7 +22,7 @@ WORDS = ["slow parcel", "card refused", "broken vase", "new password"]
 
 @pytest.fixture(autouse=True, scope="module")
 def group_of_one() -> None:
-    training._group_of_one()
+    training.group_of_one()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def task(folder: Path, objective: str, optimisation: config.Optimisation, **chan
         "optimisation": optimisation,
         "weights": None,
         "data": str(folder / "data"),
-        "ranker": None,
+        "pair": None,
+        "prompt": config.Prompt(),
+        "rollout": config.Rollout(),
         "out": str(folder / "out"),
         "version": "tiny+1",
         "seed": 0,

@@ -1,0 +1,132 @@
+"""A round of alignment for the tiny model.
+
+A session's prompt is a word. The ranker has learned which intent each word means; in the round's sessions
+words mean other intents. The ranker is frozen: only the LLM can move.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.learner.engine import FrozenPair, LearnerTask
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ranker.fit import Fit
+from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.rows import with_embeddings
+from rgalign_ray.ranker.scoring import meta_of, save
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+from rgalign_ray.rollout.worker import vectors_table
+
+REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=8, upper_layers=1.0))
+LEARNER = config.Learner(workers=1, micro_batch=4, zero_stage=2)
+WORDS = ["slow parcel", "card refused", "broken vase", "new password"]
+INTENTS = [f"i{number:02d}" for number in range(12)]
+SESSIONS = 32
+TEMPLATE = """
+version: words
+prefix: "Q: "
+session: "{{ word }}"
+suffix: "\\nA:"
+item: "{{ title }}"
+"""
+
+
+def write_round(folder: Path) -> None:
+    """A log's knowledge base, a ranker, and a round's sessions and positives."""
+    engine = TransformersEngine(REASONER, max_session_tokens=64)
+    intents = [{"intent_id": i, "title": i, "description": i, "category": "c"} for i in INTENTS]
+    storage.write_table(str(folder / "log/intents.parquet"), pa.Table.from_pylist(intents, schema=schema.INTENTS))
+    (folder / "template.yaml").write_text(TEMPLATE)
+    train_ranker(folder, engine)
+    meant = [INTENTS[(i + 1) % len(WORDS) * 3] for i in range(SESSIONS)]
+    chosen = sessions(meant)
+    storage.write_table(str(folder / "sessions.parquet"), chosen)
+    prompts = engine.prompt_ids(Prompts("Q: ", [WORDS[i % len(WORDS)] for i in range(SESSIONS)], "\nA:"))
+    positives = {
+        "session_id": chosen["session_id"],
+        "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),
+        "completion_ids": pa.array(
+            [engine._ids(" it\n") if i % 2 else None for i in range(SESSIONS)], pa.list_(pa.int32())
+        ),
+        "positives": pa.array([[INTENTS.index(intent)] for intent in meant], pa.list_(pa.int32())),
+    }
+    storage.write_table(str(folder / "data/positives.parquet"), pa.table(positives))
+
+
+def sessions(clicked: list[str]) -> pa.Table:
+    """Sessions that were shown all intents in an order of their own and clicked one."""
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(INTENTS).tolist() for _ in clicked]
+    return pa.table(
+        {
+            "session_id": [f"s{i:03d}" for i in range(len(clicked))],
+            "ts": pa.array([None] * len(clicked), schema.TIMESTAMP),
+            "word": [WORDS[i % len(WORDS)] for i in range(len(clicked))],
+            "tier": ["a" if i % 3 else "b" for i in range(len(clicked))],
+            "history": pa.array([[]] * len(clicked), pa.list_(schema.EVENT)),
+            "candidates": orders,
+            "shown": [[True] * len(INTENTS) for _ in clicked],
+            "clicks": [[intent == one for intent in order] for order, one in zip(orders, clicked, strict=True)],
+        }
+    )
+
+
+def train_ranker(folder: Path, engine: TransformersEngine, n: int = 160) -> None:
+    """A QE-Rec that reads the engine's embeddings; word w means intent 3·w."""
+    table = sessions([INTENTS[i % len(WORDS) * 3] for i in range(n)])
+    spec = FeatureSpec.model_validate({"fields": [{"name": "tier", "kind": "categorical"}], "history": {"length": 4}})
+    space = FeatureSpace.fit(spec, [table])
+    words = engine.embed(Prompts("Q: ", WORDS, "\nA:"))
+    vectors = words[np.arange(n) % len(WORDS)]
+    ids = table["session_id"].to_pylist()
+    read = [(readout, -1 + (readout == "query")) for readout in ("prompt", "query")]
+    tables = [
+        vectors_table(ids, [readout] * n, [sample] * n, [None] * n, vectors, engine.version) for readout, sample in read
+    ]
+    storage.write_table(str(folder / "embeddings/all.parquet"), pa.concat_tables(tables))
+    read_by_ranker = Embeddings.load(str(folder / "embeddings"))
+    rows = with_embeddings(examples(table, space, Catalogue.load(str(folder / "log"))), read_by_ranker)
+    rows["valid"] = np.arange(n) % 5 == 0
+    sizes = Sizes.of(space, num_intents=len(INTENTS), embedding_dim=read_by_ranker.dim, item_dim=0)
+    ranker = config.Ranker(dim=16, heads=2, epochs=8, whitened_dim=4, lr=1e-2, batch_sessions=16)
+    fit = Fit("qe_rec", sizes, ranker, rows, None, seed=0, group=Group())
+    figures = fit.run()
+    assert figures["best_gauc"] > 0.99
+    meta = meta_of(
+        fit.model, space=space.to_dict(), intent_ids=INTENTS, reasoner_version=engine.version, seed=0, figures={}
+    )
+    save(fit.model, str(folder / "ranker"), meta)
+
+
+def task(folder: Path, out: Path, optimisation: config.Optimisation, **changes: object) -> LearnerTask:
+    arguments: dict = {
+        "objective": "embedding",
+        "reasoner": REASONER,
+        "learner": LEARNER,
+        "optimisation": optimisation,
+        "weights": None,
+        "data": str(folder / "data"),
+        "out": str(out),
+        "version": "tiny+1",
+        "seed": 0,
+        "pair": FrozenPair(
+            ranker=str(folder / "ranker"),
+            encoder=None,
+            sessions=str(folder / "sessions.parquet"),
+            log=str(folder / "log"),
+            reward=config.Reward(),
+        ),
+        "prompt": config.Prompt(template=str(folder / "template.yaml")),
+        "rollout": config.Rollout(max_new_tokens=4),
+    }
+    return LearnerTask(**(arguments | changes))
