@@ -250,15 +250,21 @@ def markdown(report: Report) -> str:
     """Rows and comparisons as Markdown tables."""
     lines = [f"# {report.title}", "", *_table("ranker", report.columns)]
     for row in report.rows:
-        shown = [row.metrics.get(metric) for metric in report.columns]
-        lines.append(_line([row.name, *(f"{it} ({it.interval})" if it else ABSENT for it in shown)]))
-    lines += ["", *_table("difference", ["metric", "value", "interval", "claim"])]
+        lines.append(_line([row.name, *(_with_interval(row.metrics.get(metric)) for metric in report.columns)]))
+    if report.comparisons:
+        lines += ["", *_table("difference", ["metric", "value", "interval", "claim"])]
     for it in report.comparisons:
         verdict = "separated" if it.separated else "not separated"
         pair = f"{it.better} − {it.worse}"
         lines.append(_line([pair, it.metric, _signed(it.difference.value), _signed_interval(it.difference), verdict]))
     lines += ["", *(f"- {name}: {value}" for name, value in report.facts.items())]
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(it: Estimate | None) -> str:
+    if it is None:
+        return ABSENT
+    return f"{it} ({it.interval})" if it.interval else str(it)
 
 
 def _table(first: str, others: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from rgalign_ray.evaluate.report import (
     comparisons,
     examples,
     headline,
+    markdown,
     render,
     write_report,
 )
@@ -176,6 +177,14 @@ def test_any_text_leaves_the_page_well_formed(text: str) -> None:
 def test_a_report_of_rows_alone_has_no_empty_sections() -> None:
     page = Page(render(Report(title="bare", rows=[Row(name="only", metrics={"GAUC": Estimate(value=0.5)})])))
     assert page.tags.count("section") == 1
+
+
+def test_markdown_holds_intervals_where_there_are_some() -> None:
+    found = markdown(report()).splitlines()
+    assert "| plain | 0.7000 (0.6000 … 0.8000) | 0.9123 |" in found
+    assert "| plain − frozen | GAUC | −0.0030 | −0.0100 … +0.0040 | not separated |" in found
+    bare = markdown(Report(title="bare", rows=[Row(name="only", metrics={"GAUC": Estimate(value=0.5)})]))
+    assert "difference" not in bare
 
 
 def test_element_ids_are_unique_and_references_resolve(page_text: str) -> None:
