@@ -130,6 +130,16 @@ def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
 
 
 @app.command()
+def lineage(run_dir: Annotated[str, typer.Argument(help="Folder or URI of a run.")]) -> None:
+    """Show what every artefact of a run was made of, and the versions of its reasoners and rankers."""
+    from rich.console import Console
+
+    from rgalign_ray.loop.lineage import table
+
+    Console().print(table(run_dir))
+
+
+@app.command()
 def prepare(
     source: Annotated[Source, typer.Argument(help="Which log to write.")],
     out: Annotated[str, typer.Option(help="Folder or URI to write the log's tables into.")],

@@ -241,6 +241,9 @@ class Reward(Settings):
     kind: Literal["logprob", "ndcg"] = "logprob"
     k: Count = 3
     """Cut-off of the ndcg reward."""
+    resolved_weight: Fraction = 0.0
+    """Share of the reward that asks for the clicks that resolved the need instead of all clicks; above 0 it needs a log
+    with the column `resolved`."""
     judge_seeds: Annotated[int, Field(ge=2)] = 2
     """Rankers of different seeds that score every rollout: the first is the reward, the others measure
     its noise."""
@@ -440,7 +443,8 @@ class Config(Settings):
     gradient: Gradient = Gradient()
     latent: Latent = Latent()
     learner: Learner = Learner()
-    rounds: Annotated[int, Field(ge=1, le=1)] = 1
+    rounds: Count = 1
+    """Alignments, each on a slice of its own (`roles.align` is split evenly) and judged by the ranker before it."""
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     cluster: Cluster = Cluster()

@@ -18,8 +18,8 @@ from rgalign_ray.ranker.fit import take, to_batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reward import functions
 
-READ = ("fields", "multi", "history", "candidates", "clicks")
-"""What scores, and losses and rewards of them, read of a session."""
+READ = ("fields", "multi", "history", "candidates")
+"""What scores read of a session."""
 
 
 def ranker(task: LearnerTask) -> QERec:
@@ -46,6 +46,7 @@ class FrozenRanker:
         arrays = examples(self.table, loaded.space, catalogue)
         self.sessions = {name: arrays[name] for name in READ}
         self.settings = task.pair.reward
+        self.labels = functions.Labels.of(self.settings, self.table, catalogue)
         self.model, self.device = ranker(task), str(task.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -60,7 +61,6 @@ class FrozenRanker:
     def rewards(self, z: Tensor, rows: Sequence[int]) -> Tensor:
         """float32 [B, N] of query vectors z [B, N, d]."""
         batch = self.batch(rows)
-        scores = self.scores(z, batch).cpu().numpy()
-        clicks, candidates = (batch[name].cpu().numpy() for name in ("clicks", "candidates"))
-        found = functions.reward(self.settings, scores, clicks, candidates >= 0)
+        scores, exists = self.scores(z, batch).cpu().numpy(), batch["candidates"].cpu().numpy() >= 0
+        found = functions.reward(self.settings, scores, self.labels.take(np.asarray(rows)), exists)
         return torch.from_numpy(found.astype(np.float32)).to(z.device)

@@ -2,7 +2,8 @@
 
   e ──▶ query tower ──▶ z ──▶ the whole ranker ──▶ scores ──▶ ListNet against the session's clicks
 
-Nothing is sampled, judged or selected: whatever does so must do better than this.
+Nothing is sampled, judged or selected: whatever does so must do better than this. With `reward.resolved_weight` the
+loss asks for resolved clicks in the same proportion as the reward.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -17,7 +19,6 @@ from torch import Tensor
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Advance, LearnerTask
 from rgalign_ray.learner.frozen import FrozenRanker
-from rgalign_ray.ranker.base import Batch
 from rgalign_ray.ranker.losses import masked_log_softmax
 
 
@@ -40,13 +41,21 @@ class RankingLoss:
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         batch = self.ranker.batch(rows)
         is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        reward = log_probability(self.ranker.scores(self.ranker.model.queries(embeddings, is_null), batch), batch)
+        scores = self.ranker.scores(self.ranker.model.queries(embeddings, is_null), batch)
+        exists, labels = batch["candidates"] >= 0, self.ranker.labels.take(np.asarray(rows))
+        reward = log_probability(scores, torch.from_numpy(labels.clicks).to(scores.device), exists)
+        if labels.resolved is not None:
+            weight = self.ranker.settings.resolved_weight
+            resolved = log_probability(scores, torch.from_numpy(labels.resolved).to(scores.device), exists)
+            reward = (1 - weight) * reward + weight * resolved
         return -reward, reward.detach()
 
 
-def log_probability(scores: Tensor, batch: Batch) -> Tensor:
-    """[B, N], mean log-probability of the clicked candidates by softmax of scores [B, N, C]: the `logprob` reward."""
-    exists = batch["candidates"] >= 0
-    clicks = batch["clicks"] & exists
-    target = clicks / clicks.sum(dim=-1, keepdim=True).clamp(min=1)
+def log_probability(scores: Tensor, relevant: Tensor, exists: Tensor) -> Tensor:
+    """[B, N], mean log-probability of the relevant candidates by softmax of scores [B, N, C]: the `logprob` reward.
+
+    `relevant` and `exists` are bool [B, C]; 0 where nothing is relevant.
+    """
+    relevant = relevant & exists
+    target = relevant / relevant.sum(dim=-1, keepdim=True).clamp(min=1)
     return (target[:, None] * masked_log_softmax(scores, exists[:, None].expand(scores.shape))).sum(dim=-1)

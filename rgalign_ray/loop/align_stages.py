@@ -27,6 +27,7 @@ from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stag
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.reward import actor
+from rgalign_ray.reward.functions import RESOLVED
 from rgalign_ray.reward.gate import gate
 from rgalign_ray.reward.selection import pairs, select
 from rgalign_ray.rollout.pool import RolloutPool
@@ -133,14 +134,16 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
 def align_sessions(run: Run, round_: int, template: Template) -> tuple[pa.Table, int]:
     """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
 
-    Their columns are those that prompts and rankers read.
+    Their columns are those that prompts, rankers and rewards read.
 
     Raises:
         DataError: when none has a click.
     """
     role, uri = f"align_{round_}", run.uri("sessions")
     space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
-    columns = dict.fromkeys([*template.columns, *examples.columns(space, examples.column_names(uri))])
+    there = examples.column_names(uri)
+    optional = [name for name in (RESOLVED,) if name in there]
+    columns = dict.fromkeys([*template.columns, *examples.columns(space, there), *optional])
     batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
     clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []

@@ -20,6 +20,7 @@ from rgalign_ray.reasoner.engine import Prompts
 
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
+ALIGNED = "RGAlign-Rec"
 
 Queries = dict[int, dict[str, str]]
 """By round, the valid latent query of each session that has one."""
@@ -27,7 +28,7 @@ Queries = dict[int, dict[str, str]]
 
 def stages(config: Config) -> list[Stage]:
     inputs = ["sessions", "features"]
-    inputs += [f"{kind}_{r}" for r in sorted({0, config.rounds}) for kind in ("embeddings", "rankers")]
+    inputs += [f"{kind}_{r}" for r in range(config.rounds + 1) for kind in ("embeddings", "rankers")]
     inputs += truth_inputs(config)
     return [
         Stage(
@@ -43,11 +44,14 @@ def stages(config: Config) -> list[Stage]:
 def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
     """The ladder, each rung against the one before; and the controls."""
     last = run.config.rounds
-    embeddings = {r: run.uri(f"embeddings_{r}") for r in (0, last)}
-    rankers = {r: partial(run.uri, f"rankers_{r}") for r in (0, last)}
+    embeddings = [run.uri(f"embeddings_{r}") for r in range(last + 1)]
+    rankers = [partial(run.uri, f"rankers_{r}") for r in range(last + 1)]
     ladder = [Rung(name.replace("_", "-"), rankers[0](name)) for name in run.config.baselines]
     ladder.append(Rung("QE-Rec", rankers[0]("qe_rec"), embeddings[0], note="frozen reasoner"))
-    ladder.append(Rung("RGAlign-Rec", rankers[last]("qe_rec"), embeddings[last], note="aligned reasoner, retrained"))
+    for r in range(1, last + 1):
+        name = ALIGNED if r == last else f"{ALIGNED}, round {r}"
+        note = "aligned reasoner, retrained" + (f", round {r}" if last > 1 else "")
+        ladder.append(Rung(name, rankers[r]("qe_rec"), embeddings[r], note=note))
     trained = "trained and tested with queries shuffled across users"
     mean = "every session reads the mean query vector"
     controls = [
@@ -66,11 +70,14 @@ def evaluate(run: Run, out: str) -> Outcome:
     ladder, controls = rungs(run)
     judged = {rung.name: test.judge(test.score(rung)) for rung in [*ladder, *controls]}
     rows = table_rows([*ladder, *controls], list(judged.values()), test.users, settings)
+    named = {rung.name: rung for rung in [*ladder, *controls]}
+    pairs = [*zip(ladder[1:], ladder[:-1], strict=True)]
+    if run.config.rounds > 1:
+        pairs.append((named[ALIGNED], named["QE-Rec"]))
+    pairs += [(named["QE-Rec"], named["QE-Rec shuffled"]), (named[ALIGNED], named["RGAlign shuffled"])]
     comparisons = []
-    for better, worse in zip(ladder[1:], ladder[:-1], strict=True):
+    for better, worse in pairs:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
-    for rung, control in zip(ladder[-2:], controls[1:3], strict=True):
-        comparisons += compare(rung, control, judged[rung.name], judged[control.name], test.users, settings)
     queries = {r: _queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
     comparisons += _hit_rate(run, test, queries)
     evaluation = {
@@ -93,14 +100,14 @@ def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: 
     titles = test.catalogue.titles
     needs = test.needs()
     wanted = test.clicks if needs is None else needs
-    top = {name: test.top(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", "RGAlign-Rec")}
+    top = {name: test.top(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", ALIGNED)}
     return [
         Example(
             session=text,
             query_before=queries[0].get(test.ids[row], NO_QUERY),
             query_after=queries[run.config.rounds].get(test.ids[row], NO_QUERY),
             intents_before=[titles[intent] for intent in top["QE-Rec"][row]],
-            intents_after=[titles[intent] for intent in top["RGAlign-Rec"][row]],
+            intents_after=[titles[intent] for intent in top[ALIGNED][row]],
             wanted=[titles[intent] for intent in test.candidates[row][wanted[row]]],
             wanted_is="clicked" if needs is None else "true need",
         )

@@ -57,18 +57,20 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
 
 
 def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
-    """Rankers of a round: QE-Rec and its control on shuffled queries; before an alignment the reward's other
-    judges; in round 0 the baselines."""
+    """Rankers of a round: QE-Rec; before an alignment the reward's other judges; in round 0 the baselines; in the
+    first and the last the control on shuffled queries.
+    """
 
     def spec(name: str, kind: Literal["qe_rec"] | Baseline, seed: int = 0, shuffled: bool = False) -> RankerSpec:
         return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled)
 
     judges = judge_names(config)[1:] if round_ < config.rounds else []
+    controls = [spec("shuffled", "qe_rec", shuffled=True)] if round_ in (0, config.rounds) else []
     return [
         *(spec(name, name) for name in (config.baselines if round_ == 0 else ())),
         spec("qe_rec", "qe_rec"),
         *(spec(name, "qe_rec", seed) for seed, name in enumerate(judges, 1)),
-        spec("shuffled", "qe_rec", shuffled=True),
+        *controls,
     ]
 
 

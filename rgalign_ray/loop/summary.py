@@ -36,17 +36,18 @@ def report(run: Run) -> Report:
     manifests = {stage.name: run.manifest(stage.name) for stage in sequence}
     sessions = manifests["sessions"].figures
     comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
-    rewards = manifests[f"rewards_{config.rounds}"].figures["gate"]
+    gates = [manifests[f"rewards_{r}"].figures["gate"] for r in range(1, config.rounds + 1)]
     metrics = meanings(config)
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         lead=LEAD,
-        summary=_summary(run, manifests, comparisons, rewards),
+        summary=_summary(run, manifests, comparisons, gates),
         facts={
             "log": config.log.source,
             "sessions": f"{sessions['kept']:,}, {sessions['first_day']} to {sessions['last_day']}",
             "reasoner": config.reasoner.model,
             "alignment": " + ".join(config.align),
+            "rounds": str(config.rounds),
             "queries a session": str(config.rollout.n),
             "seed": str(config.seed),
             "intervals": f"{config.evaluate.confidence:.0%}, bootstrap over users, one seed",
@@ -59,10 +60,10 @@ def report(run: Run) -> Report:
         examples=[Example.model_validate(example) for example in evaluation["examples"]],
         reward=RewardGate(
             **{
-                name: rewards[name]
+                name: gates[-1][name]
                 for name in ("spread", "noise", "reliability", "spread_by_session", "noise_by_session")
             },
-            best_of_n=rewards["best_of_n"],
+            best_of_n=gates[-1]["best_of_n"],
             valid_rate=manifests[f"rollouts_{config.rounds}"].figures["valid_rate"],
         ),
         curves=_curves(manifests),
@@ -83,21 +84,25 @@ def _ordered(row: Row, metrics: list[str]) -> Row:
 
 
 def _summary(
-    run: Run, manifests: dict[str, storage.Manifest], comparisons: list[Comparison], gate: dict[str, Any]
+    run: Run, manifests: dict[str, storage.Manifest], comparisons: list[Comparison], gates: list[dict[str, Any]]
 ) -> list[str]:
     """What was found, a sentence each; differences that may be chance are called so."""
     lines = []
     for comparison in comparisons:
         if comparison.metric == "GAUC":
             lines.append(sentence(comparison, "separated over users (one seed)"))
+    for round_, gate in enumerate(gates, 1):
+        which = f"Reward gate, round {round_}" if len(gates) > 1 else "Reward gate"
+        lines.append(
+            f"{which}, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
+            f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
+            f"{run.config.rollout.n} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
+            "(standard error) over the session's mean."
+        )
+    first, *later = (manifests[f"embeddings_{r}"].figures["valid_rate"] for r in range(len(gates) + 1))
     lines.append(
-        f"Reward gate, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
-        f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
-        f"{run.config.rollout.n} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
-        "(standard error) over the session's mean."
+        f"Valid latent queries: {first:.1%} before alignment, {', '.join(f'{rate:.1%}' for rate in later)} after."
     )
-    rates = [manifests[f"embeddings_{r}"].figures["valid_rate"] for r in (0, run.config.rounds)]
-    lines.append(f"Valid latent queries: {rates[0]:.1%} before alignment, {rates[1]:.1%} after.")
     total, peak = sum(m.seconds for m in manifests.values()), max(m.peak_memory_mb for m in manifests.values())
     lines.append(f"Wall time of all stages: {progress.clock(total)}; peak memory {peak / 1024:.1f} GiB.")
     return lines
@@ -121,7 +126,6 @@ def _curves(manifests: dict[str, storage.Manifest]) -> list[Curves]:
     curves = [Curves(title="Rankers: validation GAUC", x="epoch", y="GAUC", lines=gauc)]
     for name, manifest in manifests.items():
         if name.startswith("align_"):
-            figures = manifest.figures
-            lines: dict[str, list[float]] = {key: figures[key] for key in ("loss", "accuracy") if key in figures}
-            curves.append(Curves(title=name, x="step", y="nats; accuracy as a share", lines=lines))
+            lines = {key: values for key, values in manifest.figures.items() if isinstance(values, list)}
+            curves.append(Curves(title=name, x="step", y="nats; accuracies and rates as shares", lines=lines))
     return curves

@@ -77,20 +77,22 @@ class RewardModel:
         )
         for judge in self.judges:
             judge.require(reasoner_version=vectors["reasoner_version"][0].as_py())
-        batch = examples(sessions.sort_by("session_id"), self.judges[0].space, self.catalogue)
+        sessions = sessions.sort_by("session_id")
+        batch = examples(sessions, self.judges[0].space, self.catalogue)
+        labels = functions.Labels.of(self.settings, sessions, self.catalogue)
         valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
         embeddings = np.where(valid[..., None], embeddings, np.float16(0))  # metrics refuse scores that are nan
-        rewards, nulls = zip(*(self._rewards(judge, batch, embeddings) for judge in self.judges), strict=True)
+        rewards, nulls = zip(*(self._rewards(judge, batch, labels, embeddings) for judge in self.judges), strict=True)
         judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
         return self._table(rollouts, judged[..., 0], nulls[0]), judged
 
     def _rewards(
-        self, judge: scoring.LoadedRanker, batch: dict[str, Any], embeddings: np.ndarray
+        self, judge: scoring.LoadedRanker, batch: dict[str, Any], labels: functions.Labels, embeddings: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """One judge's rewards [S, N] of the queries, and [S] of the null query."""
         scores = query_scores(judge.model, to_batch(batch), torch.from_numpy(embeddings.astype(np.float32)))
         mask = batch["candidates"] >= 0
-        rewards = functions.reward(self.settings, scores, batch["clicks"], mask)
+        rewards = functions.reward(self.settings, scores, labels, mask)
         return rewards[:, :-1], rewards[:, -1]
 
     def _table(self, rollouts: pa.Table, reward: np.ndarray, null: np.ndarray) -> pa.Table:

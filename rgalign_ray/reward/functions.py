@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from rgalign_ray import config, metrics
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.reasoner.engine import Sample
 
+RESOLVED = "resolved"
 LOOP_REPEATS = 3
 """Times that the same three tokens in a row may not occur in a query."""
 
 
-def reward(settings: config.Reward, scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The reward of the settings; shapes as in `logprob`."""
-    if settings.kind == "logprob":
-        return logprob(scores, clicks, mask)
-    return ndcg(scores, clicks, mask, settings.k)
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a session's reward asks for: bool [S, C] each."""
+
+    clicks: np.ndarray
+    resolved: np.ndarray | None
+    """Clicks that resolved the need; None where the settings do not ask for them."""
+
+    @classmethod
+    def of(cls, settings: config.Reward, sessions: pa.Table, catalogue: Catalogue) -> Labels:
+        """The labels of a table of sessions.
+
+        Raises:
+            DataError: when the reward asks for `resolved`, and the log does not know it.
+        """
+        candidates = catalogue.candidates(sessions)
+        clicks, resolved = catalogue.padded(sessions["clicks"], candidates), None
+        if settings.resolved_weight:
+            if RESOLVED not in sessions.column_names:
+                raise DataError("reward.resolved_weight: the log has no column 'resolved'; set it to 0.")
+            resolved = clicks & catalogue.padded(sessions[RESOLVED], candidates)
+        return cls(clicks, resolved)
+
+    def take(self, rows: np.ndarray) -> Labels:
+        return Labels(self.clicks[rows], None if self.resolved is None else self.resolved[rows])
+
+
+def reward(settings: config.Reward, scores: np.ndarray, labels: Labels, mask: np.ndarray) -> np.ndarray:
+    """The reward of the settings, (1 − w)·r(clicks) + w·r(resolved); shapes as in `logprob`.
+
+    Where no click resolved the need the second part is 0: rewards are compared within a session alone, and
+    there it is the same for all. With w = 1 such a session has none, nan.
+    """
+
+    def of(relevant: np.ndarray) -> np.ndarray:
+        if settings.kind == "logprob":
+            return logprob(scores, relevant, mask)
+        return ndcg(scores, relevant, mask, settings.k)
+
+    weight = settings.resolved_weight
+    if labels.resolved is None or weight == 0:
+        return of(labels.clicks)
+    resolved = of(labels.resolved)
+    if weight == 1:
+        return resolved
+    return (1 - weight) * of(labels.clicks) + weight * np.nan_to_num(resolved)
 
 
 def logprob(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ def sessions(clicked: list[str]) -> pa.Table:
     """Sessions that were shown all intents in an order of their own and clicked one."""
     draw = np.random.default_rng(0)
     orders = [draw.permutation(INTENTS).tolist() for _ in clicked]
+    clicks = [[intent == one for intent in order] for order, one in zip(orders, clicked, strict=True)]
     return pa.table(
         {
             "session_id": [f"s{i:03d}" for i in range(len(clicked))],
@@ -76,7 +77,8 @@ def sessions(clicked: list[str]) -> pa.Table:
             "history": pa.array([[]] * len(clicked), pa.list_(schema.EVENT)),
             "candidates": orders,
             "shown": [[True] * len(INTENTS) for _ in clicked],
-            "clicks": [[intent == one for intent in order] for order, one in zip(orders, clicked, strict=True)],
+            "clicks": clicks,
+            "resolved": [row if i % 2 else [False] * len(row) for i, row in enumerate(clicks)],
         }
     )
 

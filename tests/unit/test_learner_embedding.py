@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -82,13 +83,33 @@ def test_noise_is_drawn_by_session_and_step(folder: Path, tmp_path: Path) -> Non
 def test_the_gradient_arm_asks_for_the_reward_of_the_rollouts(folder: Path, tmp_path: Path) -> None:
     """Its log-probability is the `logprob` reward."""
     ranker = FrozenRanker(task(folder, tmp_path, config.Gradient()))
-    batch = ranker.batch([0, 1, 2])
-    batch["candidates"][0, 8:] = -1  # padding, also where something was clicked
+    rows = np.arange(3)
+    exists = ranker.batch(rows)["candidates"] >= 0
+    exists[0, 8:] = False  # padding, also where something was clicked
     scores = torch.randn(3, 5, len(INTENTS), generator=torch.Generator().manual_seed(0))
-    clicks, exists = batch["clicks"].numpy(), batch["candidates"].numpy() >= 0
-    clicked = (clicks & exists).any(axis=1)
-    expected = functions.logprob(scores.numpy(), clicks, exists)
-    assert gradient.log_probability(scores, batch).numpy()[clicked] == pytest.approx(expected[clicked], rel=1e-5)
+    clicks = ranker.labels.take(rows).clicks
+    clicked = (clicks & exists.numpy()).any(axis=1)
+    expected = functions.logprob(scores.numpy(), clicks, exists.numpy())
+    found = gradient.log_probability(scores, torch.from_numpy(clicks), exists).numpy()
+    assert found[clicked] == pytest.approx(expected[clicked], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_gradient_arm_asks_for_resolved_clicks_as_the_reward_does(
+    folder: Path, tmp_path: Path, weight: float
+) -> None:
+    work = task(folder, tmp_path, config.Gradient())
+    assert work.pair is not None
+    pair = replace(work.pair, reward=config.Reward(resolved_weight=weight))
+    objective = gradient.RankingLoss(
+        replace(work, pair=pair), storage.read_table(str(folder / "data/positives.parquet"))
+    )
+    embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0))
+    rows = [0, 1, 2, 3]  # every other one's click resolved the need
+    _, reward = objective(embeddings, rows, 0)
+    z = objective.ranker.model.queries(embeddings, torch.zeros(4, 2, dtype=torch.bool))
+    expected = objective.ranker.rewards(z, rows).nan_to_num()
+    torch.testing.assert_close(reward, expected, rtol=1e-4, atol=1e-5)
 
 
 @given(seed=st.integers(0, 2**32), width=st.integers(3, 12))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgalign_ray import metrics
+from rgalign_ray import config, metrics, schema
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.reasoner.engine import Sample
 from rgalign_ray.reward import functions
 
@@ -121,3 +124,32 @@ def sample(**changes: object) -> Sample:
 )
 def test_fault(changes: dict, reason: str | None) -> None:
     assert functions.fault(sample(**changes)) == reason
+
+
+@settings(deadline=None)
+@given(judged(), st.sampled_from(["logprob", "ndcg"]))
+def test_clicks_and_resolution_share_the_reward(case: Judged, kind: str) -> None:
+    scores, clicks, mask = case
+    resolved = clicks & (np.arange(clicks.shape[1]) % 2 == 0)
+
+    def of(weight: float, labels: functions.Labels) -> np.ndarray:
+        return functions.reward(config.Reward(kind=kind, resolved_weight=weight), scores, labels, mask)  # type: ignore[arg-type]
+
+    both, alone = functions.Labels(clicks, resolved), functions.Labels(clicks, None)
+    clicked, solved = of(0.0, alone), of(1.0, both)
+    np.testing.assert_array_equal(of(0.0, both), clicked)
+    np.testing.assert_array_equal(np.isnan(solved).all(axis=1), ~(resolved & mask).any(axis=1))
+    np.testing.assert_allclose(of(0.25, both), 0.75 * clicked + 0.25 * np.nan_to_num(solved))
+
+
+def test_a_log_that_knows_no_resolution_cannot_be_asked_for_it() -> None:
+    rows = [{"intent_id": i, "title": i, "description": i, "category": i} for i in "ab"]
+    intents = pa.Table.from_pylist(rows, schema=schema.INTENTS)
+    sessions = pa.table({"candidates": [["a", "b"]], "clicks": [[True, False]]})
+    catalogue = Catalogue(intents, None)
+    assert functions.Labels.of(config.Reward(), sessions, catalogue).resolved is None
+    with pytest.raises(DataError, match="no column 'resolved'"):
+        functions.Labels.of(config.Reward(resolved_weight=0.5), sessions, catalogue)
+    marked = sessions.append_column("resolved", pa.array([[True, True]]))
+    found = functions.Labels.of(config.Reward(resolved_weight=0.5), marked, catalogue).resolved
+    assert found is not None and found.tolist() == [[True, False]], "what was not clicked resolved nothing"

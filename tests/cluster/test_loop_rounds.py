@@ -1,0 +1,53 @@
+"""Two rounds of the closed loop, each with every objective after the other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.loop.stages import stages
+
+OVERRIDES = [
+    "world.sessions=900",
+    "rounds=2",
+    "roles.rank=0.3",
+    "roles.align=0.3",
+    "roles.valid=0.15",
+    "roles.test=0.25",
+    "ranker.epochs=2",
+    f"align=[{', '.join(get_args(config.AlignName))}]",
+    *(f"{objective}.batch_sessions=8" for objective in get_args(config.AlignName)),
+    "grpo.n=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_two_rounds_of_every_objective(tmp_path: Path) -> None:
+    sets = [part for override in [*OVERRIDES, f"run_dir={tmp_path}"] for part in ("--set", override)]
+    command = [sys.executable, "-m", "rgalign_ray.cli", "loop", "--config", "smoke", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = config.load("smoke", [*OVERRIDES, f"run_dir={tmp_path}"])
+    for stage in stages(settings):
+        assert storage.read_manifest(str(tmp_path / stage.name)), stage.name
+    for round_ in (1, 2):
+        for objective in get_args(config.AlignName):
+            manifest = storage.read_manifest(str(tmp_path / f"align_{round_}_{objective}"))
+            assert manifest is not None and len(manifest.figures["loss"]) == manifest.rows["steps"] > 0
+    rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]
+    assert rows[:4] == ["two-tower", "QE-Rec", "RGAlign-Rec, round 1", "RGAlign-Rec"]
+    names = {round_: f"tiny+{round_}.{settings.align[-1]}" for round_ in (1, 2)}
+    for round_, version in names.items():
+        ranker = storage.read_json(str(tmp_path / f"rankers_{round_}/qe_rec/ranker.json"))
+        assert ranker["reasoner_version"] == version, "each ranker reads the reasoner of its round"
+    shown = subprocess.run(
+        [sys.executable, "-m", "rgalign_ray.cli", "lineage", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0 and f"reasoner {names[2]}" in shown.stdout

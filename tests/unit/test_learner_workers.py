@@ -1,0 +1,80 @@
+"""How many workers hold a batch does not matter: one and two give the same result, for every objective."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from learner_data import SESSIONS, task, write_round
+
+from rgalign_ray import config, schema, storage
+from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.reasoner import models
+
+SETTINGS: dict[str, config.Optimisation] = {
+    "sft": config.Sft(lr=1e-2, batch_sessions=8, neftune_alpha=0.0),
+    "dpo": config.Dpo(lr=1e-3, batch_sessions=8),
+    "grpo": config.Grpo(lr=1e-3, batch_sessions=8, n=4, temperature=1.0),
+    "contrastive": config.Contrastive(lr=1e-2, batch_sessions=8),
+    "gradient": config.Gradient(lr=1e-2, batch_sessions=8),
+    "latent": config.Latent(lr=1e-2, batch_sessions=8),
+}
+
+
+def work(rank: int, tasks: list[LearnerTask], meeting: str) -> None:
+    """One of `tasks[0].workers` workers, at every task in turn."""
+    torch.set_num_threads(1)
+    workers = tasks[0].workers
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    for name, value in {"RANK": rank, "WORLD_SIZE": workers, "LOCAL_RANK": rank}.items():
+        os.environ[name] = str(value)
+    for each in tasks:
+        figures = importlib.import_module(f"rgalign_ray.learner.{each.objective}").train(each, lambda n: None)
+        if rank == 0:
+            storage.write_json(f"{each.out}/figures.json", figures)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
+    assert set(SETTINGS) == set(get_args(config.AlignName))
+    write_round(tmp_path)
+    write_choices(tmp_path)
+    for workers in (1, 2):
+        learner = config.Learner(workers=workers, micro_batch=4, zero_stage=2)
+        tasks = [
+            replace(
+                task(tmp_path, tmp_path / f"{name}-{workers}", settings, learner=learner),
+                objective=name,
+                rollout=config.Rollout(max_new_tokens=30),
+            )
+            for name, settings in SETTINGS.items()
+        ]
+        mp.spawn(work, (tasks, str(tmp_path / f"meeting-{workers}")), nprocs=workers)
+    for name in SETTINGS:
+        one, two = (storage.read_json(str(tmp_path / f"{name}-{workers}/figures.json")) for workers in (1, 2))
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-5), name
+        alone, shared = (models.load_reasoner(tasks[0].reasoner, str(tmp_path / f"{name}-{n}")) for n in (1, 2))
+        for parameter, weight in alone.named_parameters():
+            torch.testing.assert_close(shared.get_parameter(parameter), weight, rtol=1e-3, atol=1e-4)
+
+
+def write_choices(folder: Path) -> None:
+    """What the objectives of the text learn from: the same query for all, and another as the worse one."""
+    positives = storage.read_table(str(folder / "data/positives.parquet"))
+    query = pa.array([[40, 41, 42, 2]] * SESSIONS, pa.list_(pa.int32()))
+    other = pa.array([[50, 51, 2]] * SESSIONS, pa.list_(pa.int32()))
+    ones = pa.array([1.0] * SESSIONS, pa.float32())
+    shared = [positives["session_id"], positives["prompt_ids"], query]
+    ranks = pa.array([0] * SESSIONS, pa.int32())
+    selected = pa.table([*shared, pa.array(["q"] * SESSIONS), ones, ranks], schema=schema.SELECTED)
+    storage.write_table(str(folder / "data/selected.parquet"), selected)
+    storage.write_table(str(folder / "data/pairs.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))
