@@ -121,11 +121,22 @@ def reward_spread(gate: RewardGate) -> Markup:
 
 
 def best_of_n(gate: RewardGate) -> Markup:
-    """Mean reward of the best of the first N queries."""
+    """Mean reward of the best of the first N queries, as its judge sees it and as others do.
+
+    Where the first line rises and the others do not, what is chosen is the judge's own error.
+    """
+    seen = {
+        "the reward": gate.best_of_n,
+        "a judge of another seed": gate.best_of_n_judged,
+        "the auditor": gate.best_of_n_audited,
+    }
 
     def draw(axes: Axes) -> None:
-        axes.plot(range(1, len(gate.best_of_n) + 1), gate.best_of_n, "o-", color=SERIES[0], markersize=4)
-        axes.set(xlabel="queries sampled, N", ylabel="mean reward", title="Best of N")
+        for (label, values), colour in zip(seen.items(), SERIES, strict=False):
+            if values:
+                axes.plot(range(1, len(values) + 1), values, "o-", color=colour, markersize=4, label=label)
+        axes.set(xlabel="queries sampled, N", ylabel="mean reward over the session's mean", title="Best of N, seen by")
+        axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _svg("best of n", draw)

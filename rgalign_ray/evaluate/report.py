@@ -102,6 +102,10 @@ class RewardGate(Part):
     noise_by_session: list[float]
     best_of_n: list[float]
     """Mean reward of the best of the first N queries, N = 1, 2, …; a diagnostic, not a servable gain."""
+    best_of_n_judged: list[float] = []
+    """The same choices in the eyes of a judge of another seed."""
+    best_of_n_audited: list[float] = []
+    """And of the auditor: another ranker, of other users, by another encoder."""
     valid_rate: float
     """Share of sampled queries that are neither empty nor cut nor looping."""
 

@@ -23,10 +23,12 @@ from rgalign_ray.logs import examples, stream
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
+from rgalign_ray.loop.audit_stages import AUDITOR
+from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.reward import actor
+from rgalign_ray.reward.auditor import AuditorSpec
 from rgalign_ray.reward.functions import RESOLVED
 from rgalign_ray.reward.gate import gate
 from rgalign_ray.reward.selection import pairs, select
@@ -68,8 +70,8 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"rewards_{round_}",
             "judge them with the frozen ranker",
             partial(judge, round_=round_),
-            ("reward",),
-            ("sessions", f"rollouts_{round_}", f"rankers_{before}"),
+            ("reward", "prompt", *(("compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
+            ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
             ray=True,
         ),
         Stage(
@@ -173,7 +175,13 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
             rows = sessions.take(pa.array([place[session] for session in ids]))
             yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
 
-    model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward)
+    auditor = None
+    if config.roles.audit:
+        encoder = sentence_engine(config)
+        auditor = AuditorSpec(
+            run.uri(AUDITOR, AUDITOR), encoder.reasoner, encoder.max_session_tokens, config.prompt.template
+        )
+    model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
     with progress.track("rewards", len(files), "units") as advance:
         results = []
         for result in actor.score_all(model, requests()):
@@ -184,7 +192,8 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     judged = np.concatenate([rewards for _, rewards in results])
     storage.write_table(storage.join(out, "scored.parquet"), scored)
     rows = {"rollouts": scored.num_rows, "valid": pc.sum(scored["valid"]).as_py()}
-    return Outcome(rows, {"gate": asdict(gate(judged))})
+    audited = scored["audit"].to_numpy().reshape(judged.shape[:2]) if auditor else None
+    return Outcome(rows, {"gate": asdict(gate(judged, audited))})
 
 
 def choose(run: Run, out: str, round_: int) -> Outcome:

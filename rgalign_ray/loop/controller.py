@@ -81,7 +81,7 @@ def settle(config: Config) -> Config:
         ConfigError: when the package that holds the model is not installed, before a worker finds that out.
     """
     models.resolve(config.reasoner.model)
-    if config.evaluate.hit_rate_sessions:
+    if config.evaluate.hit_rate_sessions or config.roles.audit:
         models.resolve(config.compare.encoder.model)
     place = storage.join(config.run_uri, "settled.json")
     if not storage.exists(place):

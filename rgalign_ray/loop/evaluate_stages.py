@@ -17,6 +17,7 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.rollout.encode import written_queries
 
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
@@ -78,7 +79,7 @@ def evaluate(run: Run, out: str) -> Outcome:
     comparisons = []
     for better, worse in pairs:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
-    queries = {r: _queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
+    queries = {r: written_queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
     comparisons += _hit_rate(run, test, queries)
     evaluation = {
         "rows": [row.model_dump() for row in rows],
@@ -148,8 +149,3 @@ def _hit_rate(run: Run, test: TestSessions, queries: Queries) -> list[Comparison
             separated=gain.separated,
         )
     ]
-
-
-def _queries(uri: str) -> dict[str, str]:
-    table = storage.read_table(uri, columns=["id", "query"])
-    return {i: q for i, q in zip(*(table[name].to_pylist() for name in ("id", "query")), strict=True) if q is not None}

@@ -90,23 +90,30 @@ def engine_spec(run: Run, round_: int) -> EngineSpec:
     return EngineSpec(config.reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
 
 
+SENTENCE_SETTINGS = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")
+"""What decides how a sentence encoder reads texts."""
+
+
+def sentence_items(config: Config) -> Stage:
+    return Stage(
+        "items_sentence",
+        "read the knowledge base with a sentence encoder",
+        partial(encode_items, sentence=True),
+        SENTENCE_SETTINGS,
+        ("sessions",),
+        ray=True,
+    )
+
+
 def sentence_stages(config: Config) -> list[Stage]:
     """The same texts read by a sentence encoder, for rankers without an LLM."""
-    settings = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")
     return [
-        Stage(
-            "items_sentence",
-            "read the knowledge base with a sentence encoder",
-            partial(encode_items, sentence=True),
-            settings,
-            ("sessions",),
-            ray=True,
-        ),
+        sentence_items(config),
         Stage(
             "embeddings_sentence",
             "read sessions with a sentence encoder",
             encode_sentences,
-            settings,
+            SENTENCE_SETTINGS,
             ("sessions",),
             ray=True,
             units=True,
@@ -153,7 +160,7 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         run_seed=config.seed,
         round=round_,
     )
-    counts = _encode(run, out, plan, engine_spec(run, round_))
+    counts = encode_pass(run, out, plan, engine_spec(run, round_))
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
 
 
@@ -170,12 +177,13 @@ def encode_sentences(run: Run, out: str) -> Outcome:
         run_seed=config.seed,
         round=0,
     )
-    return Outcome(rows={"sessions": _encode(run, out, plan, sentence_engine(config))["sessions"]})
+    return Outcome(rows={"sessions": encode_pass(run, out, plan, sentence_engine(config))["sessions"]})
 
 
-def _encode(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
+def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
+    """Runs one encode pass with its progress."""
     roles = run.manifest("sessions").figures["roles"]
-    with progress.track("encode", sum(roles.get(role, 0) for role in ENCODED), "sessions") as advance:
+    with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:
         return encode.encode(plan, engine, out, advance)
 
 

@@ -64,6 +64,8 @@ def report(run: Run) -> Report:
                 for name in ("spread", "noise", "reliability", "spread_by_session", "noise_by_session")
             },
             best_of_n=gates[-1]["best_of_n"],
+            best_of_n_judged=gates[-1]["best_of_n_judged"],
+            best_of_n_audited=gates[-1]["best_of_n_audited"] or [],
             valid_rate=manifests[f"rollouts_{config.rounds}"].figures["valid_rate"],
         ),
         curves=_curves(manifests),
@@ -98,6 +100,7 @@ def _summary(
             f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
             f"{run.config.rollout.n} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
             "(standard error) over the session's mean."
+            + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )
     first, *later = (manifests[f"embeddings_{r}"].figures["valid_rate"] for r in range(len(gates) + 1))
     lines.append(

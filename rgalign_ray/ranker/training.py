@@ -49,7 +49,7 @@ from rgalign_ray.ranker.rows import from_tables, reading, training_table
 from rgalign_ray.ranker.scoring import Meta, meta_of, save
 from rgalign_ray.ranker.sizes import Sizes
 
-TRAIN_ROLE, VALID_ROLE = "rank", "valid"
+VALID_ROLE = "valid"
 DATASET = "sessions"
 MAX_BLOCK_ROWS = 4096
 BLOCKS_PER_WORKER = 4
@@ -95,6 +95,7 @@ class RankerJob:
         item_embeddings_uri: text embeddings of the intents (readout item).
         shuffle_seed: of the control's permutation.
         local: train in this process, without workers and without Ray.
+        train_role: whose sessions are learned from.
     """
 
     rankers: tuple[RankerSpec, ...]
@@ -107,6 +108,7 @@ class RankerJob:
     item_embeddings_uri: str | None = None
     shuffle_seed: int = 0
     local: bool = False
+    train_role: str = "rank"
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,14 @@ class TrainedRanker:
 
 
 def train(job: RankerJob) -> dict[str, TrainedRanker]:
-    """Trains rankers on role rank, choosing each one's epoch on role valid, and writes their artefacts.
+    """Trains rankers on `train_role`, choosing each one's epoch on role valid, and writes their artefacts.
 
     Returns:
         by name of the spec.
 
     Raises:
         ConfigError: for a QE-Rec without embeddings.
-        DataError: for a log without clicks in rank or valid, or embeddings that do not belong to it.
+        DataError: for a log without clicks in that role or valid, or embeddings that do not belong to it.
         ray.train.TrainingFailedError: when workers failed more than `MAX_FAILURES` times.
     """
     reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
@@ -320,14 +322,14 @@ def _shuffled(job: RankerJob, embeddings: Embeddings | None) -> Embeddings | Non
     """The control's embeddings, where a ranker of the job wants them."""
     if embeddings is None or not any(spec.shuffled for spec in job.rankers):
         return None
-    table = storage.read_table(storage.join(job.log_uri, "sessions"), ["session_id", "user_id"], _trains())
+    table = storage.read_table(storage.join(job.log_uri, "sessions"), ["session_id", "user_id"], _trains(job))
     return embeddings.shuffled(table["session_id"].to_pylist(), table["user_id"].to_pylist(), job.shuffle_seed)
 
 
 def _dataset(
     job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
 ) -> ray.data.Dataset:
-    sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[TRAIN_ROLE, VALID_ROLE])
+    sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[job.train_role, VALID_ROLE])
     sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
     return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(
         training_table,
@@ -341,7 +343,7 @@ def _tables(
     job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
 ) -> list[pa.Table]:
     """What `_dataset` streams, in memory; block by block, since a block is padded to its longest list on the way."""
-    sessions = storage.read_table(storage.join(job.log_uri, "sessions"), _columns(job), _trains())
+    sessions = storage.read_table(storage.join(job.log_uri, "sessions"), _columns(job), _trains(job))
     arguments = _reading(job, catalogue, embeddings)
     starts = range(0, sessions.num_rows, MAX_BLOCK_ROWS)
     return [training_table(sessions.slice(start, MAX_BLOCK_ROWS), **arguments) for start in starts]
@@ -351,8 +353,8 @@ def _columns(job: RankerJob) -> list[str]:
     return [*columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri)), "role"]
 
 
-def _trains() -> ds.Expression:
-    return pc.field("role").isin([TRAIN_ROLE, VALID_ROLE])
+def _trains(job: RankerJob) -> ds.Expression:
+    return pc.field("role").isin([job.train_role, VALID_ROLE])
 
 
 def _reading(

@@ -65,3 +65,8 @@ class SentenceEncoder:
 
     def load(self, weights: str | None) -> None:
         assert weights is None, "a sentence encoder is not aligned"
+
+
+def joined(queries: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Query and session as one text, which an encoder reads as e(x,q); the query first, since ends are cut off."""
+    return [f"{query} {text}" for query, text in zip(queries, texts, strict=True)]

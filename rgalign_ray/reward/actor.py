@@ -1,7 +1,7 @@
 """The reward model: the frozen ranker judges what each latent query is worth.
 
   rollouts + embeddings e(x,q) of a unit ──▶ user and item towers once a session ──▶ scores of N queries at once
-  ──▶ reward, uplift over the null query, the other judges' rewards
+  ──▶ reward, uplift over the null query, the other judges' rewards, the auditor's
 
 `RewardModel` is a plain class; `remote` makes it an actor. Judges are rankers of the same data and the
 same encoder under different seeds: the first one's word is the reward, the others measure its noise.
@@ -28,6 +28,7 @@ from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.fit import to_batch
 from rgalign_ray.reward import functions
+from rgalign_ray.reward.auditor import Auditor, AuditorSpec
 
 
 class RewardModel:
@@ -37,17 +38,21 @@ class RewardModel:
         rankers: ranker artefacts (QE-Rec), the reward's own first.
         log_uri: the ingested log, for the knowledge base.
         settings: which reward.
+        auditor: a second pair that judges the same queries, if there is one.
 
     Raises:
         DataError: when a ranker was trained on another catalogue or feature space than the first.
     """
 
-    def __init__(self, rankers: list[str], log_uri: str, settings: config.Reward) -> None:
+    def __init__(
+        self, rankers: list[str], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None
+    ) -> None:
         torch.set_num_threads(1)
         self.judges = [scoring.load(uri) for uri in rankers]
         self.catalogue = Catalogue.load(log_uri)
         self.settings = settings
-        for judge in self.judges:
+        self.auditor = Auditor(auditor) if auditor else None
+        for judge in [*self.judges, *([self.auditor.ranker] if self.auditor else [])]:
             judge.require(space_version=self.judges[0].meta.space_version, intent_ids=self.catalogue.ids)
 
     def score(self, sessions: pa.Table, rollouts_uri: str, embeddings_uri: str) -> tuple[pa.Table, np.ndarray]:
@@ -84,7 +89,11 @@ class RewardModel:
         embeddings = np.where(valid[..., None], embeddings, np.float16(0))  # metrics refuse scores that are nan
         rewards, nulls = zip(*(self._rewards(judge, batch, labels, embeddings) for judge in self.judges), strict=True)
         judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
-        return self._table(rollouts, judged[..., 0], nulls[0]), judged
+        audit = np.full(valid.shape, np.nan)
+        if self.auditor:
+            read = self.auditor.embeddings(sessions, rollouts["query"].to_pylist())
+            audit = np.where(valid, self._rewards(self.auditor.ranker, batch, labels, read)[0], np.nan)
+        return self._table(rollouts, judged[..., 0], nulls[0], audit), judged
 
     def _rewards(
         self, judge: scoring.LoadedRanker, batch: dict[str, Any], labels: functions.Labels, embeddings: np.ndarray
@@ -95,14 +104,14 @@ class RewardModel:
         rewards = functions.reward(self.settings, scores, labels, mask)
         return rewards[:, :-1], rewards[:, -1]
 
-    def _table(self, rollouts: pa.Table, reward: np.ndarray, null: np.ndarray) -> pa.Table:
+    def _table(self, rollouts: pa.Table, reward: np.ndarray, null: np.ndarray, audit: np.ndarray) -> pa.Table:
         uplift = reward - null[:, None]
         return pa.table(
             [
                 *(rollouts[name] for name in ("session_id", "sample", "query")),
                 pa.array(reward.ravel(), pa.float32(), from_pandas=True),
                 pa.array(uplift.ravel(), pa.float32(), from_pandas=True),
-                pa.nulls(rollouts.num_rows, pa.float32()),
+                pa.array(audit.ravel(), pa.float32(), from_pandas=True),
                 rollouts["fault"].is_null(),
                 rollouts["fault"],
                 pa.repeat(self.judges[0].meta.version, rollouts.num_rows),

@@ -35,10 +35,16 @@ class Gate:
     """The same choices in the eyes of the second judge."""
     spread_by_session: list[float]
     noise_by_session: list[float]
+    audit: float | None = None
+    """Correlation within sessions of the reward with the auditor's; None without an auditor."""
+    best_of_n_audited: list[float] | None = None
+    """The choices of `best_of_n` in the auditor's eyes."""
 
 
-def gate(judged: np.ndarray) -> Gate:
+def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
     """The gate's figures from judged rewards [S, N, J], nan where a query is not valid; J at least 2.
+
+    `audited` [S, N] are the auditor's rewards of the same queries, if there is one.
 
     Raises:
         DataError: when no session has two valid queries.
@@ -48,22 +54,30 @@ def gate(judged: np.ndarray) -> Gate:
         raise DataError("rewards: no session has two valid queries; raise rollout.n or rollout.max_new_tokens.")
     first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
     spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
-    covariance = np.nansum(first * second)
-    scale = np.sqrt(np.nansum(first**2) * np.nansum(second**2))
+    auditor = None if audited is None else _centred(audited[usable])
     seen = _seen_by_second(first, second, first.shape[1])
-    curves = [_best_of(first, second, n) for n in range(1, first.shape[1] + 1)]
+    numbers = range(1, first.shape[1] + 1)
+    curves = [_best_of(first, second, n) for n in numbers]
     return Gate(
         sessions=int(usable.sum()),
         spread=float(spread.mean()),
         noise=float(noise.mean()),
-        reliability=float(covariance / scale) if scale > 0 else 0.0,
+        reliability=_correlation(first, second),
         agreement=float(seen.mean()),
         agreement_error=float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else float("nan"),
         best_of_n=[own for own, _ in curves],
         best_of_n_judged=[judged for _, judged in curves],
         spread_by_session=spread.tolist(),
         noise_by_session=noise.tolist(),
+        audit=None if auditor is None else _correlation(first, auditor),
+        best_of_n_audited=None if auditor is None else [_best_of(first, auditor, n)[1] for n in numbers],
     )
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Of rewards that are centred within sessions; 0 where one of them does not vary."""
+    scale = np.sqrt(np.nansum(first**2) * np.nansum(second**2))
+    return float(np.nansum(first * second) / scale) if scale > 0 else 0.0
 
 
 def _centred(reward: np.ndarray) -> np.ndarray:

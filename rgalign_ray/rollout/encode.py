@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, DataContext
 
 from rgalign_ray import config, storage
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
+from rgalign_ray.reasoner.engine import Group, Prompts, Sample, sample_seed
+from rgalign_ray.reasoner.sentence_encoder import joined
 from rgalign_ray.reward.functions import fault
 from rgalign_ray.rollout.worker import EngineSpec, Instruction, embedding_table, vectors_table
 
@@ -43,6 +45,8 @@ class EncodePlan:
     sampling: config.Rollout
     run_seed: int
     round: int
+    written_uri: str | None = None
+    """Embeddings whose queries are read with the session's text, where an engine writes none itself."""
 
 
 def session_texts(batch: pa.Table, template: Template) -> pa.Table:
@@ -70,11 +74,13 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
+        self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         ids, texts = batch["session_id"].to_pylist(), batch["text"].to_pylist()
         wants_query = self._wants_query(ids, batch["role"].to_pylist())
-        key = storage.content_key(ids, texts, wants_query.tolist(), self.engine.version)
+        queries = [self.written.get(i) for i in ids]
+        key = storage.content_key(ids, texts, wants_query.tolist(), queries, self.engine.version)
         target = storage.join(self.out_uri, f"{key}.parquet")
         if storage.exists(target):
             table = storage.read_table(target)
@@ -86,6 +92,8 @@ class SessionEncoder:
         return pa.table({"key": [key], "sessions": [len(ids)], "sampled": [int(wants_query.sum())], "valid": [valid]})
 
     def _wants_query(self, ids: list[str], roles: list[str]) -> np.ndarray:
+        if self.plan.written_uri:
+            return np.array([i in self.written for i in ids])
         named = np.isin(roles, self.plan.queries_for) | np.isin(ids, self.plan.query_sessions)
         share = session_keys(ids) % HASHES < self.plan.encode.query_share * HASHES
         return named | (share & (np.array(roles) == "rank"))
@@ -99,12 +107,25 @@ class SessionEncoder:
                 chunk = rows[start : start + self.plan.encode.batch_size]
                 prompts = self.instruction.prompts([texts[row] for row in chunk])
                 if wanted:
-                    read = self._sample(prompts, [ids[row] for row in chunk])
+                    read = self._with_query(prompts, [ids[row] for row in chunk])
                 else:
                     read = [Group([], vector, []) for vector in self.engine.embed(prompts)]
                 for row, group in zip(chunk, read, strict=True):
                     groups[row] = group
         return [group for group in groups if group is not None]
+
+    def _with_query(self, prompts: Prompts, ids: list[str]) -> list[Group]:
+        if not self.plan.written_uri:
+            return self._sample(prompts, ids)
+        queries = [self.written[i] for i in ids]
+        own, both = (
+            self.engine.embed(prompts),
+            self.engine.embed(self.instruction.prompts(joined(queries, prompts.texts))),
+        )
+        return [
+            Group([], e_x, [Sample(query, [], [], "stop", -1, e_xq)])
+            for query, e_x, e_xq in zip(queries, own, both, strict=True)
+        ]
 
     def _sample(self, prompts: Prompts, ids: list[str]) -> list[Group]:
         sampling = self.plan.sampling
@@ -116,6 +137,13 @@ class SessionEncoder:
             max_new_tokens=sampling.max_new_tokens,
         )
         return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
+
+
+def written_queries(embeddings_uri: str) -> dict[str, str]:
+    """The valid latent query of each session that has one."""
+    table = storage.read_table(embeddings_uri, columns=["id", "readout", "query"])
+    table = table.filter(pc.equal(table["readout"], "query"))
+    return dict(zip(table["id"].to_pylist(), table["query"].to_pylist(), strict=True))
 
 
 def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable[[int], None]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Two rounds of the closed loop, each with every objective after the other."""
+"""Two rounds of the closed loop with an auditor, each with every objective after the other."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from rgalign_ray.loop.stages import stages
 OVERRIDES = [
     "world.sessions=900",
     "rounds=2",
-    "roles.rank=0.3",
-    "roles.align=0.3",
-    "roles.valid=0.15",
+    "roles.rank=0.25",
+    "roles.align=0.25",
+    "roles.audit=0.15",
+    "roles.valid=0.1",
     "roles.test=0.25",
     "ranker.epochs=2",
     f"align=[{', '.join(get_args(config.AlignName))}]",
@@ -41,6 +42,8 @@ def test_two_rounds_of_every_objective(tmp_path: Path) -> None:
         for objective in get_args(config.AlignName):
             manifest = storage.read_manifest(str(tmp_path / f"align_{round_}_{objective}"))
             assert manifest is not None and len(manifest.figures["loss"]) == manifest.rows["steps"] > 0
+        rewards = storage.read_manifest(str(tmp_path / f"rewards_{round_}"))
+        assert rewards is not None and -1 <= rewards.figures["gate"]["audit"] <= 1
     rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]
     assert rows[:4] == ["two-tower", "QE-Rec", "RGAlign-Rec, round 1", "RGAlign-Rec"]
     names = {round_: f"tiny+{round_}.{settings.align[-1]}" for round_ in (1, 2)}

@@ -96,3 +96,16 @@ def test_a_reward_that_never_differs_is_unreliable_and_not_nan() -> None:
 def test_further_judges_change_nothing() -> None:
     rewards = judges(2, 30, 3, shared=0.5)
     assert gate(np.concatenate([rewards, rewards[..., :1] * 7], axis=-1)) == gate(rewards)
+
+
+def test_the_auditor_sees_what_the_judges_share_and_not_their_errors() -> None:
+    judged = judges(3, 4000, 4, shared=0.5, invalid=0.1)
+    common = judged.mean(axis=-1)
+    own_error = judged[..., 0] - judged[..., 1]
+    sees, blind = gate(judged, common), gate(judged, np.random.default_rng(4).normal(size=own_error.shape))
+    assert sees.audit == pytest.approx(math.sqrt(0.75), abs=0.03)
+    assert blind.audit == pytest.approx(0.0, abs=0.03)
+    assert sees.best_of_n_audited is not None and blind.best_of_n_audited is not None
+    assert sees.best_of_n_audited[-1] > 0.6 and np.all(np.diff(sees.best_of_n_audited) > 0)
+    assert abs(blind.best_of_n_audited[-1]) < 0.05
+    assert gate(judged).audit is None

@@ -1,0 +1,62 @@
+"""The encode pass as a plain class: queries that are written already are read with their session's text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, written_queries
+from rgalign_ray.rollout.worker import EngineSpec, vectors_table
+
+ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> str:
+    """What a reasoner left: e(x) of three sessions, and a valid query of two."""
+    ids = ["s0", "s1", "s2", "s0", "s2"]
+    readouts = ["prompt"] * 3 + ["query"] * 2
+    queries = [None, None, None, "where is my parcel", "refund please"]
+    table = vectors_table(ids, readouts, [-1] * 3 + [0] * 2, queries, np.ones((5, 4), np.float16), "llm")
+    storage.write_table(str(tmp_path / "queries/all.parquet"), table)
+    return str(tmp_path / "queries")
+
+
+def test_written_queries_are_those_of_the_query_readout(written: str) -> None:
+    assert written_queries(written) == {"s0": "where is my parcel", "s2": "refund please"}
+
+
+def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) -> None:
+    plan = EncodePlan(
+        log_uri="",
+        template=Template.load("shop"),
+        roles=("audit",),
+        queries_for=("audit",),
+        query_sessions=(),
+        encode=config.Encode(batch_size=2),
+        sampling=config.Rollout(),
+        run_seed=0,
+        round=0,
+        written_uri=written,
+    )
+    texts = ["order late", "new phone", "paid twice"]
+    batch = pa.table({"session_id": ["s0", "s1", "s2"], "role": ["audit", "valid", "audit"], "text": texts})
+    counts = SessionEncoder(ENCODER, plan, str(tmp_path / "out"))(batch).to_pylist()[0]
+    assert (counts["sessions"], counts["sampled"], counts["valid"]) == (3, 2, 2)
+    table = storage.read_table(str(tmp_path / "out"))
+    found = {
+        (row["id"], row["readout"]): (row["query"], np.array(row["embedding"], np.float32)) for row in table.to_pylist()
+    }
+    assert set(found) == {("s0", "prompt"), ("s0", "query"), ("s1", "prompt"), ("s2", "prompt"), ("s2", "query")}
+    engine = ENCODER.start()
+    for (session, readout), (query, vector) in found.items():
+        text = texts[int(session[1])]
+        expected = engine.embed(Prompts("", [f"{query} {text}" if readout == "query" else text], ""))[0]
+        np.testing.assert_allclose(vector, expected.astype(np.float32), atol=3e-3)
+        assert query == {"s0": "where is my parcel", "s2": "refund please"}.get(session) or readout == "prompt"
