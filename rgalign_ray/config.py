@@ -152,9 +152,57 @@ class Reasoner(Settings):
     """Adapter settings for every alignment objective; null trains all weights."""
 
 
+class Endpoint(Settings):
+    """An HTTP endpoint that speaks OpenAI's protocol, and how it is treated."""
+
+    base_url: str | None = None
+    """As in https://api.openai.com/v1."""
+    api: Literal["chat", "completions"] = "chat"
+    """chat: the instruction as the system's message, the session as the user's. completions: the prompt as it stands."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; without it none is sent."""
+    concurrency: Count = 8
+    """Requests in flight."""
+    retries: Annotated[int, Field(ge=0)] = 4
+    """Of a request that was refused for load (429), failed on the endpoint's side (5xx) or lost its connection, with
+    growing and jittered pauses."""
+    deadline_s: Positive = 60.0
+    """Longest wait for one answer."""
+    max_tokens: Count | None = None
+    """Tokens, prompts included, after which it is asked no more; what it has proposed by then is used."""
+
+
+class Teacher(Settings):
+    """An LLM, or the policy's base model under another prompt, that proposes queries beside the policy's own."""
+
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")]
+    """Stands in the rollouts as their source."""
+    n: Count = 1
+    """Queries it proposes per session."""
+    engine: Literal["transformers", "openai"] = "transformers"
+    """openai: any endpoint that speaks OpenAI's protocol."""
+    model: str | None = None
+    """None: `reasoner.model`. As there, or the endpoint's name of a model."""
+    template: str | None = None
+    """Prompt template of its own; None: `prompt.template`."""
+    temperature: Positive | None = None
+    """None: `rollout.temperature`."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    endpoint: Endpoint = Endpoint()
+    """Of engine openai."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Teacher:
+        if self.name == "policy":
+            raise ValueError("the name policy is taken by the policy itself")
+        if self.engine == "openai" and not (self.model and self.endpoint.base_url):
+            raise ValueError("engine openai needs model and endpoint.base_url")
+        return self
+
+
 class Rollout(Settings):
     n: Annotated[int, Field(ge=2)] = 4
-    """Queries sampled per session."""
+    """Queries that the policy samples per session."""
     max_new_tokens: Count = 16
     temperature: Positive = 0.7
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
@@ -428,6 +476,8 @@ class Config(Settings):
     prompt: Prompt = Prompt()
     reasoner: Reasoner = Reasoner()
     rollout: Rollout = Rollout()
+    teachers: list[Teacher] = []
+    """Others who propose queries for the alignment; the ranker does not care who wrote the best one."""
     encode: Encode = Encode()
     ranker: Ranker = Ranker()
     baselines: list[Baseline] = ["two_tower"]
@@ -474,6 +524,8 @@ class Config(Settings):
                 "ranker.query_input.query and encode.query_share must be above 0: "
                 "a reward ranker that never saw e(x,q) cannot judge queries"
             )
+        if len({teacher.name for teacher in self.teachers}) < len(self.teachers):
+            raise ValueError("teachers: two have the same name")
         if self.ranker.dim % self.ranker.heads:
             raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
         at_once = self.learner.workers * self.learner.micro_batch

@@ -45,6 +45,15 @@ class Group:
     samples: list[Sample]
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A query that a teacher wrote."""
+
+    query: str
+    finish: str
+    """`stop` or `length`."""
+
+
 class Engine(Protocol):
     """An LLM behind one interface, whatever runs it."""
 
