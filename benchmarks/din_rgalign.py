@@ -61,6 +61,9 @@ class Pointwise(Timed):
         super()._statistics(items)
         self.model.prior.zero_()
 
+    def _with_a_part(self, rows: Rows) -> Rows:
+        return rows  # it reads every pair
+
     def _loss(
         self, batch: dict[str, Tensor], embedding: Tensor | None, is_null: Tensor, at: tuple[int, int], number: int
     ) -> Tensor:
@@ -84,7 +87,8 @@ def train(folder: Path, seed: int, out: Path, pointwise: bool) -> None:
     test = rows_of(log, space, sizes, ["test"])
     np.save(out.with_suffix(".npy"), score_rows(fit.model, test, "null"))
     result = {
-        "samples": len(fit.train["candidates"].values),
+        "samples": settings["pairs"]["train"],
+        "samples_read": len(fit.train["candidates"].values),  # the others no loss reads
         "epochs": fit.epochs,
         "evaluation_seconds": fit.evaluations,
         "parameters": figures["parameters"],

@@ -116,8 +116,7 @@ class Fit:
         self._statistics(items)
         group.same_(self.model)
         self.agrees = isinstance(self.model, QERec) and settings.kl != "off"
-        if not self.agrees:
-            self.train = _with_a_part(self.train)
+        self.train = self._with_a_part(self.train)
         self.model.to(device)
         self.gradients = _flat_gradients(self.model)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, settings))
@@ -188,6 +187,17 @@ class Fit:
             query = Moments.of(self.train["query"][self.train["has_query"]])
             total = self.group.sum((prompt + query).flat())
             model.fit_queries(Moments.from_flat(total, model.sizes.embedding_dim))
+
+    def _with_a_part(self, rows: Rows) -> Rows:
+        """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown.
+
+        The KL term reads all.
+        """
+        if self.agrees:
+            return rows
+        clicked = rows["clicks"].sums() > 0
+        keep = np.repeat(clicked, rows["clicks"].counts) | rows["shown"].values
+        return rows | {name: rows[name].where(keep) for name in LISTS}
 
     def _epoch(self, epoch: int) -> float:
         size = self.settings.batch_sessions
@@ -355,13 +365,6 @@ def _manual_seed(seed: int, *purpose: Any) -> None:
 def take(rows: Rows, index: Index) -> Rows:
     """The rows of an index."""
     return {name: values[index] for name, values in rows.items()}
-
-
-def _with_a_part(rows: Rows) -> Rows:
-    """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown."""
-    clicked = rows["clicks"].sums() > 0
-    keep = np.repeat(clicked, rows["clicks"].counts) | rows["shown"].values
-    return rows | {name: rows[name].where(keep) for name in LISTS}
 
 
 def _copy(model: Ranker) -> dict[str, Tensor]:

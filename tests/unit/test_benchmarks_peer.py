@@ -87,6 +87,7 @@ def test_our_contenders_train_on_what_the_driver_prepares(tmp_path: Path) -> Non
         din_rgalign.train(place, 0, out, pointwise)
         result = json.loads(out.read_text())
         assert 0 < result["samples"] == settings["pairs"]["train"]
+        assert (result["samples_read"] == result["samples"]) == pointwise, "ListNet passes over what teaches it nothing"
         assert 0 < result["valid_gauc"] < 1
         scores = np.load(out.with_suffix(".npy"))
         assert scores.shape == test["groups"].shape == test["labels"].shape == (settings["pairs"]["test"],)

@@ -56,7 +56,7 @@ def test_candidates_that_no_loss_reads_are_left_out_and_change_nothing(
     assert without_click.any()
     assert (narrow.train["shown"].sums() == narrow.train["candidates"].counts)[without_click].all()
     assert (narrow.train["candidates"].counts[~without_click] == SIZES.num_intents).all()
-    monkeypatch.setattr(fitting, "_with_a_part", lambda rows: rows)
+    monkeypatch.setattr(Fit, "_with_a_part", lambda self, rows: rows)
     whole = _fit(rows(SIZES), kind, settings)
     figures, expected = narrow.run(), whole.run()
     assert figures["losses"] == pytest.approx(expected["losses"], rel=1e-5)
