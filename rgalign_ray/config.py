@@ -158,7 +158,7 @@ class Endpoint(Settings):
     base_url: str | None = None
     """As in https://api.openai.com/v1."""
     api: Literal["chat", "completions"] = "chat"
-    """chat: the instruction as the system's message, the session as the user's. completions: the prompt as it stands."""
+    """chat: the instruction as the system's message, the session as the user's. completions: the prompt as it is."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; without it none is sent."""
     concurrency: Count = 8

@@ -120,6 +120,15 @@ ROLLOUTS = pa.schema(
     ]
 )
 
+PROPOSALS = pa.schema(
+    [
+        pa.field("session_id", pa.string(), nullable=False),
+        ("query", pa.string()),
+        ("finish", pa.string()),
+    ]
+)
+"""What one teacher wrote, in the order of its samples; null where it was asked no more."""
+
 SCORED = pa.schema(
     [
         pa.field("session_id", pa.string(), nullable=False),

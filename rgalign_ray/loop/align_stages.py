@@ -6,7 +6,7 @@ import math
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import ray
 
 from rgalign_ray import progress, schema, storage
-from rgalign_ray.config import Config
+from rgalign_ray.config import Config, Teacher
 from rgalign_ray.errors import DataError
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import FrozenPair, LearnerTask
@@ -27,16 +27,19 @@ from rgalign_ray.loop.audit_stages import AUDITOR
 from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner.engine import sample_seed
+from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor
 from rgalign_ray.reward.auditor import AuditorSpec
 from rgalign_ray.reward.functions import RESOLVED
 from rgalign_ray.reward.gate import gate
 from rgalign_ray.reward.selection import pairs, select
 from rgalign_ray.rollout.pool import RolloutPool
-from rgalign_ray.rollout.worker import Instruction, Unit
+from rgalign_ray.rollout.worker import Instruction, ProposalWorker, Proposed, Unit
 
 SESSIONS_FILE = "sessions.parquet"
 """The round's sessions with a click, beside their rollouts."""
+ENDPOINT_ANSWERS = ".answers"
+"""Folder of a run that keeps the answers of paid endpoints, whatever becomes of the stage that asked."""
 OBJECTIVE_NAMES = {
     "sft": "RG-SFT",
     "dpo": "RG-DPO",
@@ -59,9 +62,9 @@ def stages(config: Config, round_: int) -> list[Stage]:
     sequence = [
         Stage(
             f"rollouts_{round_}",
-            f"sample {config.rollout.n} queries a session",
+            f"sample {config.rollout.n + sum(teacher.n for teacher in config.teachers)} queries a session",
             partial(roll_out, round_=round_),
-            ("rollout", "prompt", "reasoner"),
+            ("rollout", "teachers", "prompt", "reasoner"),
             ("sessions", "features", *((previous,) if previous else ())),
             ray=True,
             units=True,
@@ -104,9 +107,16 @@ def stages(config: Config, round_: int) -> list[Stage]:
 def roll_out(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
     template = Template.load(config.prompt.template)
-    sessions, without_click = align_sessions(run, round_, template)
+    variants = {teacher.name: Template.load(teacher.template or config.prompt.template) for teacher in config.teachers}
+    sessions, without_click = align_sessions(run, round_, [template, *variants.values()])
     storage.write_table(storage.join(out, SESSIONS_FILE), sessions)
+    proposed = [ask(run, out, teacher, variants[teacher.name], sessions, round_) for teacher in config.teachers]
     units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), config.rollout.unit_sessions)
+    if proposed:
+        units = [
+            replace(unit, proposed=[[one for asked in proposed for one in asked[i]] for i in unit.session_ids])
+            for unit in units
+        ]
     engine = engine_spec(run, round_ - 1)
     pool = RolloutPool(
         config.rollout,
@@ -120,20 +130,69 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
         },
     )
     context = storage.content_key(config.rollout.model_dump(), template.key, engine.weights, round_)
+    run_pool(pool, units, context, "rollouts", f"sessions x {config.rollout.n}")
+    written = storage.read_table(storage.join(out, "rollouts"), columns=["source", "fault"])
+    faults, sources = Counter(written["fault"].to_pylist()), Counter(written["source"].to_pylist())
+    rows = {"sessions": sessions.num_rows, "rollouts": len(written), "sessions without a click left out": without_click}
+    reasons = {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None}
+    valid = Counter(written.filter(pc.is_null(written["fault"]))["source"].to_pylist())
+    return Outcome(
+        rows,
+        {
+            "faults": reasons,
+            "valid_rate": faults[None] / len(written),
+            "valid_rate_by_source": {source: valid[source] / count for source, count in sources.items()},
+            "worker_deaths": pool.deaths,
+        },
+    )
+
+
+def ask(
+    run: Run, out: str, teacher: Teacher, template: Template, sessions: pa.Table, round_: int
+) -> dict[str, list[Proposed]]:
+    """What one teacher proposes for each session."""
+    config = run.config
+    place = storage.join(out, ProposalWorker.TABLE, teacher.name)
+    settings = config.rollout
+    if teacher.engine == "openai":  # it waits for answers, many at a time: one process does
+        settings = settings.model_copy(update={"workers": 1})
+    spec = TeacherSpec(
+        teacher, config.reasoner, config.rollout, config.prompt.max_session_tokens, run.uri(ENDPOINT_ANSWERS)
+    )
+    pool = RolloutPool(
+        settings,
+        {
+            "teacher": spec,
+            "instruction": Instruction(template.prefix, template.suffix, template.version),
+            "run_seed": config.seed,
+            "round_": round_,
+            "out_uri": place,
+        },
+        ProposalWorker,
+    )
+    units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), settings.unit_sessions)
+    context = storage.content_key(teacher.model_dump(), config.rollout.model_dump(), template.key, round_)
+    run_pool(pool, units, context, f"teacher {teacher.name}", f"sessions x {teacher.n}")
+    table = storage.read_table(storage.join(place, ProposalWorker.TABLE))
+    temperature = teacher.temperature or config.rollout.temperature
+    found: dict[str, list[Proposed]] = {}
+    for row in table.to_pylist():
+        one = Proposed(teacher.name, row["query"], row["finish"] or "", template.version, temperature)
+        found.setdefault(row["session_id"], []).append(one)
+    return found
+
+
+def run_pool(pool: RolloutPool, units: list[Unit], context: str, label: str, unit: str) -> None:
+    """Runs units to their end, with progress in sessions."""
     try:
-        with progress.track("rollouts", sessions.num_rows, f"sessions x {config.rollout.n}") as advance:
+        with progress.track(label, sum(len(each.session_ids) for each in units), unit) as advance:
             for _, count in pool.run(units, context):
                 advance(count)
     finally:
         pool.close()
-    faults = Counter(storage.read_table(storage.join(out, "rollouts"), columns=["fault"])["fault"].to_pylist())
-    total = sum(faults.values())
-    rows = {"sessions": sessions.num_rows, "rollouts": total, "sessions without a click left out": without_click}
-    reasons = {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None}
-    return Outcome(rows, {"faults": reasons, "valid_rate": faults[None] / total, "worker_deaths": pool.deaths})
 
 
-def align_sessions(run: Run, round_: int, template: Template) -> tuple[pa.Table, int]:
+def align_sessions(run: Run, round_: int, templates: list[Template]) -> tuple[pa.Table, int]:
     """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
 
     Their columns are those that prompts, rankers and rewards read.
@@ -145,7 +204,8 @@ def align_sessions(run: Run, round_: int, template: Template) -> tuple[pa.Table,
     space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
     there = examples.column_names(uri)
     optional = [name for name in (RESOLVED,) if name in there]
-    columns = dict.fromkeys([*template.columns, *examples.columns(space, there), *optional])
+    read = [name for template in templates for name in template.columns]
+    columns = dict.fromkeys([*read, *examples.columns(space, there), *optional])
     batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
     clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
@@ -227,7 +287,11 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
     return Outcome(
         {"sessions": len(ids), "selected": len(taken), "pairs": len(paired), "taught nothing": len(ids) - len(taken)},
-        {"gain_over_mean": float(gain.mean()) if len(taken) else 0.0, "lift": float(np.nanmean(uplift))},
+        {
+            "gain_over_mean": float(gain.mean()) if len(taken) else 0.0,
+            "lift": float(np.nanmean(uplift)),
+            "chosen_by_source": dict(Counter(picked["source"].to_pylist())),
+        },
     )
 
 

@@ -113,6 +113,9 @@ def stage_key(job: Run, stage: Stage) -> str:
     # a name stands for a file, and the file may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
+    for teacher in settings["teachers"]:
+        if teacher["template"]:
+            teacher["template"] = Template.load(teacher["template"]).key
     chosen = {name: reduce(getitem, name.split("."), settings) for name in ("seed", *stage.settings)}
     return storage.content_key(__version__, stage.name, chosen, {name: job.manifest(name).key for name in stage.inputs})
 

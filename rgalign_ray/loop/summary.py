@@ -48,7 +48,7 @@ def report(run: Run) -> Report:
             "reasoner": config.reasoner.model,
             "alignment": " + ".join(config.align),
             "rounds": str(config.rounds),
-            "queries a session": str(config.rollout.n),
+            "queries a session": _sources(config),
             "seed": str(config.seed),
             "intervals": f"{config.evaluate.confidence:.0%}, bootstrap over users, one seed",
         },
@@ -72,6 +72,15 @@ def report(run: Run) -> Report:
         stages=[StageTime(name=name, seconds=m.seconds, peak_mb=m.peak_memory_mb) for name, m in manifests.items()],
         ingest=Ingest(sessions=sessions["kept"], roles=sessions["roles"], quarantined=sessions["quarantined"]),
     )
+
+
+def _sources(config: Config) -> str:
+    """Who wrote how many queries a session."""
+    if not config.teachers:
+        return str(config.rollout.n)
+    shares = [f"{config.rollout.n} policy", *(f"{teacher.n} {teacher.name}" for teacher in config.teachers)]
+    alike = all(teacher.model in (None, config.reasoner.model) for teacher in config.teachers)
+    return " + ".join(shares) + (", all of one LLM" if alike else "")
 
 
 def meanings(config: Config) -> dict[str, str]:
@@ -106,6 +115,11 @@ def _summary(
     lines.append(
         f"Valid latent queries: {first:.1%} before alignment, {', '.join(f'{rate:.1%}' for rate in later)} after."
     )
+    for round_ in range(1, len(gates) + 1) if run.config.teachers else ():
+        chosen = manifests[f"selected_{round_}"].figures["chosen_by_source"]
+        valid = manifests[f"rollouts_{round_}"].figures["valid_rate_by_source"]
+        told = ", ".join(f"{source} {chosen.get(source, 0)} ({rate:.0%} valid)" for source, rate in valid.items())
+        lines.append(f"Chosen queries of round {round_} by who wrote them: {told}.")
     total, peak = sum(m.seconds for m in manifests.values()), max(m.peak_memory_mb for m in manifests.values())
     lines.append(f"Wall time of all stages: {progress.clock(total)}; peak memory {peak / 1024:.1f} GiB.")
     return lines

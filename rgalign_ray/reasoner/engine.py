@@ -77,6 +77,10 @@ class Engine(Protocol):
         """e(x), or e(x,q) where completions are given: float16 [len(prompts.texts), H]."""
         ...
 
+    def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
+        """Queries that others wrote, one a prompt, as this engine would have written and reads them."""
+        ...
+
     def load(self, weights: str | None) -> None:
         """Takes the weights of a reasoner artefact (a URI); None returns to the base model."""
         ...

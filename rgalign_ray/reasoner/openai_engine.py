@@ -16,6 +16,7 @@ from typing import Any
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.reasoner.engine import Prompts, Proposal
+from rgalign_ray.reasoner.teachers import sampling
 
 
 class OpenAIEngine:
@@ -23,13 +24,14 @@ class OpenAIEngine:
 
     Args:
         teacher: model, endpoint and limits.
+        shared: sampling settings, where the teacher has none of its own.
         cache_uri: folder that keeps the answers.
 
     Raises:
         ConfigError: without the package `openai`.
     """
 
-    def __init__(self, teacher: config.Teacher, cache_uri: str) -> None:
+    def __init__(self, teacher: config.Teacher, shared: config.Rollout, cache_uri: str) -> None:
         try:
             import openai
         except ImportError:
@@ -37,47 +39,40 @@ class OpenAIEngine:
                 f"teachers.{teacher.name}: engine openai needs the package openai; pip install 'rgalign_ray[openai]'."
             ) from None
         self.teacher, self.endpoint, self.cache_uri = teacher, teacher.endpoint, cache_uri
-        self.version = str(teacher.model)
+        drawn = sampling(teacher, shared)
+        self.sampling = {"max_tokens": drawn.pop("max_new_tokens"), **drawn}
         self.tokens = 0
         self._openai = openai
 
-    def propose(
-        self,
-        prompts: Prompts,
-        seeds: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[list[Proposal | None]]:
+    def propose(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:
         """A proposal per prompt and seed; None where the endpoint's tokens were used up before.
 
         Raises:
             ConfigError: when the endpoint refuses the key, the model or the request.
             InfrastructureError: when it does not answer in spite of all retries.
         """
-        sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
-        return asyncio.run(self._all(prompts, seeds, sampling))
+        return asyncio.run(self._all(prompts, seeds))
 
-    async def _all(
-        self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: dict[str, float]
-    ) -> list[list[Proposal | None]]:
+    async def _all(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:
         gate = asyncio.Semaphore(self.endpoint.concurrency)
         requests = [
-            [self._request(prompts, text, seed, sampling) for seed in row]
-            for text, row in zip(prompts.texts, seeds, strict=True)
+            [self._request(prompts, text, seed) for seed in row] for text, row in zip(prompts.texts, seeds, strict=True)
         ]
         async with self._openai.AsyncOpenAI(
             base_url=self.endpoint.base_url,
-            api_key=os.environ.get(self.endpoint.key_variable) or "none",
+            api_key=self._key,
             max_retries=self.endpoint.retries,
             timeout=self.endpoint.deadline_s,
         ) as client:
             rows = [asyncio.gather(*(self._answer(client, gate, request) for request in row)) for row in requests]
             return [list(row) for row in await asyncio.gather(*rows)]
 
-    def _request(self, prompts: Prompts, text: str, seed: int, sampling: dict[str, float]) -> dict[str, Any]:
-        shared = {"model": self.teacher.model, "seed": seed % 2**31, **sampling}
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.endpoint.key_variable) or "none"  # the client insists on one
+
+    def _request(self, prompts: Prompts, text: str, seed: int) -> dict[str, Any]:
+        shared = {"model": self.teacher.model, "seed": seed % 2**31, **self.sampling}
         if self.endpoint.api == "completions":
             return {**shared, "prompt": prompts.prefix + text + prompts.suffix, "stop": ["\n"]}
         messages = [
@@ -105,13 +100,18 @@ class OpenAIEngine:
         except (self._openai.AuthenticationError, self._openai.PermissionDeniedError):
             # without the endpoint's own words, which may quote the key
             raise ConfigError(f"{where} refuses the key in ${self.endpoint.key_variable}.") from None
-        except (self._openai.APIConnectionError, self._openai.RateLimitError, self._openai.InternalServerError) as error:
+        except (
+            self._openai.APIConnectionError,
+            self._openai.RateLimitError,
+            self._openai.InternalServerError,
+        ) as error:
             raise InfrastructureError(
                 f"{where} did not answer after {self.endpoint.retries} retries ({type(error).__name__}); the same "
                 "command goes on from the answers that are there."
             ) from None
         except self._openai.APIStatusError as error:
-            raise ConfigError(f"{where} refuses the request ({error.status_code}: {_short(error.message)}).") from None
+            said = _short(error.message.replace(self._key, "…"))
+            raise ConfigError(f"{where} refuses the request ({error.status_code}: {said}).") from None
         self.tokens += answer.usage.total_tokens if answer.usage else 0
         choice = answer.choices[0]
         text = choice.message.content if self.endpoint.api == "chat" else choice.text

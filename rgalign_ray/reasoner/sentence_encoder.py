@@ -13,7 +13,7 @@ import torch
 
 from rgalign_ray import config
 from rgalign_ray.reasoner import models
-from rgalign_ray.reasoner.engine import Group, Prompts
+from rgalign_ray.reasoner.engine import Group, Prompts, Sample
 
 
 class SentenceEncoder:
@@ -62,6 +62,9 @@ class SentenceEncoder:
         max_new_tokens: int,
     ) -> list[Group]:
         raise NotImplementedError("a sentence encoder writes no queries")
+
+    def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
+        raise NotImplementedError("a sentence encoder has no tokens to learn from")
 
     def load(self, weights: str | None) -> None:
         assert weights is None, "a sentence encoder is not aligned"

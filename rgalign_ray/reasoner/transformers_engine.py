@@ -66,6 +66,15 @@ class TransformersEngine:
         hidden, _, _ = self._prefill(prompts.prefix, rows)
         return hidden.cpu().to(torch.float16).numpy()
 
+    def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
+        space = "" if prompts.suffix[-1:].isspace() else " "
+        completions = [self._ids(f"{space}{query}\n") for query in queries]
+        vectors = self.embed(prompts, completions)
+        return [
+            Sample(query, ids, [], "stop", 0, vector)
+            for query, ids, vector in zip(queries, completions, vectors, strict=True)
+        ]
+
     @torch.inference_mode()
     def sample(
         self,

@@ -19,10 +19,11 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from rgalign_ray import config, storage
-from rgalign_ray.errors import InfrastructureError
-from rgalign_ray.rollout.worker import RolloutWorker, Unit
+from rgalign_ray.errors import InfrastructureError, UserError
+from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
+Worker = type[RolloutWorker] | type[ProposalWorker]
 
 
 @dataclass
@@ -39,17 +40,19 @@ class RolloutPool:
 
     Args:
         settings: size of the pool, deadlines and retries.
-        worker_args: arguments of `RolloutWorker`.
+        worker_args: arguments of the worker.
+        worker: `RolloutWorker`, or `ProposalWorker` for a teacher.
 
     Raises:
         InfrastructureError: from `run`, when workers died more often than `settings.retries`.
     """
 
-    def __init__(self, settings: config.Rollout, worker_args: dict[str, Any]) -> None:
+    def __init__(self, settings: config.Rollout, worker_args: dict[str, Any], worker: Worker = RolloutWorker) -> None:
         self.settings = settings
         self.worker_args = worker_args
+        self.table = worker.TABLE
         self.deaths = 0
-        self._actor_class = ray.remote(RolloutWorker).options(
+        self._actor_class = ray.remote(worker).options(
             num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
         )
         self._members: list[_Member] = []
@@ -85,7 +88,7 @@ class RolloutPool:
         return _Member(self._actor_class.remote(**self.worker_args), time.monotonic())
 
     def _file(self, key: str) -> str:
-        return storage.join(self.worker_args["out_uri"], "rollouts", f"{key}.parquet")
+        return storage.join(self.worker_args["out_uri"], self.table, f"{key}.parquet")
 
     def _collect(self, queue: deque[str]) -> list[str]:
         """Keys finished within a poll; dead and overdue workers are replaced and their units queued again."""
@@ -102,6 +105,8 @@ class RolloutPool:
                     self._replace(place, queue, f"died ({str(error).splitlines()[0]})")
                     break
                 except RayTaskError as error:
+                    if isinstance(error.cause, (UserError, InfrastructureError)):
+                        raise error.cause from None  # what the worker itself said, without Ray's account of it
                     raise error.as_instanceof_cause() from None
                 finished.append(member.calls.pop(call))
                 member.started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Two rounds of the closed loop with an auditor, each with every objective after the other."""
+"""Two rounds of the closed loop with a teacher and an auditor, each with every objective after the other."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ OVERRIDES = [
     f"align=[{', '.join(get_args(config.AlignName))}]",
     *(f"{objective}.batch_sessions=8" for objective in get_args(config.AlignName)),
     "grpo.n=2",
+    "teachers=[{name: hotter, n: 1, temperature: 1.3}]",
 ]
 
 
@@ -42,6 +43,8 @@ def test_two_rounds_of_every_objective(tmp_path: Path) -> None:
         for objective in get_args(config.AlignName):
             manifest = storage.read_manifest(str(tmp_path / f"align_{round_}_{objective}"))
             assert manifest is not None and len(manifest.figures["loss"]) == manifest.rows["steps"] > 0
+        rollouts = storage.read_manifest(str(tmp_path / f"rollouts_{round_}"))
+        assert rollouts is not None and set(rollouts.figures["valid_rate_by_source"]) == {"policy", "hotter"}
         rewards = storage.read_manifest(str(tmp_path / f"rewards_{round_}"))
         assert rewards is not None and -1 <= rewards.figures["gate"]["audit"] <= 1
     rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]

@@ -78,6 +78,20 @@ def test_embedding_is_the_last_hidden_state_of_the_plain_model(engine: Transform
         np.testing.assert_allclose(vector, expected.numpy(), atol=2e-3)
 
 
+@pytest.mark.parametrize(("suffix", "space"), [("\nQuestion:", " "), ("\nQuestion: ", "")])
+def test_what_others_wrote_is_read_as_if_it_were_its_own(engine: TransformersEngine, suffix: str, space: str) -> None:
+    asked = Prompts("What is asked?\n", TEXTS[:2], suffix)
+    queries = ["where is my parcel?", "I paid twice"]
+    found = engine.read(asked, queries)
+    assert [sample.query for sample in found] == queries
+    for sample in found:
+        assert engine.tokenizer.decode(sample.completion_ids) == f"{space}{sample.query}\n"
+        assert sample.completion_ids[-1] in engine.stop_ids, "to be learned as a whole query"
+        assert sample.logprobs == [], "it is not known how likely the policy was to write it"
+    expected = engine.embed(asked, [sample.completion_ids for sample in found])
+    np.testing.assert_allclose(np.stack([sample.embedding for sample in found]), expected, atol=2e-3)
+
+
 def test_the_prefix_is_computed_once(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.embed(prompts(TEXTS, "another instruction: "))
     lengths = []

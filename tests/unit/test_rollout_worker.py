@@ -12,9 +12,17 @@ import pytest
 from rgalign_ray import config, schema, storage
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.reasoner.engine import Group, Prompts, Sample, sample_seed
+from rgalign_ray.reasoner.engine import Group, Prompts, Proposal, Sample, sample_seed
 from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, session_texts
-from rgalign_ray.rollout.worker import EngineSpec, Instruction, RolloutWorker, Unit, embedding_table
+from rgalign_ray.rollout.worker import (
+    EngineSpec,
+    Instruction,
+    ProposalWorker,
+    Proposed,
+    RolloutWorker,
+    Unit,
+    embedding_table,
+)
 
 DIM = 4
 INSTRUCTION = Instruction("Prefix. ", " Question:", "v1")
@@ -50,6 +58,13 @@ class FakeEngine:
         self.calls.append({"embed": list(prompts.texts)})
         return np.stack([vector(text) for text in prompts.texts])
 
+    def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
+        self.calls.append({"read": list(zip(prompts.texts, queries, strict=True))})
+        return [
+            Sample(query, list(range(len(query.split()))), [], "stop", 0, vector(text, len(query)))
+            for text, query in zip(prompts.texts, queries, strict=True)
+        ]
+
     def load(self, weights: str | None) -> None:
         raise NotImplementedError
 
@@ -60,6 +75,64 @@ def vector(text: str, seed: int = 0) -> np.ndarray:
 
 def worker(out: Path, engine: FakeEngine | None = None) -> RolloutWorker:
     return RolloutWorker(engine or FakeEngine(), INSTRUCTION, SETTINGS, run_seed=7, round_=1, out_uri=str(out))  # type: ignore[arg-type]
+
+
+def test_proposals_stand_behind_the_policys_own_samples(tmp_path: Path) -> None:
+    def one(query: str | None, finish: str = "stop") -> Proposed:
+        return Proposed("big", query, finish, "v7", 0.3)
+
+    proposed = [[one("a good one"), one(None, "")], [one("cut off", "length"), one("word " * 9)]]
+    unit, engine = Unit(["b", "a"], ["text of b", "of a"], proposed), FakeEngine()
+    worker(tmp_path, engine).run(unit, "key")
+    assert engine.calls[1:] == [{"read": [("text of b", "a good one"), ("of a", "cut off"), ("of a", "word " * 9)]}], (
+        "the policy reads what others wrote, in its session"
+    )
+    rows = storage.read_table(str(tmp_path / "rollouts/key.parquet")).to_pylist()
+    assert [(row["session_id"], row["sample"]) for row in rows] == [(s, n) for s in "ba" for n in range(5)]
+    assert [row["source"] for row in rows] == (["policy"] * 3 + ["big"] * 2) * 2
+    b, a = rows[3:5], rows[8:10]
+    assert [row["fault"] for row in b] == [None, "not_asked"]
+    assert [row["fault"] for row in a] == ["over_length", "over_length"], "by the teacher, and by the policy's limit"
+    assert {row["prompt_version"] for row in (*b, *a)} == {"v7"}
+    assert [row["temperature"] for row in (*b, *a)] == pytest.approx([0.3] * 4)
+    assert b[0]["query"] == "a good one" and b[0]["completion_ids"] == [0, 1, 2] and b[0]["logprobs"] == []
+    embeddings = storage.read_table(str(tmp_path / "embeddings/key.parquet")).to_pylist()
+    assert [(row["id"], row["sample"]) for row in embeddings] == [(s, n) for s in "ba" for n in range(-1, 5)]
+    assert embeddings[4]["embedding"] == vector("text of b", len("a good one")).tolist()
+    assert embeddings[5]["embedding"] == [0.0] * DIM, "nothing to read"
+
+
+def test_proposals_are_part_of_what_a_unit_is() -> None:
+    plain = Unit(["a"], ["text"])
+    asked = Unit(["a"], ["text"], [[Proposed("big", "q", "stop", "v1", 0.5)]])
+    other = Unit(["a"], ["text"], [[Proposed("big", "r", "stop", "v1", 0.5)]])
+    assert len({plain.key("c"), asked.key("c"), other.key("c")}) == 3
+
+
+def test_a_teacher_is_asked_unit_by_unit(tmp_path: Path) -> None:
+    asked = []
+
+    class FakeTeacher:
+        teacher = config.Teacher(name="big", n=2)
+
+        def start(self) -> FakeTeacher:
+            return self
+
+        def propose(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:
+            asked.append((prompts.prefix, list(prompts.texts), seeds))
+            return [[Proposal(f"{text}?", "stop"), None] for text in prompts.texts]
+
+    made = ProposalWorker(FakeTeacher(), INSTRUCTION, run_seed=7, round_=1, out_uri=str(tmp_path))  # type: ignore[arg-type]
+    assert made.run(Unit(["b", "a"], ["text of b", "of a"]), "key") == 2
+    ((prefix, texts, seeds),) = asked
+    assert (prefix, texts) == ("Prefix. ", ["text of b", "of a"])
+    flat = [seed for row in seeds for seed in row]
+    assert len(set(flat)) == 4 and not set(flat) & {sample_seed(7, 1, s, n) for s in "ab" for n in range(3)}
+    table = storage.read_table(str(tmp_path / "proposals/key.parquet"))
+    schema.check(table.schema, schema.PROPOSALS, "proposals")
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("b", "text of b?", "stop"), ("b", None, None), ("a", "of a?", "stop"), ("a", None, None)
+    ]  # fmt: skip
 
 
 def test_a_unit_becomes_two_tables(tmp_path: Path) -> None:
