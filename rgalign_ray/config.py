@@ -11,7 +11,7 @@ import math
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -638,6 +638,8 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _settings(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is list:  # a list is set as a whole
+        return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
