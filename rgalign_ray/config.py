@@ -300,7 +300,8 @@ class Reward(Settings):
 
 
 class Select(Settings):
-    method: Literal["best", "soft", "random"] = "best"
+    method: Literal["best", "soft", "random", "title"] = "best"
+    """title: no query at all but the clicked intent's own title, the control that needs no ranker."""
     margin: Annotated[float, Field(ge=0.0)] = 0.0
     """best: how far the best reward must stand above the session's mean."""
     beta: Positive = 0.1
@@ -415,6 +416,17 @@ RowName = Literal[
     "template",
     "qe_rec",
     "qe_rec_shuffled",
+    "sft_title",
+    "rg_sft_random",
+    "rg_sft",
+    "rg_dpo",
+    "rg_grpo",
+    "rg_cl",
+    "latent",
+    "gradient",
+    "rgalign",
+    "rgalign_not_retrained",
+    "rgalign_shuffled",
     "true_need",
 ]
 
@@ -423,7 +435,7 @@ class Compare(Settings):
     """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
 
     rows: Annotated[list[RowName], Field(min_length=1)] | None = None
-    """None: every row that the log allows."""
+    """None: every row that the log allows and that needs no alignment."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     tuned: dict[Model, dict[str, Any]] = {}
@@ -528,6 +540,8 @@ class Config(Settings):
             raise ValueError("teachers: two have the same name")
         if self.ranker.dim % self.ranker.heads:
             raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
+        if self.select.method == "title" and "dpo" in self.align:
+            raise ValueError("select.method 'title' chooses no query, so that dpo has no pairs to learn from")
         at_once = self.learner.workers * self.learner.micro_batch
         for name in self.align:
             if getattr(self, name).batch_sessions % at_once:
@@ -565,15 +579,21 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> Config:
     return validate(data)
 
 
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with settings replaced by their full names (a.b), and checked."""
+    data = config.model_dump(mode="json")
+    for key, value in changes.items():
+        _assign(data, key, value)
+    return validate(data)
+
+
 def with_setting(config: Config, key: str, text: str) -> Config:
     """The configuration with the setting `key` (a.b) replaced by the value that `text` holds as YAML.
 
     Raises:
         ConfigError: for an unknown key, text that is no YAML, or an ill-typed value.
     """
-    data = config.model_dump(mode="json")
-    _assign(data, key, _parse(key, text))
-    return validate(data)
+    return changed(config, {key: _parse(key, text)})
 
 
 def validate(data: dict[str, Any]) -> Config:

@@ -39,6 +39,8 @@ class Rung:
     """Artefact of the reasoner version it was trained on."""
     query: str = "own"
     """What each session's query tower reads: own, shuffled (another user's), or mean (the same for all)."""
+    any_version: bool = False
+    """Reads embeddings of a reasoner that it was not trained on."""
     prior: bool = False
     """Scores candidates by the ranker's frozen base rates alone."""
     control: bool = False
@@ -184,7 +186,8 @@ class TestSessions:
     def _rows(self, ranker: scoring.LoadedRanker, rung: Rung) -> Rows:
         embeddings = Embeddings.load(rung.embeddings) if rung.embeddings else None
         if embeddings is not None:
-            ranker.require(reasoner_version=embeddings.reasoner_version)
+            if not rung.any_version:
+                ranker.require(reasoner_version=embeddings.reasoner_version)
             if rung.query == "shuffled":
                 embeddings = embeddings.shuffled(self.ids, self.users, SHUFFLE_SEED)
         return scoring.with_embeddings(examples(self.table, ranker.space, self.catalogue), embeddings)

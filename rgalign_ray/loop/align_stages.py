@@ -26,7 +26,8 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.audit_stages import AUDITOR
 from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
-from rgalign_ray.reasoner.engine import sample_seed
+from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.engine import sample_seed, written
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor
 from rgalign_ray.reward.auditor import AuditorSpec
@@ -56,10 +57,15 @@ ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
-    """rollouts_r → rewards_r → selected_r → align_r_…, one stage an objective, each starting from the one before."""
+    """rollouts_r → rewards_r → selected_r → align_r_…"""
+    return [*judging_stages(config, round_), *learning_stages(config, round_)]
+
+
+def judging_stages(config: Config, round_: int) -> list[Stage]:
+    """What every objective of a round learns from: queries, and what they are worth."""
     before = round_ - 1
     previous = reasoner_stage(config, before)
-    sequence = [
+    return [
         Stage(
             f"rollouts_{round_}",
             f"sample {config.rollout.n + sum(teacher.n for teacher in config.teachers)} queries a session",
@@ -77,11 +83,19 @@ def stages(config: Config, round_: int) -> list[Stage]:
             ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
             ray=True,
         ),
+    ]
+
+
+def learning_stages(config: Config, round_: int) -> list[Stage]:
+    """selected_r → align_r_…, one stage an objective, each starting from the one before."""
+    before = round_ - 1
+    previous = reasoner_stage(config, before)
+    sequence = [
         Stage(
             f"selected_{round_}",
             f"select: {config.select.method}",
             partial(choose, round_=round_),
-            ("select",),
+            ("select", *(("reasoner.model", "prompt") if config.select.method == "title" else ())),
             ("sessions", f"rollouts_{round_}", f"rewards_{round_}"),
         ),
     ]
@@ -131,16 +145,16 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
     )
     context = storage.content_key(config.rollout.model_dump(), template.key, engine.weights, round_)
     run_pool(pool, units, context, "rollouts", f"sessions x {config.rollout.n}")
-    written = storage.read_table(storage.join(out, "rollouts"), columns=["source", "fault"])
-    faults, sources = Counter(written["fault"].to_pylist()), Counter(written["source"].to_pylist())
-    rows = {"sessions": sessions.num_rows, "rollouts": len(written), "sessions without a click left out": without_click}
+    made = storage.read_table(storage.join(out, "rollouts"), columns=["source", "fault"])
+    faults, sources = Counter(made["fault"].to_pylist()), Counter(made["source"].to_pylist())
+    rows = {"sessions": sessions.num_rows, "rollouts": len(made), "sessions without a click left out": without_click}
     reasons = {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None}
-    valid = Counter(written.filter(pc.is_null(written["fault"]))["source"].to_pylist())
+    valid = Counter(made.filter(pc.is_null(made["fault"]))["source"].to_pylist())
     return Outcome(
         rows,
         {
             "faults": reasons,
-            "valid_rate": faults[None] / len(written),
+            "valid_rate": faults[None] / len(made),
             "valid_rate_by_source": {source: valid[source] / count for source, count in sources.items()},
             "worker_deaths": pool.deaths,
         },
@@ -267,8 +281,13 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     ids = list(dict.fromkeys(scored["session_id"].to_pylist()))
     reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
     seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in ids])
-    chosen = select(reward, uplift, config.select, seeds)
     n = reward.shape[1]
+    if config.select.method == "title":
+        selected = titles(run, round_, rollouts, n)
+        storage.write_table(storage.join(out, LEARNS_FROM["sft"]), selected)
+        storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
+        return Outcome({"sessions": len(ids), "selected": len(selected)})
+    chosen = select(reward, uplift, config.select, seeds)
     rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
     taken = np.flatnonzero(chosen >= 0)
     picked = rollouts.take(pa.array(taken * n + chosen[taken]))
@@ -292,6 +311,30 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
             "lift": float(np.nanmean(uplift)),
             "chosen_by_source": dict(Counter(picked["source"].to_pylist())),
         },
+    )
+
+
+def titles(run: Run, round_: int, rollouts: pa.Table, n: int) -> pa.Table:
+    """`schema.SELECTED` with the title of each session's first clicked intent in place of a query."""
+    catalogue = Catalogue.load(run.uri("sessions"))
+    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
+    candidates = catalogue.candidates(sessions)
+    clicks = catalogue.padded(sessions["clicks"], candidates)
+    clicked = np.take_along_axis(candidates, clicks.argmax(axis=1)[:, None], axis=1)[:, 0]
+    names = [catalogue.titles[intent] for intent in clicked]
+    tokenizer = models.load_tokenizer(run.config.reasoner.model)
+    suffix = Template.load(run.config.prompt.template).suffix
+    prompts = rollouts.take(pa.array(np.arange(0, rollouts.num_rows, n)))
+    assert prompts["session_id"].equals(sessions["session_id"]), "both hold the round's sessions, sorted"
+    return pa.table(
+        [
+            *(prompts[name] for name in ("session_id", "prompt_ids")),
+            pa.array([written(tokenizer, name, suffix) for name in names], pa.list_(pa.int32())),
+            pa.array(names, pa.string()),
+            pa.array(np.ones(len(names)), pa.float32()),
+            pa.array(np.zeros(len(names)), pa.int32()),
+        ],
+        schema=schema.SELECTED,
     )
 
 

@@ -1,6 +1,8 @@
 """The ladder: rankers side by side on the same sessions, over several seeds.
 
   for each seed:  log → sessions → features → texts read by a sentence encoder and by the frozen reasoner
+  for each seed and alignment that a row reads:  the reward's judges, queries and rewards (shared)
+                  → what it selects → its objectives → texts read by its reasoner
   for each seed and row:  train the ranker, judge it on that seed's test sessions     (a slice, a Ray task)
   at the end:  one table, as text, CSV, Markdown and a page
 
@@ -17,13 +19,13 @@ import numpy as np
 from rich.console import Console
 
 from rgalign_ray import progress, storage
-from rgalign_ray.config import Config, RowName
+from rgalign_ray.config import Config, Model, RowName, changed
 from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.evaluate import report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
-from rgalign_ray.loop import controller, ladder_report, log_stages, rank_stages
-from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
+from rgalign_ray.loop import align_stages, audit_stages, controller, ladder_report, log_stages, rank_stages
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, alignments, rows_of
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -82,7 +84,38 @@ def prepare(jobs: list[Run], rows: list[RowName]) -> None:
         if not job.elsewhere:
             controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
             controller.run_stages(job, preparation(job.config, rows))
+        wanted = alignments(rows)
+        if wanted:
+            controller.console.print(f"[bold]seed {job.config.seed}, rewards[/bold]")
+            controller.run_stages(_tuned(job, "qe_rec"), teaching(job.config))
+        for name in wanted:
+            controller.console.print(f"[bold]seed {job.config.seed}, alignment: {name}[/bold]")
+            aligned = aligned_run(job, name)
+            controller.run_stages(aligned, aligning(aligned.config))
     controller.connect(jobs[0].config)
+
+
+def teaching(config: Config) -> list[Stage]:
+    """What all alignments of a seed learn from: the reward's judges, the auditor, queries and rewards."""
+    return [
+        rank_stages.pair_stage(config),
+        *(stage for stage in audit_stages.stages(config) if stage.name != "items_sentence"),
+        *align_stages.judging_stages(config, 1),
+    ]
+
+
+def aligning(config: Config) -> list[Stage]:
+    """One alignment: what it selects, its objectives, and the sessions as its reasoner reads them."""
+    return [*align_stages.learning_stages(config, 1), *rank_stages.reading_stages(config, 1)]
+
+
+def aligned_run(job: Run, name: str) -> Run:
+    """One alignment under one seed, in a folder of its own; what others share stands in the seed's."""
+    settings = changed(job.config, ALIGNMENTS[name])
+    place = storage.join(job.config.run_uri, f"aligned_{name}")
+    own = {stage.name for stage in aligning(settings)}
+    shared = {"sessions", "items", "features", "log", *(stage.name for stage in teaching(settings))} - own
+    return Run(settings.model_copy(update={"run_dir": place}), {stage: job.uri(stage) for stage in shared})
 
 
 def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
@@ -103,6 +136,8 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
         sequence.append(Stage("embeddings_need", "look up the true needs", embed_needs, (), inputs))
     if "reasoner" in reads:
         sequence += rank_stages.reading_stages(config, 0)
+    if alignments(rows) and not config.align:
+        raise ConfigError("compare.rows: a row reads an aligned reasoner, but align names no objective.")
     return sequence
 
 
@@ -114,9 +149,20 @@ def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
         f"train and judge {row.title}",
         partial(train_and_judge, row=row),
         ("ranker", "evaluate"),
-        ("sessions", "features", *truth_inputs(job.config), *texts_of(row)),
+        ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *(() if row.retrained else ("rankers_0",))),
     )
-    return with_ranker(job, job.config.compare.tuned.get(row.kind, {})), stage
+    return _tuned(place_of(job, name), row.kind), stage
+
+
+def place_of(job: Run, name: RowName) -> Run:
+    """The run that a row's slice belongs to: the seed's, or that of the alignment it reads."""
+    aligned = ROWS[name].aligned
+    return aligned_run(job, aligned) if aligned else job
+
+
+def _tuned(job: Run, kind: Model) -> Run:
+    """The run with the settings that a model was tuned to."""
+    return with_ranker(job, job.config.compare.tuned.get(kind, {}))
 
 
 def with_ranker(job: Run, changes: dict[str, Any]) -> Run:
@@ -126,6 +172,8 @@ def with_ranker(job: Run, changes: dict[str, Any]) -> Run:
 
 def texts_of(row: LadderRow) -> list[str]:
     """The artefacts that hold the intents' texts for a row and, where it reads them, the sessions'."""
+    if row.aligned:
+        return ["items", "embeddings_1"]
     items = "items" if row.reads == "reasoner" else "items_sentence"
     return [items, *([SESSION_TEXTS[row.reads]] if row.reads else [])]
 
@@ -177,18 +225,23 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
 def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
     """Trains a row's ranker in this process, and judges it on the test sessions."""
     config = run.config
-    trained = train(run, out, row)
+    if row.retrained:
+        trained = train(run, out, row)
+        uri, figures = trained.uri, trained.figures
+    else:
+        uri, figures = run.uri("rankers_0", "qe_rec"), run.manifest("rankers_0").figures["qe_rec"]
     test = TestSessions(run.uri("sessions"), run.truth, config.evaluate)
     _, *embeddings = texts_of(row)
     rung = Rung(
         row.title,
-        trained.uri,
+        uri,
         run.uri(*embeddings) if embeddings else None,
         query="shuffled" if row.shuffled else "own",
+        any_version=not row.retrained,
     )
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
-    figures = trained.figures | {"calibration": test.calibration(judged.scores)}
+    figures = figures | {"calibration": test.calibration(judged.scores)}
     return Outcome({"test sessions": len(test.ids)}, figures)
 
 
@@ -227,12 +280,16 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
 
 def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     """What a row's slices left behind, a job a seed."""
+    places = [place_of(job, name) for job in jobs]
     _, *read = texts_of(ROWS[name])
+    if ROWS[name].aligned:
+        config = places[0].config
+        read = [stage.name for stage in (*align_stages.judging_stages(config, 1), *aligning(config))]
     return ladder_report.Judged(
         name,
-        [Verdict.load(job.uri(f"row_{name}", VERDICT)) for job in jobs],
-        [job.manifest(f"row_{name}") for job in jobs],
-        float(np.mean([sum(job.manifest(stage).seconds for stage in read) for job in jobs])),
+        [Verdict.load(place.uri(f"row_{name}", VERDICT)) for place in places],
+        [place.manifest(f"row_{name}") for place in places],
+        float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places])),
     )
 
 

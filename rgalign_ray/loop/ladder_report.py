@@ -14,7 +14,10 @@ from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
 from rgalign_ray.loop.ladder_rows import ROWS
 
+METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
+ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient")
+"""Rows whose reasoner one objective has aligned."""
 BY_REGION = ("GAUC", "true CTR")
 """Metrics that are shown by region, where the log has them."""
 
@@ -126,6 +129,14 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         *((rival, "popularity") for rival in best),
         ("qe_rec", "template"),
         ("qe_rec", "qe_rec_shuffled"),
+        ("rgalign", "qe_rec"),
+        *(("rgalign", rival) for rival in best),
+        ("rgalign", "rgalign_shuffled"),
+        ("rgalign", "gradient"),
+        ("rgalign", "rgalign_not_retrained"),
+        ("rg_sft", "rg_sft_random"),
+        ("rg_sft", "sft_title"),
+        *((row, "qe_rec") for row in ALONE),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]
@@ -150,11 +161,14 @@ def _summary(
     pairs: list[tuple[RowName, RowName]],
     metrics: list[str],
 ) -> list[str]:
-    """What was found, a sentence each: GAUC's differences, and what the first of them is worth."""
+    """What was found, a sentence each: GAUC's differences, and what QE-Rec and RGAlign-Rec are worth beside the best
+    rival.
+    """
     over = "separated over users" + (" and seeds" if config.compare.seeds > 1 else " (one seed)")
     lines = [summary.sentence(it, over) for it in comparisons if it.metric == metrics[0]]
-    if pairs and pairs[0][0] == "qe_rec":
-        ours, rival = (by_row[row] for row in pairs[0])
+    first = {better: worse for better, worse in reversed(pairs) if ROWS[worse].rival}
+    for row in [row for row in METHOD if row in first]:
+        ours, rival = by_row[row], by_row[first[row]]
         arguments = (ours.verdicts, rival.verdicts)
         reduced = comparison.share_of_gap(*arguments, 1.0, metrics[0], config.evaluate)
         lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
@@ -162,7 +176,8 @@ def _summary(
             for metric in metrics:
                 closed = comparison.share_of_gap(*arguments, by_row[CEILING].verdicts, metric, config.evaluate)
                 lines.append(
-                    f"{metric}: {_share(closed)} of the headroom between {rival.title} and the true need is closed."
+                    f"{metric}: {ours.title} closes {_share(closed)} of the headroom between {rival.title} and the "
+                    "true need."
                 )
     return lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rgalign_ray import config
 from rgalign_ray.loop.stage import truth_inputs
@@ -21,6 +21,8 @@ class LadderRow:
             the sentence encoder's of the true need's text. Its intents' texts come from the same encoder.
         shuffled: trained and tested on embeddings of other users' sessions.
         control: stands there to unmask a gain, not to win.
+        aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
+        retrained: on the reasoner it reads; else it is the ranker that taught that reasoner.
     """
 
     title: str
@@ -29,11 +31,31 @@ class LadderRow:
     reads: Literal["reasoner", "sentence", "need"] | None = None
     shuffled: bool = False
     control: bool = False
+    aligned: str | None = None
+    retrained: bool = True
 
     @property
     def rival(self) -> bool:
         """A row without an LLM that QE-Rec must beat."""
         return self.reads in (None, "sentence") and not self.control
+
+
+ALIGNMENTS: dict[str, dict[str, Any]] = {
+    "title": {"align": ["sft"], "select.method": "title"},
+    "random": {"align": ["sft"], "select.method": "random"},
+    "sft": {"align": ["sft"]},
+    "dpo": {"align": ["dpo"]},
+    "grpo": {"align": ["grpo"]},
+    "contrastive": {"align": ["contrastive"]},
+    "latent": {"align": ["latent"]},
+    "gradient": {"align": ["gradient"]},
+    "full": {},
+}
+"""Settings that make a reasoner of one round, by their full names; `full` aligns as configured."""
+
+
+def _aligned(title: str, alignment: str, note: str = "", **more: Any) -> LadderRow:
+    return LadderRow(title, "qe_rec", note, "reasoner", aligned=alignment, **more)
 
 
 ROWS: dict[config.RowName, LadderRow] = {
@@ -70,6 +92,25 @@ ROWS: dict[config.RowName, LadderRow] = {
         shuffled=True,
         control=True,
     ),
+    "sft_title": _aligned("SFT on the clicked title", "title", "the same labels, no ranker, no sampling", control=True),
+    "rg_sft_random": _aligned("RG-SFT, random of N", "random", "nothing is chosen", control=True),
+    "rg_sft": _aligned("RG-SFT, best of N", "sft"),
+    "rg_dpo": _aligned("RG-DPO", "dpo"),
+    "rg_grpo": _aligned("RG-GRPO", "grpo"),
+    "rg_cl": _aligned("RG-CL", "contrastive"),
+    "latent": _aligned("RL on the embedding", "latent"),
+    "gradient": _aligned("ranking gradient", "gradient", "the loss itself through the frozen ranker"),
+    "rgalign": _aligned("RGAlign-Rec", "full", "all objectives as configured, ranker retrained"),
+    "rgalign_not_retrained": _aligned(
+        "RGAlign-Rec, not retrained", "full", "the ranker that taught the reasoner reads it", retrained=False
+    ),
+    "rgalign_shuffled": _aligned(
+        "RGAlign-Rec shuffled",
+        "full",
+        "trained and tested with queries shuffled across users",
+        shuffled=True,
+        control=True,
+    ),
     "true_need": LadderRow(
         "QE-Rec, true need as query", "qe_rec", "the ceiling: its query is the need's own text", "need", control=True
     ),
@@ -77,6 +118,13 @@ ROWS: dict[config.RowName, LadderRow] = {
 
 
 def rows_of(settings: config.Config) -> list[config.RowName]:
-    """The rows that a comparison has; where it names none, all but those whose truth its log does not know."""
-    named = settings.compare.rows
-    return list(named) if named else [name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings)]
+    """The rows that a comparison has; where it names none, all that need no alignment and whose truth its log knows."""
+    if settings.compare.rows:
+        return list(settings.compare.rows)
+    known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
+    return [name for name in known if not ROWS[name].aligned]
+
+
+def alignments(rows: list[config.RowName]) -> list[str]:
+    """The alignments that rows read, each once."""
+    return list(dict.fromkeys(name for row in rows if (name := ROWS[row].aligned)))

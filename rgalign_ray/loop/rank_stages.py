@@ -56,6 +56,18 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
     return [items, embeddings]
 
 
+def pair_stage(config: Config) -> Stage:
+    """rankers_0 with nothing but the reward's judges, where others stand elsewhere."""
+    return Stage(
+        "rankers_0",
+        "train the reward: " + ", ".join(judge_names(config)),
+        partial(train_rankers, round_=0, judges_alone=True),
+        ("ranker", "reward"),
+        ("sessions", "features", "items", "embeddings_0"),
+        ray=True,
+    )
+
+
 def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
     """Rankers of a round: QE-Rec; before an alignment the reward's other judges; in round 0 the baselines; in the
     first and the last the control on shuffled queries.
@@ -187,9 +199,12 @@ def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec)
         return encode.encode(plan, engine, out, advance)
 
 
-def train_rankers(run: Run, out: str, round_: int) -> Outcome:
+def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -> Outcome:
+    specs = ranker_specs(run.config, round_, out)
+    if judges_alone:
+        specs = [spec for spec in specs if spec.name in judge_names(run.config)]
     job = RankerJob(
-        rankers=tuple(ranker_specs(run.config, round_, out)),
+        rankers=tuple(specs),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=run.config.ranker,

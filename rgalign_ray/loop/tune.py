@@ -58,10 +58,11 @@ def run(config: Config) -> Config:
 def tunable(rows: list[RowName]) -> list[RowName]:
     """The rows that stand for their models: competitors that have something to train.
 
-    Controls of a model use what the model itself was tuned to: a control tuned better or worse would tell
-    of its tuning.
+    Controls of a model, and rows in which another reasoner stands before it, use what the model itself was tuned
+    to: one tuned better or worse would tell of its tuning.
     """
-    return [name for name in rows if MODELS[ROWS[name].kind].trained and not ROWS[name].control]
+    own = (name for name in rows if not ROWS[name].control and not ROWS[name].aligned)
+    return [name for name in own if MODELS[ROWS[name].kind].trained]
 
 
 def trial_of(job: Run, name: RowName, number: int) -> tuple[Run, Stage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -84,6 +84,12 @@ class Engine(Protocol):
     def load(self, weights: str | None) -> None:
         """Takes the weights of a reasoner artefact (a URI); None returns to the base model."""
         ...
+
+
+def written(tokenizer: Any, query: str, suffix: str) -> list[int]:
+    """Tokens of a query that somebody else wrote, as the completion of a prompt that ends in `suffix`."""
+    space = "" if suffix[-1:].isspace() else " "
+    return tokenizer(f"{space}{query}\n", add_special_tokens=False)["input_ids"]
 
 
 def sample_seed(run_seed: int, round_: int, session_id: str, sample: int) -> int:

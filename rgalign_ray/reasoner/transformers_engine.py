@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgalign_ray import config
 from rgalign_ray.reasoner import models
-from rgalign_ray.reasoner.engine import Group, Prompts, Sample
+from rgalign_ray.reasoner.engine import Group, Prompts, Sample, written
 
 TOP_TOKENS = 256
 """Tokens looked at first when cutting to top-p; rows whose mass lies further out are sorted whole."""
@@ -67,8 +67,7 @@ class TransformersEngine:
         return hidden.cpu().to(torch.float16).numpy()
 
     def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
-        space = "" if prompts.suffix[-1:].isspace() else " "
-        completions = [self._ids(f"{space}{query}\n") for query in queries]
+        completions = [written(self.tokenizer, query, prompts.suffix) for query in queries]
         vectors = self.embed(prompts, completions)
         return [
             Sample(query, ids, [], "stop", 0, vector)

@@ -12,7 +12,7 @@ import pytest
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.loop import compare, controller, ladder_report, tune
-from rgalign_ray.loop.ladder_rows import ROWS
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, alignments, rows_of
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.fit import MODELS
 
@@ -47,11 +47,37 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
     stages = compare.preparation(settings, rows)
     made = {stage.name for stage in stages}
     assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
+    made |= {stage.name for stage in compare.teaching(settings)} | {"embeddings_1"} if len(rows) > 2 else set()
     assert ("embeddings_need" in made) == ("true_need" in rows)
     assert ("embeddings_sentence" in made) == ("din_sentence" in rows), "nobody waits for texts that no row reads"
     trials = [tune.trial_of(Run(settings), name, 0)[1] for name in tune.tunable(rows)]
     for stage in [*stages, *trials, *(compare.slice_of(Run(settings), name)[1] for name in rows)]:
         assert made.issuperset(stage.inputs), stage.name
+
+
+def test_alignments_share_queries_and_rewards_and_keep_apart_what_they_learn() -> None:
+    settings = config.validate({"run_dir": "/runs/x", "roles": {"audit": 0.05, "test": 0.1}})
+    job = Run(compare.of_seed(settings, 0))
+    runs = {name: compare.aligned_run(job, name) for name in alignments(list(ROWS))}
+    assert set(runs) == set(ALIGNMENTS)
+    shared = {"sessions", "features", "items", "rankers_0", "auditor", "rollouts_1", "rewards_1"}
+    for name, run in runs.items():
+        stages = compare.aligning(run.config)
+        made = {stage.name for stage in stages}
+        assert all(run.uri(stage) == job.uri(stage) for stage in shared)
+        assert not {run.uri(stage) for stage in made} & {job.uri(stage) for stage in made}, name
+        assert made | shared | {"log"} >= {name for stage in stages for name in stage.inputs}
+        assert "embeddings_1" in made and "rankers_1" not in made, "rankers are slices"
+    assert len({run.uri("embeddings_1") for run in runs.values()}) == len(ALIGNMENTS)
+    assert runs["random"].config.select.method == "random" and runs["gradient"].config.align == ["gradient"]
+    assert runs["full"].config.align == settings.align
+
+
+def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
+    frozen = config.load("ladder")
+    assert not alignments(rows_of(frozen)) and not alignments(rows_of(config.load("demo")))
+    with pytest.raises(ConfigError, match="align names no objective"):
+        compare.preparation(frozen, ["rg_sft"])
 
 
 def test_a_real_log_is_prepared_once_and_a_world_by_every_seed() -> None:
@@ -83,7 +109,7 @@ def test_a_row_is_trained_with_what_its_model_was_tuned_to() -> None:
 
 
 def test_models_with_nothing_to_train_are_not_tuned() -> None:
-    assert tune.tunable(list(ROWS)) == [name for name in ROWS if not ROWS[name].control]
+    assert tune.tunable(list(ROWS)) == [name for name in ROWS if not (ROWS[name].control or ROWS[name].aligned)]
     assert not {"popularity", "cosine", "template"} & set(tune.tunable(list(ROWS)))
 
 

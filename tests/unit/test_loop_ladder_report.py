@@ -73,7 +73,7 @@ def test_gains_are_told_as_shares_of_error_and_headroom(report: ladder_report.re
     said = "\n".join(report.summary)
     assert "QE-Rec over DIN: GAUC +0.1" in said
     assert "QE-Rec against DIN: +25" in said, "0.1 of an error of 0.4"
-    assert "GAUC: +33" in said and "true CTR@3: +33" in said, "0.1 of 0.3, twice"
+    assert "GAUC: QE-Rec closes +33" in said and "true CTR@3: QE-Rec closes +33" in said, "0.1 of 0.3, twice"
     assert "over users)" in said
 
 
