@@ -42,6 +42,28 @@ def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp
     assert redone == {"row_lr"}
 
 
+@pytest.mark.slow
+def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, tmp_path: Path) -> None:
+    rows = ["lr", "qe_rec", "sft_title", "gradient", "rgalign", "rgalign_not_retrained", "rgalign_shuffled"]
+    overrides = [
+        "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
+        "world.sessions=900", "gradient.batch_sessions=8",
+    ]  # fmt: skip
+    made = compare.run(config.load("smoke", overrides))
+    assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in rows}
+    pairs = {(it.better, it.worse) for it in made.comparisons}
+    assert {("RGAlign-Rec", "QE-Rec"), ("RGAlign-Rec", "ranking gradient"), ("ranking gradient", "QE-Rec")} <= pairs
+    seed = tmp_path / "seed_0"
+    assert {path.name for path in seed.glob("aligned_*")} == {"aligned_title", "aligned_gradient", "aligned_full"}
+    assert not list(seed.glob("aligned_*/rollouts_1")) and (seed / "rollouts_1").is_dir()
+    query = storage.read_table(str(seed / "aligned_title/selected_1/selected.parquet"))["query"].to_pylist()
+    titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
+    assert query and set(query) <= set(titles)
+    taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
+    assert taught == {"row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled"}
+    assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
+
+
 def _judged(made: Report) -> list[Row]:
     """The rows but for the time they took, which is another when a slice is run again."""
     return [row.model_copy(update={"seconds": None}) for row in made.rows]
