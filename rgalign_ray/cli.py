@@ -134,9 +134,9 @@ def lineage(run_dir: Annotated[str, typer.Argument(help="Folder or URI of a run.
     """Show what every artefact of a run was made of, and the versions of its reasoners and rankers."""
     from rich.console import Console
 
-    from rgalign_ray.loop.lineage import table
+    from rgalign_ray.loop.lineage import WIDTH, table
 
-    Console().print(table(run_dir))
+    Console(width=max(Console().width, WIDTH)).print(table(run_dir))
 
 
 @app.command()

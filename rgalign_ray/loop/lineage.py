@@ -13,6 +13,8 @@ from rgalign_ray.loop.stages import stages
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDTH = 140
+"""Columns of the table on a narrower terminal: a version that is wrapped cannot be copied."""
 KEY_LETTERS = 8
 """Of a stage's key, enough to tell two apart."""
 

@@ -1,4 +1,4 @@
-"""Two rounds of the closed loop with a teacher and an auditor, each with every objective after the other."""
+"""Two rounds of the closed loop with a teacher and an auditor, each with an objective of every kind."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from rgalign_ray import config, storage
 from rgalign_ray.loop.stages import stages
 
+OBJECTIVES = ["sft", "grpo", "gradient"]
 OVERRIDES = [
     "world.sessions=900",
     "rounds=2",
@@ -22,8 +22,8 @@ OVERRIDES = [
     "roles.valid=0.1",
     "roles.test=0.25",
     "ranker.epochs=2",
-    f"align=[{', '.join(get_args(config.AlignName))}]",
-    *(f"{objective}.batch_sessions=8" for objective in get_args(config.AlignName)),
+    f"align=[{', '.join(OBJECTIVES)}]",
+    *(f"{objective}.batch_sessions=8" for objective in OBJECTIVES),
     "grpo.n=2",
     "teachers=[{name: hotter, n: 1, temperature: 1.3}]",
 ]
@@ -31,7 +31,7 @@ OVERRIDES = [
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_two_rounds_of_every_objective(tmp_path: Path) -> None:
+def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
     sets = [part for override in [*OVERRIDES, f"run_dir={tmp_path}"] for part in ("--set", override)]
     command = [sys.executable, "-m", "rgalign_ray.cli", "loop", "--config", "smoke", *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ)
@@ -40,7 +40,7 @@ def test_two_rounds_of_every_objective(tmp_path: Path) -> None:
     for stage in stages(settings):
         assert storage.read_manifest(str(tmp_path / stage.name)), stage.name
     for round_ in (1, 2):
-        for objective in get_args(config.AlignName):
+        for objective in OBJECTIVES:
             manifest = storage.read_manifest(str(tmp_path / f"align_{round_}_{objective}"))
             assert manifest is not None and len(manifest.figures["loss"]) == manifest.rows["steps"] > 0
         rollouts = storage.read_manifest(str(tmp_path / f"rollouts_{round_}"))
