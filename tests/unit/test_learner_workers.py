@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -29,18 +30,24 @@ SETTINGS: dict[str, config.Optimisation] = {
 }
 
 
-def work(rank: int, tasks: list[LearnerTask], meeting: str) -> None:
+def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
     """One of `tasks[0].workers` workers, at every task in turn."""
     torch.set_num_threads(1)
     workers = tasks[0].workers
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
-    for name, value in {"RANK": rank, "WORLD_SIZE": workers, "LOCAL_RANK": rank}.items():
-        os.environ[name] = str(value)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    dist.init_process_group("gloo")
     for each in tasks:
         figures = importlib.import_module(f"rgalign_ray.learner.{each.objective}").train(each, lambda n: None)
         if rank == 0:
             storage.write_json(f"{each.out}/figures.json", figures)
     dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -58,7 +65,7 @@ def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
             )
             for name, settings in SETTINGS.items()
         ]
-        mp.spawn(work, (tasks, str(tmp_path / f"meeting-{workers}")), nprocs=workers)
+        mp.spawn(work, (tasks, free_port()), nprocs=workers)
     for name in SETTINGS:
         one, two = (storage.read_json(str(tmp_path / f"{name}-{workers}/figures.json")) for workers in (1, 2))
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-5), name
