@@ -7,7 +7,6 @@ the first step.
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from datasets import Dataset
@@ -39,23 +38,20 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     assert isinstance(settings, config.Dpo)
     pairs = storage.read_table(storage.join(task.data, "pairs.parquet"))
     rows = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
-    with tempfile.TemporaryDirectory() as scratch:
-        log = trainer.run(
-            task,
-            advance,
-            lambda: _Pairs(
-                model=engine.trainable(task),
-                args=DPOConfig(
-                    **trainer.arguments(task, scratch),
-                    beta=settings.beta,
-                    max_length=None,
-                    precompute_ref_log_probs=task.reasoner.lora is None,
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=models.load_tokenizer(task.reasoner.model),
+    figures = trainer.run(
+        task,
+        advance,
+        lambda arguments: _Pairs(
+            model=engine.trainable(task),
+            args=DPOConfig(
+                **arguments,
+                beta=settings.beta,
+                max_length=None,
+                precompute_ref_log_probs=task.reasoner.lora is None,
             ),
-        )
-    curves = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-    return {"sessions": len(rows), "steps": len(log)} | {
-        name: [entry[key] for entry in log] for name, key in curves.items()
-    }
+            train_dataset=Dataset.from_list(rows),
+            processing_class=models.load_tokenizer(task.reasoner.model),
+        ),
+        {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"},
+    )
+    return {"sessions": len(rows), **figures}

@@ -24,10 +24,17 @@ READ = ("fields", "multi", "history", "candidates")
 
 def ranker(task: LearnerTask) -> QERec:
     """The ranker of the task's frozen pair, where its learner computes."""
+    return _placed(_load(task), task)
+
+
+def _load(task: LearnerTask) -> scoring.LoadedRanker:
     assert task.pair is not None
-    model = scoring.load(task.pair.ranker).model
-    assert isinstance(model, QERec)
-    return model.to(task.device)
+    return scoring.load(task.pair.ranker)
+
+
+def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:
+    assert isinstance(loaded.model, QERec)
+    return loaded.model.to(task.device)
 
 
 class FrozenRanker:
@@ -39,15 +46,15 @@ class FrozenRanker:
 
     def __init__(self, task: LearnerTask) -> None:
         assert task.pair is not None
-        loaded = scoring.load(task.pair.ranker)
+        loaded = _load(task)
         catalogue = Catalogue.load(task.pair.log)
         loaded.require(intent_ids=catalogue.ids)
         self.table = storage.read_table(task.pair.sessions).sort_by("session_id")
         arrays = examples(self.table, loaded.space, catalogue)
         self.sessions = {name: arrays[name] for name in READ}
         self.settings = task.pair.reward
-        self.labels = functions.Labels.of(self.settings, self.table, catalogue)
-        self.model, self.device = ranker(task), str(task.device)
+        self.labels = functions.Labels.of(self.settings, self.table, arrays, catalogue)
+        self.model, self.device = _placed(loaded, task), str(task.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Sessions as tensors, padded to the round's longest list of candidates."""

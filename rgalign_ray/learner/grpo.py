@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import tempfile
 from collections import Counter
 from typing import Any
 
@@ -57,40 +56,29 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     rollouts = Rollouts(task)
     ids = rollouts.session_ids
     filled = [ids[i % len(ids)] for i in range(len(ids) + -len(ids) % settings.batch_sessions)]
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = trainer.arguments(task, scratch)
-        arguments["per_device_train_batch_size"] = task.learner.micro_batch * settings.n
-        log = trainer.run(
-            task,
-            advance,
-            lambda: _OfOurSampler(
-                model=engine.trainable(task),
-                reward_funcs=reward,
-                args=GRPOConfig(
-                    **arguments,
-                    num_generations=settings.n,
-                    max_completion_length=task.rollout.max_new_tokens,
-                    temperature=settings.temperature,
-                    beta=settings.kl_weight,
-                    epsilon=settings.clip,
-                    scale_rewards="none",
-                ),
-                train_dataset=Dataset.from_dict({"prompt": filled}),
-                processing_class=models.load_tokenizer(task.reasoner.model),
-                rollout_func=rollouts,
+    curves = {"loss": "loss", "reward": "valid_reward", "valid_rate": "valid_rate", "clipped": "clip_ratio/region_mean"}
+    figures = trainer.run(
+        task,
+        advance,
+        lambda arguments: _OfOurSampler(
+            model=engine.trainable(task),
+            reward_funcs=reward,
+            args=GRPOConfig(
+                **arguments | {"per_device_train_batch_size": task.learner.micro_batch * settings.n},
+                num_generations=settings.n,
+                max_completion_length=task.rollout.max_new_tokens,
+                temperature=settings.temperature,
+                beta=settings.kl_weight,
+                epsilon=settings.clip,
+                scale_rewards="none",
             ),
-        )
-    curves = {
-        "loss": "loss",
-        "reward": "valid_reward",
-        "valid_rate": "valid_rate",
-        "clipped": "clip_ratio/region_mean",
-    }
-    if settings.kl_weight:
-        curves["kl"] = "kl"
-    return {"sessions": len(ids), "steps": len(log)} | {
-        name: [entry[key] for entry in log] for name, key in curves.items()
-    }
+            train_dataset=Dataset.from_dict({"prompt": filled}),
+            processing_class=models.load_tokenizer(task.reasoner.model),
+            rollout_func=rollouts,
+        ),
+        curves | ({"kl": "kl"} if settings.kl_weight else {}),
+    )
+    return {"sessions": len(ids), **figures}
 
 
 class _OfOurSampler(GRPOTrainer):

@@ -6,7 +6,6 @@ only, NEFTune noise on the embeddings (Jain et al., 2023).
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from datasets import Dataset
@@ -41,21 +40,21 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
         }
         for row in selected.to_pylist()
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        log = trainer.run(
-            task,
-            advance,
-            lambda: SFTTrainer(
-                model=engine.trainable(task),
-                args=SFTConfig(
-                    **trainer.arguments(task, scratch),
-                    neftune_noise_alpha=settings.neftune_alpha or None,
-                    max_length=None,
-                    dataset_kwargs={"skip_prepare_dataset": True},
-                    activation_checkpointing=False,
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=models.load_tokenizer(task.reasoner.model),
+    figures = trainer.run(
+        task,
+        advance,
+        lambda arguments: SFTTrainer(
+            model=engine.trainable(task),
+            args=SFTConfig(
+                **arguments,
+                neftune_noise_alpha=settings.neftune_alpha or None,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                activation_checkpointing=False,
             ),
-        )
-    return {"sessions": len(rows), "steps": len(log), "loss": [entry["loss"] for entry in log]}
+            train_dataset=Dataset.from_list(rows),
+            processing_class=models.load_tokenizer(task.reasoner.model),
+        ),
+        {"loss": "loss"},
+    )
+    return {"sessions": len(rows), **figures}

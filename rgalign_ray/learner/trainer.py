@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -43,16 +44,28 @@ def arguments(task: LearnerTask, scratch: str) -> dict[str, Any]:
     }
 
 
-def run(task: LearnerTask, advance: Advance, make: Callable[[], Trainer]) -> list[dict[str, float]]:
-    """Trains to the end, exports the reasoner, and returns what the trainer logged at each optimiser step."""
+def run(
+    task: LearnerTask, advance: Advance, make: Callable[[dict[str, Any]], Trainer], curves: Mapping[str, str]
+) -> dict[str, Any]:
+    """Trains to the end and exports the reasoner.
+
+    Args:
+        make: the trainer, from the arguments that all share.
+        curves: what the trainer logs at each optimiser step, by the name it has in the figures.
+
+    Returns:
+        figures: `steps`, and each curve.
+    """
     engine.forbid_compilation()
-    trainer = make()
-    trainer.remove_callback(PrinterCallback)  # the curve is in the figures
-    trainer.add_callback(_Progress(advance))
-    trainer.train()
-    engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make(arguments(task, scratch))
+        trainer.remove_callback(PrinterCallback)  # the curves are in the figures
+        trainer.add_callback(_Progress(advance))
+        trainer.train()
+        engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
     unset_hf_deepspeed_config()  # while it lives under ZeRO-3, this process loads every model in parts
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": len(log)} | {name: [entry[key] for entry in log] for name, key in curves.items()}
 
 
 class _Progress(TrainerCallback):

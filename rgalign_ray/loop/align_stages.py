@@ -24,7 +24,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.audit_stages import AUDITOR
-from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage, sentence_engine
+from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
@@ -79,7 +79,7 @@ def judging_stages(config: Config, round_: int) -> list[Stage]:
             f"rewards_{round_}",
             "judge them with the frozen ranker",
             partial(judge, round_=round_),
-            ("reward", "prompt", *(("compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
+            ("reward", *(("prompt", "compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
             ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
             ray=True,
         ),
@@ -251,10 +251,8 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
 
     auditor = None
     if config.roles.audit:
-        encoder = sentence_engine(config)
-        auditor = AuditorSpec(
-            run.uri(AUDITOR, AUDITOR), encoder.reasoner, encoder.max_session_tokens, config.prompt.template
-        )
+        reads = config.compare
+        auditor = AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, config.prompt.template)
     model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
     with progress.track("rewards", len(files), "units") as advance:
         results = []

@@ -24,11 +24,15 @@ SEED = 500
 
 
 def stages(config: Config) -> list[Stage]:
-    """What the auditor is made by; nothing where no session has its role."""
+    """The intents' texts as the auditor knows them, and what it is made by; nothing where no session has its role."""
+    return [sentence_items(config), *making_stages(config)] if config.roles.audit else []
+
+
+def making_stages(config: Config) -> list[Stage]:
+    """What the auditor is made by, where the intents' texts are there for others as well."""
     if not config.roles.audit:
         return []
     return [
-        sentence_items(config),
         Stage(
             "queries_audit",
             "sample a query for every audit session",

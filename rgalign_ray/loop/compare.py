@@ -99,7 +99,7 @@ def teaching(config: Config) -> list[Stage]:
     """What all alignments of a seed learn from: the reward's judges, the auditor, queries and rewards."""
     return [
         rank_stages.pair_stage(config),
-        *(stage for stage in audit_stages.stages(config) if stage.name != "items_sentence"),
+        *audit_stages.making_stages(config),
         *align_stages.judging_stages(config, 1),
     ]
 

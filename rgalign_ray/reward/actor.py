@@ -84,7 +84,7 @@ class RewardModel:
             judge.require(reasoner_version=vectors["reasoner_version"][0].as_py())
         sessions = sessions.sort_by("session_id")
         batch = examples(sessions, self.judges[0].space, self.catalogue)
-        labels = functions.Labels.of(self.settings, sessions, self.catalogue)
+        labels = functions.Labels.of(self.settings, sessions, batch, self.catalogue)
         valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
         embeddings = np.where(valid[..., None], embeddings, np.float16(0))  # metrics refuse scores that are nan
         rewards, nulls = zip(*(self._rewards(judge, batch, labels, embeddings) for judge in self.judges), strict=True)

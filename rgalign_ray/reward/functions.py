@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +28,19 @@ class Labels:
     """Clicks that resolved the need; None where the settings do not ask for them."""
 
     @classmethod
-    def of(cls, settings: config.Reward, sessions: pa.Table, catalogue: Catalogue) -> Labels:
-        """The labels of a table of sessions.
+    def of(
+        cls, settings: config.Reward, sessions: pa.Table, arrays: Mapping[str, np.ndarray], catalogue: Catalogue
+    ) -> Labels:
+        """The labels of a table of sessions, whose arrays are as `logs.examples.examples` makes them.
 
         Raises:
             DataError: when the reward asks for `resolved`, and the log does not know it.
         """
-        candidates = catalogue.candidates(sessions)
-        clicks, resolved = catalogue.padded(sessions["clicks"], candidates), None
+        clicks, resolved = arrays["clicks"], None
         if settings.resolved_weight:
             if RESOLVED not in sessions.column_names:
                 raise DataError("reward.resolved_weight: the log has no column 'resolved'; set it to 0.")
-            resolved = clicks & catalogue.padded(sessions[RESOLVED], candidates)
+            resolved = clicks & catalogue.padded(sessions[RESOLVED], arrays["candidates"])
         return cls(clicks, resolved)
 
     def take(self, rows: np.ndarray) -> Labels:

@@ -118,10 +118,8 @@ class SessionEncoder:
         if not self.plan.written_uri:
             return self._sample(prompts, ids)
         queries = [self.written[i] for i in ids]
-        own, both = (
-            self.engine.embed(prompts),
-            self.engine.embed(self.instruction.prompts(joined(queries, prompts.texts))),
-        )
+        own = self.engine.embed(prompts)
+        both = self.engine.embed(self.instruction.prompts(joined(queries, prompts.texts)))
         return [
             Group([], e_x, [Sample(query, [], [], "stop", -1, e_xq)])
             for query, e_x, e_xq in zip(queries, own, both, strict=True)

@@ -147,9 +147,11 @@ def test_a_log_that_knows_no_resolution_cannot_be_asked_for_it() -> None:
     intents = pa.Table.from_pylist(rows, schema=schema.INTENTS)
     sessions = pa.table({"candidates": [["a", "b"]], "clicks": [[True, False]]})
     catalogue = Catalogue(intents, None)
-    assert functions.Labels.of(config.Reward(), sessions, catalogue).resolved is None
+    candidates = catalogue.candidates(sessions)
+    arrays = {"candidates": candidates, "clicks": catalogue.padded(sessions["clicks"], candidates)}
+    assert functions.Labels.of(config.Reward(), sessions, arrays, catalogue).resolved is None
     with pytest.raises(DataError, match="no column 'resolved'"):
-        functions.Labels.of(config.Reward(resolved_weight=0.5), sessions, catalogue)
+        functions.Labels.of(config.Reward(resolved_weight=0.5), sessions, arrays, catalogue)
     marked = sessions.append_column("resolved", pa.array([[True, True]]))
-    found = functions.Labels.of(config.Reward(resolved_weight=0.5), marked, catalogue).resolved
+    found = functions.Labels.of(config.Reward(resolved_weight=0.5), marked, arrays, catalogue).resolved
     assert found is not None and found.tolist() == [[True, False]], "what was not clicked resolved nothing"
