@@ -308,6 +308,8 @@ class Select(Settings):
     """soft: temperature of the resampling weights exp((r − max)/β)."""
     require_uplift: bool = False
     """Drop sessions in which no query beats the null query."""
+    weight: Literal["even", "uplift"] = "even"
+    """uplift: sessions are drawn again, each as often as its chosen query's reward above the null query's says."""
     rejected: Literal["worst", "random", "nearest"] = "worst"
     """Which query RG-DPO sets against the best: the one with the lowest reward, any, or the highest, of those that
     stand at least `pair_gap` below it."""

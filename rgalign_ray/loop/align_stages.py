@@ -21,7 +21,7 @@ from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
-from rgalign_ray.reward.selection import pairs, select
+from rgalign_ray.reward.selection import pairs, resampled, select
 
 OBJECTIVE_NAMES = {
     "sft": "RG-SFT",
@@ -90,11 +90,16 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     chosen = select(reward, uplift, config.select, seeds)
     rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
     taken = np.flatnonzero(chosen >= 0)
+    worth = np.ones(len(taken))
+    if config.select.weight == "uplift":
+        again = resampled(uplift[taken, chosen[taken]], sample_seed(config.seed, round_, "weights", -1))
+        taken = taken[again]
+        worth = uplift[taken, chosen[taken]]
     picked = rollouts.take(pa.array(taken * n + chosen[taken]))
     selected = pa.table(
         [
             *(picked[name] for name in ("session_id", "prompt_ids", "completion_ids", "query")),
-            pa.array(np.ones(len(taken)), pa.float32()),
+            pa.array(worth, pa.float32()),
             pa.array(rank[taken], pa.int32()),
         ],
         schema=schema.SELECTED,
@@ -105,7 +110,12 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
     gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
     return Outcome(
-        {"sessions": len(ids), "selected": len(taken), "pairs": len(paired), "taught nothing": len(ids) - len(taken)},
+        {
+            "sessions": len(ids),
+            "selected": len(taken),
+            "pairs": len(paired),
+            "taught nothing": len(ids) - len(np.unique(taken)),
+        },
         {
             "gain_over_mean": float(gain.mean()) if len(taken) else 0.0,
             "lift": float(np.nanmean(uplift)),
