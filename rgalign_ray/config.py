@@ -229,6 +229,8 @@ class Encode(Settings):
     query_share: Fraction = 0.34
     """Share of rank sessions (by hash) that also get a sampled query and e(x,q), so that the ranker
     learns to read it."""
+    kept: str | None = None
+    """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
 
 
 class QueryInput(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -195,6 +196,8 @@ def encode_sentences(run: Run, out: str) -> Outcome:
 def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
     """Runs one encode pass with its progress."""
     roles = run.manifest("sessions").figures["roles"]
+    if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
+        plan = replace(plan, kept_uri=run.config.encode.kept)
     with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:
         return encode.encode(plan, engine, out, advance)
 

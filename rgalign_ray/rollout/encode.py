@@ -45,6 +45,8 @@ class EncodePlan:
     sampling: config.Rollout
     run_seed: int
     round: int
+    kept_uri: str | None = None
+    """Where units are kept for other runs; None keeps none."""
     written_uri: str | None = None
     """Embeddings whose queries are read with the session's text, where an engine writes none itself."""
 
@@ -74,6 +76,15 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
+        self.context = storage.content_key(
+            engine.reasoner.model_dump(),
+            engine.max_session_tokens,
+            template.key,
+            plan.encode.batch_size,
+            plan.sampling.model_dump(),
+            plan.run_seed,
+            plan.round,
+        )
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -81,13 +92,17 @@ class SessionEncoder:
         wants_query = self._wants_query(ids, batch["role"].to_pylist())
         queries = [self.written.get(i) for i in ids]
         key = storage.content_key(ids, texts, wants_query.tolist(), queries, self.engine.version)
-        target = storage.join(self.out_uri, f"{key}.parquet")
-        if storage.exists(target):
-            table = storage.read_table(target)
+        places = [storage.join(self.out_uri, f"{key}.parquet")]
+        if self.plan.kept_uri:
+            places.append(storage.join(self.plan.kept_uri, f"{storage.content_key(key, self.context)}.parquet"))
+        found = [place for place in places if storage.exists(place)]
+        if found:
+            table = storage.read_table(found[0])
         else:
-            groups = self._read(ids, texts, wants_query)
-            table = embedding_table(ids, groups, self.engine)
-            storage.write_table(target, table)
+            table = embedding_table(ids, self._read(ids, texts, wants_query), self.engine)
+        for place in places:
+            if place not in found:
+                storage.write_table(place, table)
         valid = len(table) - table["query"].null_count
         return pa.table({"key": [key], "sessions": [len(ids)], "sampled": [int(wants_query.sum())], "valid": [valid]})
 
