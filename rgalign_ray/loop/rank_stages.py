@@ -171,7 +171,6 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         encode=config.encode,
         sampling=config.rollout,
         run_seed=config.seed,
-        round=round_,
     )
     counts = encode_pass(run, out, plan, engine_spec(run, round_))
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
@@ -188,7 +187,6 @@ def encode_sentences(run: Run, out: str) -> Outcome:
         encode=config.encode.model_copy(update={"query_share": 0.0}),
         sampling=config.rollout,
         run_seed=config.seed,
-        round=0,
     )
     return Outcome(rows={"sessions": encode_pass(run, out, plan, sentence_engine(config))["sessions"]})
 

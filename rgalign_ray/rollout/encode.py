@@ -44,7 +44,6 @@ class EncodePlan:
     encode: config.Encode
     sampling: config.Rollout
     run_seed: int
-    round: int
     kept_uri: str | None = None
     """Where units are kept for other runs; None keeps none."""
     written_uri: str | None = None
@@ -76,15 +75,7 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
-        self.context = storage.content_key(
-            engine.reasoner.model_dump(),
-            engine.max_session_tokens,
-            template.key,
-            plan.encode.batch_size,
-            plan.sampling.model_dump(),
-            plan.run_seed,
-            plan.round,
-        )
+        self.kept_context = _kept_context(engine, plan) if plan.kept_uri else ""
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -94,7 +85,7 @@ class SessionEncoder:
         key = storage.content_key(ids, texts, wants_query.tolist(), queries, self.engine.version)
         places = [storage.join(self.out_uri, f"{key}.parquet")]
         if self.plan.kept_uri:
-            places.append(storage.join(self.plan.kept_uri, f"{storage.content_key(key, self.context)}.parquet"))
+            places.append(storage.join(self.plan.kept_uri, f"{storage.content_key(key, self.kept_context)}.parquet"))
         found = [place for place in places if storage.exists(place)]
         if found:
             table = storage.read_table(found[0])
@@ -146,12 +137,25 @@ class SessionEncoder:
         sampling = self.plan.sampling
         groups = self.engine.sample(
             prompts,
-            [[sample_seed(self.plan.run_seed, self.plan.round, session, 0)] for session in ids],
+            # the same in every round, so that a query that changes has changed by the reasoner alone
+            [[sample_seed(self.plan.run_seed, 0, session, 0)] for session in ids],
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
         )
         return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
+
+
+def _kept_context(engine: EngineSpec, plan: EncodePlan) -> str:
+    """What decides a unit's vectors besides its sessions, which stand in its key."""
+    settings = (engine.reasoner, plan.sampling)
+    return storage.content_key(
+        *(each.model_dump() for each in settings),
+        engine.max_session_tokens,
+        plan.template.key,
+        plan.encode.batch_size,
+        plan.run_seed,
+    )
 
 
 def written_queries(embeddings_uri: str) -> dict[str, str]:

@@ -43,13 +43,14 @@ def test_what_was_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
         encode=config.Encode(batch_size=2, query_share=0.0),
         sampling=config.Rollout(),
         run_seed=0,
-        round=0,
         kept_uri=str(tmp_path / "kept"),
     )
     batch = pa.table({"session_id": ["s0", "s1"], "role": ["rank"] * 2, "text": ["order late", "new phone"]})
     first = SessionEncoder(ENCODER, plan, str(tmp_path / "first"))
     first(batch)
-    other = SessionEncoder(ENCODER, replace(plan, encode=config.Encode(batch_size=1)), str(tmp_path / "other"))
+    other = SessionEncoder(
+        ENCODER, replace(plan, encode=config.Encode(batch_size=1, query_share=0.0)), str(tmp_path / "other")
+    )
     again = SessionEncoder(ENCODER, plan, str(tmp_path / "again"))
     read: list[str] = []
     for encoder, name in ((other, "other"), (again, "again")):
@@ -74,7 +75,6 @@ def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) 
         encode=config.Encode(batch_size=2),
         sampling=config.Rollout(),
         run_seed=0,
-        round=0,
         written_uri=written,
     )
     texts = ["order late", "new phone", "paid twice"]
