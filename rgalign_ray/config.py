@@ -229,6 +229,8 @@ class Encode(Settings):
     query_share: Fraction = 0.34
     """Share of rank sessions (by hash) that also get a sampled query and e(x,q), so that the ranker
     learns to read it."""
+    kept: str | None = None
+    """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
 
 
 class QueryInput(Settings):
@@ -308,6 +310,8 @@ class Select(Settings):
     """soft: temperature of the resampling weights exp((r − max)/β)."""
     require_uplift: bool = False
     """Drop sessions in which no query beats the null query."""
+    weight: Literal["even", "uplift"] = "even"
+    """uplift: sessions are drawn again, each as often as its chosen query's reward above the null query's says."""
     rejected: Literal["worst", "random", "nearest"] = "worst"
     """Which query RG-DPO sets against the best: the one with the lowest reward, any, or the highest, of those that
     stand at least `pair_gap` below it."""

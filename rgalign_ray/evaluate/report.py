@@ -110,6 +110,24 @@ class RewardGate(Part):
     """Share of sampled queries that are neither empty nor cut nor looping."""
 
 
+class Diagnosis(Part):
+    """Where an alignment is lost: the reward, the policy, its embedding, or the ranker that reads it."""
+
+    name: str
+    informative: float
+    """What another judge sees in the best of N above the session's mean (the reward's unit)."""
+    informative_error: float
+    """Its standard error."""
+    queries: int
+    """Sessions whose latent query is known before and after."""
+    queries_changed: float
+    """Share of them that changed, the random numbers being the same."""
+    moved: float
+    """How far e(x) moved, in units of the distance between two sessions."""
+    read: float
+    """Validation GAUC of the retrained ranker through e(x) above that through the null query."""
+
+
 class Curves(Part):
     """Lines of one plot over epochs or steps."""
 

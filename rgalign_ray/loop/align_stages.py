@@ -1,46 +1,28 @@
-"""Stages of one round of alignment: rollouts, rewards, the selection, and the objectives that learn from it."""
+"""Stages of one round that learn: what is selected of the judged queries, and the objectives that learn from it."""
 
 from __future__ import annotations
 
 import math
-import posixpath
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import ray
 
-from rgalign_ray import progress, schema, storage
-from rgalign_ray.config import Config, Teacher
+from rgalign_ray import schema, storage
+from rgalign_ray.config import Config
 from rgalign_ray.errors import DataError
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import FrozenPair, LearnerTask
-from rgalign_ray.logs import examples, stream
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.audit_stages import AUDITOR
-from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
+from rgalign_ray.loop.judge_stages import SESSIONS_FILE
+from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
-from rgalign_ray.reasoner.teachers import TeacherSpec
-from rgalign_ray.reward import actor
-from rgalign_ray.reward.auditor import AuditorSpec
-from rgalign_ray.reward.functions import RESOLVED
-from rgalign_ray.reward.gate import gate
-from rgalign_ray.reward.selection import pairs, select
-from rgalign_ray.rollout.pool import RolloutPool
-from rgalign_ray.rollout.worker import Instruction, ProposalWorker, Proposed, Unit
+from rgalign_ray.reward.selection import pairs, resampled, select
 
-SESSIONS_FILE = "sessions.parquet"
-"""The round's sessions with a click, beside their rollouts."""
-ENDPOINT_ANSWERS = ".answers"
-"""Folder of a run that keeps the answers of paid endpoints, whatever becomes of the stage that asked."""
 OBJECTIVE_NAMES = {
     "sft": "RG-SFT",
     "dpo": "RG-DPO",
@@ -57,36 +39,6 @@ ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
-    """rollouts_r → rewards_r → selected_r → align_r_…"""
-    return [*judging_stages(config, round_), *learning_stages(config, round_)]
-
-
-def judging_stages(config: Config, round_: int) -> list[Stage]:
-    """What every objective of a round learns from: queries, and what they are worth."""
-    before = round_ - 1
-    previous = reasoner_stage(config, before)
-    return [
-        Stage(
-            f"rollouts_{round_}",
-            f"sample {config.rollout.n + sum(teacher.n for teacher in config.teachers)} queries a session",
-            partial(roll_out, round_=round_),
-            ("rollout", "teachers", "prompt", "reasoner"),
-            ("sessions", "features", *((previous,) if previous else ())),
-            ray=True,
-            units=True,
-        ),
-        Stage(
-            f"rewards_{round_}",
-            "judge them with the frozen ranker",
-            partial(judge, round_=round_),
-            ("reward", *(("prompt", "compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
-            ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
-            ray=True,
-        ),
-    ]
-
-
-def learning_stages(config: Config, round_: int) -> list[Stage]:
     """selected_r → align_r_…, one stage an objective, each starting from the one before."""
     before = round_ - 1
     previous = reasoner_stage(config, before)
@@ -118,156 +70,6 @@ def learning_stages(config: Config, round_: int) -> list[Stage]:
     return sequence
 
 
-def roll_out(run: Run, out: str, round_: int) -> Outcome:
-    config = run.config
-    template = Template.load(config.prompt.template)
-    variants = {teacher.name: Template.load(teacher.template or config.prompt.template) for teacher in config.teachers}
-    sessions, without_click = align_sessions(run, round_, [template, *variants.values()])
-    storage.write_table(storage.join(out, SESSIONS_FILE), sessions)
-    proposed = [ask(run, out, teacher, variants[teacher.name], sessions, round_) for teacher in config.teachers]
-    units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), config.rollout.unit_sessions)
-    if proposed:
-        units = [
-            replace(unit, proposed=[[one for asked in proposed for one in asked[i]] for i in unit.session_ids])
-            for unit in units
-        ]
-    engine = engine_spec(run, round_ - 1)
-    pool = RolloutPool(
-        config.rollout,
-        {
-            "engine": engine,
-            "instruction": Instruction(template.prefix, template.suffix, template.version),
-            "settings": config.rollout,
-            "run_seed": config.seed,
-            "round_": round_,
-            "out_uri": out,
-        },
-    )
-    context = storage.content_key(config.rollout.model_dump(), template.key, engine.weights, round_)
-    run_pool(pool, units, context, "rollouts", f"sessions x {config.rollout.n}")
-    made = storage.read_table(storage.join(out, "rollouts"), columns=["source", "fault"])
-    faults, sources = Counter(made["fault"].to_pylist()), Counter(made["source"].to_pylist())
-    rows = {"sessions": sessions.num_rows, "rollouts": len(made), "sessions without a click left out": without_click}
-    reasons = {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None}
-    valid = Counter(made.filter(pc.is_null(made["fault"]))["source"].to_pylist())
-    return Outcome(
-        rows,
-        {
-            "faults": reasons,
-            "valid_rate": faults[None] / len(made),
-            "valid_rate_by_source": {source: valid[source] / count for source, count in sources.items()},
-            "worker_deaths": pool.deaths,
-        },
-    )
-
-
-def ask(
-    run: Run, out: str, teacher: Teacher, template: Template, sessions: pa.Table, round_: int
-) -> dict[str, list[Proposed]]:
-    """What one teacher proposes for each session."""
-    config = run.config
-    place = storage.join(out, ProposalWorker.TABLE, teacher.name)
-    settings = config.rollout
-    if teacher.engine == "openai":  # it waits for answers, many at a time: one process does
-        settings = settings.model_copy(update={"workers": 1})
-    spec = TeacherSpec(
-        teacher, config.reasoner, config.rollout, config.prompt.max_session_tokens, run.uri(ENDPOINT_ANSWERS)
-    )
-    pool = RolloutPool(
-        settings,
-        {
-            "teacher": spec,
-            "instruction": Instruction(template.prefix, template.suffix, template.version),
-            "run_seed": config.seed,
-            "round_": round_,
-            "out_uri": place,
-        },
-        ProposalWorker,
-    )
-    units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), settings.unit_sessions)
-    context = storage.content_key(teacher.model_dump(), config.rollout.model_dump(), template.key, round_)
-    run_pool(pool, units, context, f"teacher {teacher.name}", f"sessions x {teacher.n}")
-    table = storage.read_table(storage.join(place, ProposalWorker.TABLE))
-    temperature = teacher.temperature or config.rollout.temperature
-    found: dict[str, list[Proposed]] = {}
-    for row in table.to_pylist():
-        one = Proposed(teacher.name, row["query"], row["finish"] or "", template.version, temperature)
-        found.setdefault(row["session_id"], []).append(one)
-    return found
-
-
-def run_pool(pool: RolloutPool, units: list[Unit], context: str, label: str, unit: str) -> None:
-    """Runs units to their end, with progress in sessions."""
-    try:
-        with progress.track(label, sum(len(each.session_ids) for each in units), unit) as advance:
-            for _, count in pool.run(units, context):
-                advance(count)
-    finally:
-        pool.close()
-
-
-def align_sessions(run: Run, round_: int, templates: list[Template]) -> tuple[pa.Table, int]:
-    """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
-
-    Their columns are those that prompts, rankers and rewards read.
-
-    Raises:
-        DataError: when none has a click.
-    """
-    role, uri = f"align_{round_}", run.uri("sessions")
-    space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
-    there = examples.column_names(uri)
-    optional = [name for name in (RESOLVED,) if name in there]
-    read = [name for template in templates for name in template.columns]
-    columns = dict.fromkeys([*read, *examples.columns(space, there), *optional])
-    batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
-    table = pa.concat_tables(batches).sort_by("session_id") if batches else None
-    clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
-    if table is None or not any(clicked):
-        raise DataError(f"role {role}: no session with a click; raise roles.align or the number of sessions.")
-    return table.filter(pa.array(clicked)), clicked.count(False)
-
-
-def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
-    """Work units of sessions whose texts are of like length, so that little of a batch is padding."""
-    order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), session_ids[row]))
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    return [Unit([session_ids[row] for row in chunk], [texts[row] for row in chunk]) for chunk in chunks]
-
-
-def judge(run: Run, out: str, round_: int) -> Outcome:
-    config = run.config
-    rankers = [run.uri(f"rankers_{round_ - 1}", name) for name in judge_names(config)]
-    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
-    place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
-    folder = run.uri(f"rollouts_{round_}")
-    files = storage.list_files(storage.join(folder, "rollouts"), ".parquet")
-
-    def requests() -> Iterator[tuple[pa.Table, str, str]]:
-        for file in files:
-            ids = storage.read_table(file, columns=["session_id"])["session_id"].unique().to_pylist()
-            rows = sessions.take(pa.array([place[session] for session in ids]))
-            yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
-
-    auditor = None
-    if config.roles.audit:
-        reads = config.compare
-        auditor = AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, config.prompt.template)
-    model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
-    with progress.track("rewards", len(files), "units") as advance:
-        results = []
-        for result in actor.score_all(model, requests()):
-            results.append(result)
-            advance(1)
-    ray.kill(model)
-    scored = pa.concat_tables([table for table, _ in results])
-    judged = np.concatenate([rewards for _, rewards in results])
-    storage.write_table(storage.join(out, "scored.parquet"), scored)
-    rows = {"rollouts": scored.num_rows, "valid": pc.sum(scored["valid"]).as_py()}
-    audited = scored["audit"].to_numpy().reshape(judged.shape[:2]) if auditor else None
-    return Outcome(rows, {"gate": asdict(gate(judged, audited))})
-
-
 def choose(run: Run, out: str, round_: int) -> Outcome:
     """Writes what each objective learns from: `selected.parquet`, `pairs.parquet`, and `positives.parquet`, which has
     every session.
@@ -288,11 +90,16 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     chosen = select(reward, uplift, config.select, seeds)
     rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
     taken = np.flatnonzero(chosen >= 0)
+    worth = np.ones(len(taken))
+    if config.select.weight == "uplift":
+        again = resampled(uplift[taken, chosen[taken]], sample_seed(config.seed, round_, "weights", -1))
+        taken = taken[again]
+        worth = uplift[taken, chosen[taken]]
     picked = rollouts.take(pa.array(taken * n + chosen[taken]))
     selected = pa.table(
         [
             *(picked[name] for name in ("session_id", "prompt_ids", "completion_ids", "query")),
-            pa.array(np.ones(len(taken)), pa.float32()),
+            pa.array(worth, pa.float32()),
             pa.array(rank[taken], pa.int32()),
         ],
         schema=schema.SELECTED,
@@ -303,7 +110,12 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
     gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
     return Outcome(
-        {"sessions": len(ids), "selected": len(taken), "pairs": len(paired), "taught nothing": len(ids) - len(taken)},
+        {
+            "sessions": len(ids),
+            "selected": len(taken),
+            "pairs": len(paired),
+            "taught nothing": len(ids) - len(np.unique(taken)),
+        },
         {
             "gain_over_mean": float(gain.mean()) if len(taken) else 0.0,
             "lift": float(np.nanmean(uplift)),

@@ -83,7 +83,6 @@ def _plan(run: Run, roles: tuple[str, ...], written: str | None = None) -> Encod
         encode=config.encode,
         sampling=config.rollout,
         run_seed=config.seed,
-        round=0,
         written_uri=written,
     )
 

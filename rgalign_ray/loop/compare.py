@@ -24,7 +24,15 @@ from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.evaluate import report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
-from rgalign_ray.loop import align_stages, audit_stages, controller, ladder_report, log_stages, rank_stages
+from rgalign_ray.loop import (
+    align_stages,
+    audit_stages,
+    controller,
+    judge_stages,
+    ladder_report,
+    log_stages,
+    rank_stages,
+)
 from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, alignments, rows_of
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
@@ -100,13 +108,13 @@ def teaching(config: Config) -> list[Stage]:
     return [
         rank_stages.pair_stage(config),
         *audit_stages.making_stages(config),
-        *align_stages.judging_stages(config, 1),
+        *judge_stages.stages(config, 1),
     ]
 
 
 def aligning(config: Config) -> list[Stage]:
     """One alignment: what it selects, its objectives, and the sessions as its reasoner reads them."""
-    return [*align_stages.learning_stages(config, 1), *rank_stages.reading_stages(config, 1)]
+    return [*align_stages.stages(config, 1), *rank_stages.reading_stages(config, 1)]
 
 
 def aligned_run(job: Run, name: str) -> Run:
@@ -284,7 +292,7 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     _, *read = texts_of(ROWS[name])
     if ROWS[name].aligned:
         config = places[0].config
-        read = [stage.name for stage in (*align_stages.judging_stages(config, 1), *aligning(config))]
+        read = [stage.name for stage in (*judge_stages.stages(config, 1), *aligning(config))]
     return ladder_report.Judged(
         name,
         [Verdict.load(place.uri(f"row_{name}", VERDICT)) for place in places],

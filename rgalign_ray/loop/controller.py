@@ -113,6 +113,7 @@ def stage_key(job: Run, stage: Stage) -> str:
     # a name stands for a file, and the file may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
+    del settings["encode"]["kept"]  # where something is kept decides nothing
     for teacher in settings["teachers"]:
         if teacher["template"]:
             teacher["template"] = Template.load(teacher["template"]).key

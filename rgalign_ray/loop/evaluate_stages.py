@@ -8,14 +8,17 @@ import numpy as np
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config
+from rgalign_ray.evaluate.diagnosis import diagnose
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
 from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
-from rgalign_ray.evaluate.report import Comparison, Estimate, Example
+from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
+from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
+from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.rollout.encode import written_queries
 
@@ -30,6 +33,7 @@ Queries = dict[int, dict[str, str]]
 def stages(config: Config) -> list[Stage]:
     inputs = ["sessions", "features"]
     inputs += [f"{kind}_{r}" for r in range(config.rounds + 1) for kind in ("embeddings", "rankers")]
+    inputs += [f"rewards_{r}" for r in range(1, config.rounds + 1)]
     inputs += truth_inputs(config)
     return [
         Stage(
@@ -79,12 +83,13 @@ def evaluate(run: Run, out: str) -> Outcome:
     comparisons = []
     for better, worse in pairs:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)
-    queries = {r: written_queries(run.uri(f"embeddings_{r}")) for r in (0, run.config.rounds)}
+    queries = {r: written_queries(run.uri(f"embeddings_{r}")) for r in range(run.config.rounds + 1)}
     comparisons += _hit_rate(run, test, queries)
     evaluation = {
         "rows": [row.model_dump() for row in rows],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "query_variance": {rung.name: test.between_session_variance(rung) for rung in ladder if rung.embeddings},
+        "diagnoses": [found.model_dump() for found in _diagnoses(run, test, queries)],
         "examples": [example.model_dump() for example in _examples(run, test, judged, queries)],
     }
     storage.write_json(storage.join(out, "evaluation.json"), evaluation)
@@ -92,6 +97,22 @@ def evaluate(run: Run, out: str) -> Outcome:
         {"test sessions": len(test.ids), "with a click": int(test.clicks.any(axis=1).sum())},
         {row.name: {metric: estimate.value for metric, estimate in row.metrics.items()} for row in rows},
     )
+
+
+def _diagnoses(run: Run, test: TestSessions, queries: Queries) -> list[Diagnosis]:
+    """A round each, on the test sessions."""
+    keys = session_keys(test.ids)
+    vectors = [Embeddings.load(run.uri(f"embeddings_{r}")).lookup(keys, "prompt")[0] for r in sorted(queries)]
+    return [
+        diagnose(
+            f"Round {r}",
+            run.manifest(f"rewards_{r}").figures["gate"],
+            (queries[r - 1], queries[r]),
+            (vectors[r - 1], vectors[r]),
+            run.manifest(f"rankers_{r}").figures["qe_rec"]["gauc_by_readout"],
+        )
+        for r in range(1, run.config.rounds + 1)
+    ]
 
 
 def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: Queries) -> list[Example]:

@@ -16,6 +16,8 @@ from rgalign_ray.loop.ladder_rows import ROWS
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
+TEXT_RIVAL: RowName = "din_sentence"
+"""Reads the same text as the reasoner: whatever validation GAUC says, a reasoner must beat it."""
 ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient")
 """Rows whose reasoner one objective has aligned."""
 BY_REGION = ("GAUC", "true CTR")
@@ -126,11 +128,13 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
     pairs: list[tuple[RowName, RowName]] = [
         *(("qe_rec", rival) for rival in best),
         ("qe_rec", "two_tower"),
+        ("qe_rec", TEXT_RIVAL),
         *((rival, "popularity") for rival in best),
         ("qe_rec", "template"),
         ("qe_rec", "qe_rec_shuffled"),
         ("rgalign", "qe_rec"),
         *(("rgalign", rival) for rival in best),
+        ("rgalign", TEXT_RIVAL),
         ("rgalign", "rgalign_shuffled"),
         ("rgalign", "gradient"),
         ("rgalign", "rgalign_not_retrained"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -170,7 +171,6 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         encode=config.encode,
         sampling=config.rollout,
         run_seed=config.seed,
-        round=round_,
     )
     counts = encode_pass(run, out, plan, engine_spec(run, round_))
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
@@ -187,7 +187,6 @@ def encode_sentences(run: Run, out: str) -> Outcome:
         encode=config.encode.model_copy(update={"query_share": 0.0}),
         sampling=config.rollout,
         run_seed=config.seed,
-        round=0,
     )
     return Outcome(rows={"sessions": encode_pass(run, out, plan, sentence_engine(config))["sessions"]})
 
@@ -195,6 +194,8 @@ def encode_sentences(run: Run, out: str) -> Outcome:
 def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
     """Runs one encode pass with its progress."""
     roles = run.manifest("sessions").figures["roles"]
+    if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
+        plan = replace(plan, kept_uri=run.config.encode.kept)
     with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:
         return encode.encode(plan, engine, out, advance)
 

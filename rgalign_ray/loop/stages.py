@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rgalign_ray.config import Config
-from rgalign_ray.loop import align_stages, audit_stages, evaluate_stages, log_stages, rank_stages
+from rgalign_ray.loop import align_stages, audit_stages, evaluate_stages, judge_stages, log_stages, rank_stages
 from rgalign_ray.loop.stage import Stage
 
 
@@ -11,5 +11,9 @@ def stages(config: Config) -> list[Stage]:
     """All stages of a run, each after those it reads from."""
     sequence = [*log_stages.stages(config), *rank_stages.stages(config, 0), *audit_stages.stages(config)]
     for round_ in range(1, config.rounds + 1):
-        sequence += [*align_stages.stages(config, round_), *rank_stages.stages(config, round_)]
+        sequence += [
+            *judge_stages.stages(config, round_),
+            *align_stages.stages(config, round_),
+            *rank_stages.stages(config, round_),
+        ]
     return [*sequence, *evaluate_stages.stages(config)]

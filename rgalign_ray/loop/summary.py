@@ -6,7 +6,8 @@ from typing import Any
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.evaluate.report import Comparison, Curves, Example, Ingest, Report, RewardGate, Row
+from rgalign_ray.evaluate import diagnosis
+from rgalign_ray.evaluate.report import Comparison, Curves, Diagnosis, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.loop.stages import stages
@@ -41,7 +42,10 @@ def report(run: Run) -> Report:
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         lead=LEAD,
-        summary=_summary(run, manifests, comparisons, gates),
+        summary=[
+            *_summary(run, manifests, comparisons, gates),
+            *(diagnosis.sentence(Diagnosis.model_validate(found)) for found in evaluation["diagnoses"]),
+        ],
         facts={
             "log": config.log.source,
             "sessions": f"{sessions['kept']:,}, {sessions['first_day']} to {sessions['last_day']}",

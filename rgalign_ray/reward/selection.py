@@ -37,6 +37,23 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
     return chosen
 
 
+def resampled(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Places 0 … S − 1 drawn again, S of them, in proportion to weights [S]; negative ones count as zero.
+
+    TRL's SFTTrainer takes no weight per example: what weighs more comes more often. Systematic resampling
+    (Kitagawa, 1996): a place comes as often as its share says, rounded up or down.
+
+    Returns:
+        int64 [S] in order; empty where no weight is positive.
+    """
+    positive = np.clip(weights, 0.0, None)
+    if not positive.sum() > 0:
+        return np.zeros(0, dtype=np.int64)
+    count = len(positive)
+    places = (np.arange(count) + np.random.Generator(np.random.Philox(seed)).random()) / count
+    return np.searchsorted(np.cumsum(positive) / positive.sum(), places, side="right").clip(max=count - 1)
+
+
 def pairs(reward: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.ndarray:
     """The best sample of each session and one that is worse.
 

@@ -44,7 +44,8 @@ class EncodePlan:
     encode: config.Encode
     sampling: config.Rollout
     run_seed: int
-    round: int
+    kept_uri: str | None = None
+    """Where units are kept for other runs; None keeps none."""
     written_uri: str | None = None
     """Embeddings whose queries are read with the session's text, where an engine writes none itself."""
 
@@ -74,6 +75,7 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
+        self.kept_context = _kept_context(engine, plan) if plan.kept_uri else ""
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -81,13 +83,17 @@ class SessionEncoder:
         wants_query = self._wants_query(ids, batch["role"].to_pylist())
         queries = [self.written.get(i) for i in ids]
         key = storage.content_key(ids, texts, wants_query.tolist(), queries, self.engine.version)
-        target = storage.join(self.out_uri, f"{key}.parquet")
-        if storage.exists(target):
-            table = storage.read_table(target)
+        places = [storage.join(self.out_uri, f"{key}.parquet")]
+        if self.plan.kept_uri:
+            places.append(storage.join(self.plan.kept_uri, f"{storage.content_key(key, self.kept_context)}.parquet"))
+        found = [place for place in places if storage.exists(place)]
+        if found:
+            table = storage.read_table(found[0])
         else:
-            groups = self._read(ids, texts, wants_query)
-            table = embedding_table(ids, groups, self.engine)
-            storage.write_table(target, table)
+            table = embedding_table(ids, self._read(ids, texts, wants_query), self.engine)
+        for place in places:
+            if place not in found:
+                storage.write_table(place, table)
         valid = len(table) - table["query"].null_count
         return pa.table({"key": [key], "sessions": [len(ids)], "sampled": [int(wants_query.sum())], "valid": [valid]})
 
@@ -129,12 +135,25 @@ class SessionEncoder:
         sampling = self.plan.sampling
         groups = self.engine.sample(
             prompts,
-            [[sample_seed(self.plan.run_seed, self.plan.round, session, 0)] for session in ids],
+            # the same in every round, so that a query that changes has changed by the reasoner alone
+            [[sample_seed(self.plan.run_seed, 0, session, 0)] for session in ids],
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
         )
         return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
+
+
+def _kept_context(engine: EngineSpec, plan: EncodePlan) -> str:
+    """What decides a unit's vectors besides its sessions, which stand in its key."""
+    settings = (engine.reasoner, plan.sampling)
+    return storage.content_key(
+        *(each.model_dump() for each in settings),
+        engine.max_session_tokens,
+        plan.template.key,
+        plan.encode.batch_size,
+        plan.run_seed,
+    )
 
 
 def written_queries(embeddings_uri: str) -> dict[str, str]:

@@ -56,7 +56,6 @@ def run(log: Path, out: Path, workers: int = 1) -> tuple[dict[str, int], list[in
         encode=config.Encode(workers=workers, unit_sessions=16, batch_size=8, query_share=0.5),
         sampling=config.Rollout(max_new_tokens=12, temperature=1.0),
         run_seed=0,
-        round=0,
     )
     steps: list[int] = []
     return encode(plan, ENGINE, str(out), steps.append), steps

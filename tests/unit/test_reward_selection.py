@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgalign_ray import config
-from rgalign_ray.reward.selection import pairs, select
+from rgalign_ray.reward.selection import pairs, resampled, select
 
 REWARD = st.floats(-4, 0, width=32) | st.sampled_from([-1.0, -0.5])
 ROW = st.lists(REWARD | st.just(float("nan")), min_size=2, max_size=6)
@@ -127,3 +127,18 @@ def test_a_random_rejected_query_is_the_sessions_own() -> None:
     assert set(found[:, 1].tolist()) == {1, 2, 3}
     order = np.random.default_rng(0).permutation(64)
     np.testing.assert_array_equal(pairs(reward, config.Select(rejected="random"), seeds[order]), found[order])
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1, 3, width=32), min_size=1, max_size=30), st.integers(0, 2**32 - 1))
+def test_what_weighs_more_comes_more_often(weights: list[float], seed: int) -> None:
+    found = resampled(np.array(weights), seed)
+    positive = np.clip(np.array(weights, np.float64), 0, None)
+    if positive.sum() <= 0:
+        assert not len(found)
+        return
+    assert len(found) == len(weights) and np.all(np.diff(found) >= 0)
+    expected = positive / positive.sum() * len(weights)
+    counts = np.bincount(found, minlength=len(weights))
+    assert np.all(np.abs(counts - expected) < 1 + 1e-6), "rounded up or down"
+    assert not counts[positive == 0].any()

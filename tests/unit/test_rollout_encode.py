@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,39 @@ def test_written_queries_are_those_of_the_query_readout(written: str) -> None:
     assert written_queries(written) == {"s0": "where is my parcel", "s2": "refund please"}
 
 
+def test_what_was_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = EncodePlan(
+        log_uri="",
+        template=Template.load("shop"),
+        roles=("rank",),
+        queries_for=(),
+        query_sessions=(),
+        encode=config.Encode(batch_size=2, query_share=0.0),
+        sampling=config.Rollout(),
+        run_seed=0,
+        kept_uri=str(tmp_path / "kept"),
+    )
+    batch = pa.table({"session_id": ["s0", "s1"], "role": ["rank"] * 2, "text": ["order late", "new phone"]})
+    first = SessionEncoder(ENCODER, plan, str(tmp_path / "first"))
+    first(batch)
+    other = SessionEncoder(
+        ENCODER, replace(plan, encode=config.Encode(batch_size=1, query_share=0.0)), str(tmp_path / "other")
+    )
+    again = SessionEncoder(ENCODER, plan, str(tmp_path / "again"))
+    read: list[str] = []
+    for encoder, name in ((other, "other"), (again, "again")):
+        embed = encoder.engine.embed
+        monkeypatch.setattr(
+            encoder.engine, "embed", lambda prompts, name=name, embed=embed: read.append(name) or embed(prompts)
+        )
+        encoder(batch)
+    assert set(read) == {"other"}, "a batch of another size may differ in the last bit"
+    first_file, same = (next((tmp_path / name).iterdir()) for name in ("first", "again"))
+    assert first_file.name == same.name
+    assert storage.read_table(str(first_file)).equals(storage.read_table(str(same)))
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
 def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) -> None:
     plan = EncodePlan(
         log_uri="",
@@ -42,7 +76,6 @@ def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) 
         encode=config.Encode(batch_size=2),
         sampling=config.Rollout(),
         run_seed=0,
-        round=0,
         written_uri=written,
     )
     texts = ["order late", "new phone", "paid twice"]

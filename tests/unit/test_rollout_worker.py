@@ -223,7 +223,6 @@ def encoder(out: Path, engine: FakeEngine, **changes: object) -> SessionEncoder:
         "encode": config.Encode(query_share=0.5, batch_size=3),
         "sampling": SETTINGS,
         "run_seed": 7,
-        "round": 0,
     }
     return SessionEncoder(engine, EncodePlan(**(defaults | changes)), str(out))  # type: ignore[arg-type]
 

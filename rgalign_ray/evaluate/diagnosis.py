@@ -1,0 +1,65 @@
+"""Where an alignment is lost: four questions, each with a figure, from the reward to the ranker that reads the result.
+
+  is the reward informative within a session? ──▶ does the policy move? ──▶ does the embedding move? ──▶ is it read?
+
+The first that is answered with nothing explains why the rest cannot gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rgalign_ray.evaluate.report import Diagnosis
+
+
+def diagnose(
+    name: str,
+    gate: Mapping[str, float],
+    queries: tuple[Mapping[str, str], Mapping[str, str]],
+    embeddings: tuple[np.ndarray, np.ndarray],
+    gauc_by_readout: Mapping[str, float],
+) -> Diagnosis:
+    """The four figures of one round.
+
+    Args:
+        name: of the round.
+        gate: `agreement` and `agreement_error` of the reward's gate.
+        queries: of sessions, before and after, sampled with the same random numbers.
+        embeddings: e(x) float [S, D] of the same sessions, before and after.
+        gauc_by_readout: validation GAUC of the retrained ranker through the prompt and through the null query.
+    """
+    before, after = queries
+    both = [session for session in before if session in after]
+    return Diagnosis(
+        name=name,
+        informative=gate["agreement"],
+        informative_error=gate["agreement_error"],
+        queries=len(both),
+        queries_changed=float(np.mean([before[i] != after[i] for i in both])) if both else float("nan"),
+        moved=moved(*embeddings),
+        read=gauc_by_readout["prompt"] - gauc_by_readout["null"],
+    )
+
+
+def moved(before: np.ndarray, after: np.ndarray) -> float:
+    """How far embeddings [S, D] moved apart from one another, in units of the distance between two sessions.
+
+    sqrt(tr Cov(after − before) / (2 tr Cov(before))): a shift that is the same for all sessions counts nothing, and 1
+    means as far as from one session to another.
+    """
+    before, after = before.astype(np.float64), after.astype(np.float64)
+    return float(np.sqrt((after - before).var(axis=0).sum() / (2 * before.var(axis=0).sum())))
+
+
+def sentence(found: Diagnosis) -> str:
+    """The four answers in one line."""
+    changed = f"{found.queries_changed:.0%} of {found.queries:,} queries changed"
+    if not found.queries:
+        changed = "no query was read before and after"
+    return (
+        f"{found.name}: of a session's best query another judge confirms {found.informative:+.4f} ± "
+        f"{found.informative_error:.4f} in reward; {changed}; embeddings moved {found.moved:.2f} of the distance "
+        f"between sessions; the ranker reads {found.read:+.4f} GAUC from them (validation)."
+    )
