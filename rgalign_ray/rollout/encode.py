@@ -75,7 +75,7 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
-        self.kept_context = _kept_context(engine, plan) if plan.kept_uri else ""
+        self.kept_context = {sampled: _kept_context(engine, plan, sampled) for sampled in (True, False)}
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -85,7 +85,8 @@ class SessionEncoder:
         key = storage.content_key(ids, texts, wants_query.tolist(), queries, self.engine.version)
         places = [storage.join(self.out_uri, f"{key}.parquet")]
         if self.plan.kept_uri:
-            places.append(storage.join(self.plan.kept_uri, f"{storage.content_key(key, self.kept_context)}.parquet"))
+            kept = storage.content_key(key, self.kept_context[bool(wants_query.any())])
+            places.append(storage.join(self.plan.kept_uri, f"{kept}.parquet"))
         found = [place for place in places if storage.exists(place)]
         if found:
             table = storage.read_table(found[0])
@@ -144,15 +145,14 @@ class SessionEncoder:
         return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
 
 
-def _kept_context(engine: EngineSpec, plan: EncodePlan) -> str:
-    """What decides a unit's vectors besides its sessions, which stand in its key."""
-    settings = (engine.reasoner, plan.sampling)
+def _kept_context(engine: EngineSpec, plan: EncodePlan, sampled: bool) -> str:
+    """What decides a unit's vectors besides its sessions, which stand in its key; `sampled` where it has queries."""
     return storage.content_key(
-        *(each.model_dump() for each in settings),
+        engine.reasoner.model_dump(),
         engine.max_session_tokens,
         plan.template.key,
         plan.encode.batch_size,
-        plan.run_seed,
+        *((plan.sampling.model_dump(), plan.run_seed) if sampled else ()),
     )
 
 

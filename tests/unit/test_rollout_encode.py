@@ -51,7 +51,7 @@ def test_what_was_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     other = SessionEncoder(
         ENCODER, replace(plan, encode=config.Encode(batch_size=1, query_share=0.0)), str(tmp_path / "other")
     )
-    again = SessionEncoder(ENCODER, plan, str(tmp_path / "again"))
+    again = SessionEncoder(ENCODER, replace(plan, run_seed=1), str(tmp_path / "again"))  # no query, nothing drawn
     read: list[str] = []
     for encoder, name in ((other, "other"), (again, "again")):
         embed = encoder.engine.embed
