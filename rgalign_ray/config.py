@@ -308,6 +308,8 @@ class Select(Settings):
     """best: how far the best reward must stand above the session's mean."""
     beta: Positive = 0.1
     """soft: temperature of the resampling weights exp((r − max)/β)."""
+    n: Count | None = None
+    """Of how many of a session's queries, the first ones, is chosen; None: of all."""
     require_uplift: bool = False
     """Drop sessions in which no query beats the null query."""
     weight: Literal["even", "uplift"] = "even"
@@ -416,12 +418,18 @@ RowName = Literal[
     "bst",
     "din_text",
     "din_sentence",
+    "two_tower_more",
+    "din_more",
+    "din_sentence_more",
     "cosine",
     "template",
     "qe_rec",
     "qe_rec_shuffled",
     "sft_title",
     "rg_sft_random",
+    "rg_sft_2",
+    "rg_sft_4",
+    "rg_sft_8",
     "rg_sft",
     "rg_dpo",
     "rg_grpo",
@@ -431,6 +439,7 @@ RowName = Literal[
     "rgalign",
     "rgalign_not_retrained",
     "rgalign_shuffled",
+    "rgalign_leak",
     "true_need",
 ]
 
@@ -509,6 +518,10 @@ class Config(Settings):
     gradient: Gradient = Gradient()
     latent: Latent = Latent()
     learner: Learner = Learner()
+    crossfit: Annotated[int, Field(ge=0)] = 0
+    """For small logs: align on the sessions of role rank, each judged by one of so many rankers, the one that has not
+    learned from its user; no user is set aside then. 0 aligns on users of their own (`roles.align`). 1 is no way to
+    align: the ranker judges what it has learned from, and the ladder shows what that is worth."""
     rounds: Count = 1
     """Alignments, each on a slice of its own (`roles.align` is split evenly) and judged by the ranker before it."""
     evaluate: Evaluate = Evaluate()
@@ -540,6 +553,9 @@ class Config(Settings):
                 "ranker.query_input.query and encode.query_share must be above 0: "
                 "a reward ranker that never saw e(x,q) cannot judge queries"
             )
+        proposed = self.rollout.n + sum(teacher.n for teacher in self.teachers)
+        if self.select.n and self.select.n > proposed:
+            raise ValueError(f"select.n ({self.select.n}) is more than the {proposed} queries that a session gets")
         if len({teacher.name for teacher in self.teachers}) < len(self.teachers):
             raise ValueError("teachers: two have the same name")
         if self.ranker.dim % self.ranker.heads:
@@ -556,8 +572,14 @@ class Config(Settings):
             raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
         if self.log.source == "tau_retail" and self.roles.test_days:
             raise ValueError("roles.test_days must be 0 for log.source tau_retail: its tasks have no time")
-        if self.roles.rank == 0 or self.roles.align == 0:
-            raise ValueError("roles.rank and roles.align must be above 0")
+        if self.roles.rank == 0 or (self.roles.align == 0 and not self.crossfit):
+            raise ValueError("roles.rank must be above 0, and so must roles.align unless crossfit is")
+        asking = [name for name in self.align if name in ("grpo", "gradient", "latent")]
+        if self.crossfit > 1 and asking:
+            raise ValueError(
+                f"crossfit does not go with {asking[0]}, which asks one ranker about every session as it learns; "
+                "give align some users of their own"
+            )
         return self
 
 

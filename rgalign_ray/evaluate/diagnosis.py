@@ -7,7 +7,7 @@ The first that is answered with nothing explains why the rest cannot gain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,6 +51,22 @@ def moved(before: np.ndarray, after: np.ndarray) -> float:
     """
     before, after = before.astype(np.float64), after.astype(np.float64)
     return float(np.sqrt((after - before).var(axis=0).sum() / (2 * before.var(axis=0).sum())))
+
+
+def averaged(seeds: Sequence[Diagnosis]) -> Diagnosis:
+    """The mean over seeds; `queries` are those of all."""
+    errors = [found.informative_error for found in seeds]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(found, name) for found in seeds]))
+
+    return seeds[0].model_copy(
+        update={name: mean(name) for name in ("informative", "queries_changed", "moved", "read")}
+        | {
+            "informative_error": float(np.sqrt(np.sum(np.square(errors))) / len(errors)),
+            "queries": sum(found.queries for found in seeds),
+        }
+    )
 
 
 def sentence(found: Diagnosis) -> str:

@@ -139,10 +139,8 @@ class TestSessions:
         return {name: np.bincount(place, weights=w, minlength=bins).tolist() for name, w in sums.items()}
 
     def top(self, scores: np.ndarray, k: int) -> np.ndarray:
-        """int [S, k]: intent indices of the best candidates, equal ones by index."""
-        masked = np.where(self.mask, scores, -np.inf)
-        order = np.lexsort((self.candidates, -masked), axis=1)[:, :k]
-        return np.take_along_axis(self.candidates, order, axis=1)
+        """int [S, k]: intent indices of the best candidates."""
+        return top(scores, self.candidates, k)
 
     def score(self, rung: Rung) -> np.ndarray:
         """Scores float32 [S, C] of a rung, -inf on padding."""
@@ -191,6 +189,13 @@ class TestSessions:
             if rung.query == "shuffled":
                 embeddings = embeddings.shuffled(self.ids, self.users, SHUFFLE_SEED)
         return scoring.with_embeddings(examples(self.table, ranker.space, self.catalogue), embeddings)
+
+
+def top(scores: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
+    """int [S, k]: intent indices of the best candidates int [S, C], -1 on padding; of equal scores [S, C] by index."""
+    masked = np.where(candidates >= 0, scores, -np.inf)
+    order = np.lexsort((candidates, -masked), axis=1)[:, :k]
+    return np.take_along_axis(candidates, order, axis=1)
 
 
 def table_rows(rungs: list[Rung], judged: list[Judged], users: list[str], settings: config.Evaluate) -> list[Row]:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from rgalign_ray.evaluate.report import Breakdown, Calibration, Curves, Report, RewardGate, Row, Stage
+    from rgalign_ray.evaluate.report import Breakdown, Calibration, Curves, QueryWorth, Report, RewardGate, Row, Stage
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -68,7 +68,10 @@ def all_of(report: Report) -> dict[str, list[Markup]]:
     gate = report.reward
     return {
         "headline": [intervals(metric, report.rows) for metric in report.columns],
-        "reward": [reward_spread(gate), best_of_n(gate)] if gate else [],
+        "reward": [
+            *([reward_spread(gate), best_of_n(gate)] if gate else []),
+            *([true_best_of_n(report.worth)] if report.worth else []),
+        ],
         "curves": [curves(it) for it in report.curves if it.lines],
         "looks": [
             *(quality_against_time(metric, report.rows) for metric in _timed(report)),
@@ -140,6 +143,28 @@ def best_of_n(gate: RewardGate) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _svg("best of n", draw)
+
+
+def true_best_of_n(worth: QueryWorth) -> Markup:
+    """True value of the best of the first N queries: as the reward chooses, and as the truth itself would."""
+    lines = {"the reward chooses": worth.by_reward, "the truth chooses": worth.by_truth}
+
+    def draw(axes: Axes) -> None:
+        for (label, estimates), colour in zip(lines.items(), SERIES, strict=False):
+            numbers = range(1, len(estimates) + 1)
+            axes.plot(numbers, [it.value for it in estimates], "o-", color=colour, markersize=4, label=label)
+            known = [(n, it.low, it.high) for n, it in zip(numbers, estimates, strict=True) if it.low is not None]
+            if known:
+                at, low, high = zip(*known, strict=True)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(worth.null.value, color=MUTED, linestyle="--", linewidth=1, label="no query")
+        axes.set(
+            xlabel="queries sampled, N", ylabel=f"{worth.metric} over the session's mean", title="Best of N, in truth"
+        )
+        axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _svg("true best of n", draw)
 
 
 def curves(it: Curves) -> Markup:

@@ -110,6 +110,19 @@ class RewardGate(Part):
     """Share of sampled queries that are neither empty nor cut nor looping."""
 
 
+class QueryWorth(Part):
+    """What the choice among the first N queries is truly worth, above the mean of the session's queries."""
+
+    metric: str
+    sessions: int
+    by_reward: list[Estimate]
+    """Chosen by the reward, N = 1, 2, …"""
+    by_truth: list[Estimate]
+    """Chosen by the truth itself: the most that any reward could reach."""
+    null: Estimate
+    """Without a query."""
+
+
 class Diagnosis(Part):
     """Where an alignment is lost: the reward, the policy, its embedding, or the ranker that reads it."""
 
@@ -126,6 +139,14 @@ class Diagnosis(Part):
     """How far e(x) moved, in units of the distance between two sessions."""
     read: float
     """Validation GAUC of the retrained ranker through e(x) above that through the null query."""
+
+
+class Written(Part):
+    """The latent queries that several reasoners write for one test session. All texts may come from users."""
+
+    session: str
+    queries: dict[str, str | None]
+    """By alignment; None where it wrote no valid one."""
 
 
 class Curves(Part):
@@ -193,6 +214,9 @@ class Report(Part):
     """By ranker: share of the query tower's variance that lies between sessions, in [0, 1]."""
     examples: list[Example] = []
     reward: RewardGate | None = None
+    worth: QueryWorth | None = None
+    diagnoses: list[Diagnosis] = []
+    written: list[Written] = []
     curves: list[Curves] = []
     breakdowns: list[Breakdown] = []
     calibration: list[Calibration] = []

@@ -10,13 +10,20 @@ import numpy as np
 from rgalign_ray.config import Roles
 from rgalign_ray.errors import ConfigError
 
+FOLD_SALT = "fold"
+"""Of the hash that cuts users into folds, so that it is none of those of roles."""
 NONE = "none"
 """Sessions that no role may read, such as those of a test user before the test period."""
 
 
 def role_names(rounds: int) -> list[str]:
     """Every role of a run of `rounds` rounds, without `none`."""
-    return ["rank", *(f"align_{r}" for r in range(1, rounds + 1)), "audit", "valid", "test"]
+    return ["rank", *align_roles(rounds), "audit", "valid", "test"]
+
+
+def align_roles(rounds: int) -> list[str]:
+    """The roles of the sessions that reasoners are aligned on, one a round."""
+    return [f"align_{r}" for r in range(1, rounds + 1)]
 
 
 def role_of(
@@ -53,6 +60,11 @@ def role_of(
     return np.where((by_user == "test") == in_test_period, by_user, NONE)
 
 
+def fold_of(user_ids: Sequence[str] | np.ndarray, folds: int) -> np.ndarray:
+    """int64 [B], the fold of each user, 0 … folds − 1, whatever the role's share: another hash draws it."""
+    return (_place(user_ids, FOLD_SALT) * folds).astype(np.int64)
+
+
 def _cut(place: np.ndarray, roles: Roles, rounds: int) -> np.ndarray:
     test = 0.0 if roles.split == "time" else roles.test
     shares = np.array([roles.rank, *[roles.align / rounds] * rounds, roles.audit, roles.valid, test])
@@ -61,8 +73,8 @@ def _cut(place: np.ndarray, roles: Roles, rounds: int) -> np.ndarray:
     return names[np.searchsorted(upper[:-1], place, side="right")]
 
 
-def _place(user_ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+def _place(user_ids: Sequence[str] | np.ndarray, salt: int | str) -> np.ndarray:
     """float64 [B] in [0, 1)."""
     users, which = np.unique(np.asarray(user_ids, dtype=str), return_inverse=True)
-    digests = b"".join(hashlib.blake2b(f"{seed}/{user}".encode(), digest_size=8).digest() for user in users)
+    digests = b"".join(hashlib.blake2b(f"{salt}/{user}".encode(), digest_size=8).digest() for user in users)
     return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) / 2.0**53)[which]

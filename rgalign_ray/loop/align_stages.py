@@ -21,7 +21,7 @@ from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
-from rgalign_ray.reward.selection import pairs, resampled, select
+from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 OBJECTIVE_NAMES = {
     "sft": "RG-SFT",
@@ -82,6 +82,7 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
     seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in ids])
     n = reward.shape[1]
+    reward = among_first(reward, config.select.n)
     if config.select.method == "title":
         selected = titles(run, round_, rollouts, n)
         storage.write_table(storage.join(out, LEARNS_FROM["sft"]), selected)

@@ -97,6 +97,6 @@ def train(run: Run, out: str) -> Outcome:
         run_name=AUDITOR,
         embeddings_uri=run.uri("embeddings_audit"),
         item_embeddings_uri=run.uri("items_sentence"),
-        train_role=ROLE,
+        train_roles=(ROLE,),
     )
     return Outcome(figures=training.train(job)[AUDITOR].figures)

@@ -19,21 +19,22 @@ import numpy as np
 from rich.console import Console
 
 from rgalign_ray import progress, storage
-from rgalign_ray.config import Config, Model, RowName, changed
+from rgalign_ray.config import Config, Model, RowName
 from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.evaluate import report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
+from rgalign_ray.logs.roles import align_roles
 from rgalign_ray.loop import (
-    align_stages,
-    audit_stages,
+    alignments,
     controller,
+    evaluate_stages,
     judge_stages,
     ladder_report,
     log_stages,
     rank_stages,
 )
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, alignments, rows_of
+from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -61,7 +62,7 @@ def run(config: Config) -> report.Report:
     jobs = runs(config, rows)
     prepare(jobs, rows)
     run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in rows])
-    made = ladder_report.make(config, [judged(jobs, name) for name in rows])
+    made = alignments.told(jobs, rows, ladder_report.make(config, [judged(jobs, name) for name in rows]))
     show(config, made)
     return made
 
@@ -92,38 +93,15 @@ def prepare(jobs: list[Run], rows: list[RowName]) -> None:
         if not job.elsewhere:
             controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
             controller.run_stages(job, preparation(job.config, rows))
-        wanted = alignments(rows)
+        wanted = alignments.read_by(rows)
         if wanted:
             controller.console.print(f"[bold]seed {job.config.seed}, rewards[/bold]")
-            controller.run_stages(_tuned(job, "qe_rec"), teaching(job.config))
+            controller.run_stages(_tuned(job, "qe_rec"), alignments.teaching(job.config))
         for name in wanted:
             controller.console.print(f"[bold]seed {job.config.seed}, alignment: {name}[/bold]")
-            aligned = aligned_run(job, name)
-            controller.run_stages(aligned, aligning(aligned.config))
+            aligned = alignments.run_of(job, name)
+            controller.run_stages(aligned, alignments.aligning(aligned.config))
     controller.connect(jobs[0].config)
-
-
-def teaching(config: Config) -> list[Stage]:
-    """What all alignments of a seed learn from: the reward's judges, the auditor, queries and rewards."""
-    return [
-        rank_stages.pair_stage(config),
-        *audit_stages.making_stages(config),
-        *judge_stages.stages(config, 1),
-    ]
-
-
-def aligning(config: Config) -> list[Stage]:
-    """One alignment: what it selects, its objectives, and the sessions as its reasoner reads them."""
-    return [*align_stages.stages(config, 1), *rank_stages.reading_stages(config, 1)]
-
-
-def aligned_run(job: Run, name: str) -> Run:
-    """One alignment under one seed, in a folder of its own; what others share stands in the seed's."""
-    settings = changed(job.config, ALIGNMENTS[name])
-    place = storage.join(job.config.run_uri, f"aligned_{name}")
-    own = {stage.name for stage in aligning(settings)}
-    shared = {"sessions", "items", "features", "log", *(stage.name for stage in teaching(settings))} - own
-    return Run(settings.model_copy(update={"run_dir": place}), {stage: job.uri(stage) for stage in shared})
 
 
 def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
@@ -144,7 +122,7 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
         sequence.append(Stage("embeddings_need", "look up the true needs", embed_needs, (), inputs))
     if "reasoner" in reads:
         sequence += rank_stages.reading_stages(config, 0)
-    if alignments(rows) and not config.align:
+    if alignments.read_by(rows) and not config.align:
         raise ConfigError("compare.rows: a row reads an aligned reasoner, but align names no objective.")
     return sequence
 
@@ -157,7 +135,7 @@ def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
         f"train and judge {row.title}",
         partial(train_and_judge, row=row),
         ("ranker", "evaluate"),
-        ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *(() if row.retrained else ("rankers_0",))),
+        ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row)),
     )
     return _tuned(place_of(job, name), row.kind), stage
 
@@ -165,7 +143,7 @@ def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
 def place_of(job: Run, name: RowName) -> Run:
     """The run that a row's slice belongs to: the seed's, or that of the alignment it reads."""
     aligned = ROWS[name].aligned
-    return aligned_run(job, aligned) if aligned else job
+    return alignments.run_of(job, aligned) if aligned else job
 
 
 def _tuned(job: Run, kind: Model) -> Run:
@@ -184,6 +162,13 @@ def texts_of(row: LadderRow) -> list[str]:
         return ["items", "embeddings_1"]
     items = "items" if row.reads == "reasoner" else "items_sentence"
     return [items, *([SESSION_TEXTS[row.reads]] if row.reads else [])]
+
+
+def taught_by(row: LadderRow) -> list[str]:
+    """What a row with an aligned reasoner is held against, to see where the alignment is lost."""
+    if not row.aligned:
+        return []
+    return ["embeddings_0", "rewards_1", *([] if row.retrained else ["rankers_0"])]
 
 
 def embed_needs(run: Run, out: str) -> Outcome:
@@ -226,6 +211,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
         item_embeddings_uri=run.uri(items),
         shuffle_seed=config.seed,
         local=True,
+        train_roles=("rank", *(align_roles(config.rounds) if row.more else ())),
     )
     return training.train(job)[RANKER]
 
@@ -250,6 +236,9 @@ def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
     figures = figures | {"calibration": test.calibration(judged.scores)}
+    if row.aligned:
+        found = evaluate_stages.diagnosis_of(run, 1, test.ids, figures["gauc_by_readout"], row.title)
+        figures["diagnosis"] = found.model_dump()
     return Outcome({"test sessions": len(test.ids)}, figures)
 
 
@@ -292,7 +281,7 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     _, *read = texts_of(ROWS[name])
     if ROWS[name].aligned:
         config = places[0].config
-        read = [stage.name for stage in (*judge_stages.stages(config, 1), *aligning(config))]
+        read = [stage.name for stage in (*judge_stages.stages(config, 1), *alignments.aligning(config))]
     return ladder_report.Judged(
         name,
         [Verdict.load(place.uri(f"row_{name}", VERDICT)) for place in places],

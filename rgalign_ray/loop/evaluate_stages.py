@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -42,7 +43,7 @@ def stages(config: Config) -> list[Stage]:
             evaluate,
             ("evaluate", "prompt", "compare.encoder", "compare.max_text_tokens"),
             tuple(inputs),
-        )
+        ),
     ]
 
 
@@ -89,7 +90,12 @@ def evaluate(run: Run, out: str) -> Outcome:
         "rows": [row.model_dump() for row in rows],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "query_variance": {rung.name: test.between_session_variance(rung) for rung in ladder if rung.embeddings},
-        "diagnoses": [found.model_dump() for found in _diagnoses(run, test, queries)],
+        "diagnoses": [
+            diagnosis_of(
+                run, r, test.ids, run.manifest(f"rankers_{r}").figures["qe_rec"]["gauc_by_readout"], f"Round {r}"
+            ).model_dump()
+            for r in range(1, run.config.rounds + 1)
+        ],
         "examples": [example.model_dump() for example in _examples(run, test, judged, queries)],
     }
     storage.write_json(storage.join(out, "evaluation.json"), evaluation)
@@ -99,20 +105,14 @@ def evaluate(run: Run, out: str) -> Outcome:
     )
 
 
-def _diagnoses(run: Run, test: TestSessions, queries: Queries) -> list[Diagnosis]:
-    """A round each, on the test sessions."""
-    keys = session_keys(test.ids)
-    vectors = [Embeddings.load(run.uri(f"embeddings_{r}")).lookup(keys, "prompt")[0] for r in sorted(queries)]
-    return [
-        diagnose(
-            f"Round {r}",
-            run.manifest(f"rewards_{r}").figures["gate"],
-            (queries[r - 1], queries[r]),
-            (vectors[r - 1], vectors[r]),
-            run.manifest(f"rankers_{r}").figures["qe_rec"]["gauc_by_readout"],
-        )
-        for r in range(1, run.config.rounds + 1)
-    ]
+def diagnosis_of(run: Run, round_: int, ids: list[str], gauc_by_readout: Mapping[str, float], name: str) -> Diagnosis:
+    """Where a round's alignment is lost, on the sessions `ids`, and by its retrained ranker's figures."""
+    keys = session_keys(ids)
+    readings = [run.uri(f"embeddings_{r}") for r in (round_ - 1, round_)]
+    wrote_before, wrote_after = (written_queries(uri) for uri in readings)
+    before, after = (Embeddings.load(uri).lookup(keys, "prompt")[0] for uri in readings)
+    gate = run.manifest(f"rewards_{round_}").figures["gate"]
+    return diagnose(name, gate, (wrote_before, wrote_after), (before, after), gauc_by_readout)
 
 
 def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: Queries) -> list[Example]:

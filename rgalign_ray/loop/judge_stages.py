@@ -45,7 +45,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"rollouts_{round_}",
             f"sample {config.rollout.n + sum(teacher.n for teacher in config.teachers)} queries a session",
             partial(roll_out, round_=round_),
-            ("rollout", "teachers", "prompt", "reasoner"),
+            ("rollout", "teachers", "prompt", "reasoner", "crossfit"),
             ("sessions", "features", *((previous,) if previous else ())),
             ray=True,
             units=True,
@@ -152,23 +152,34 @@ def run_pool(pool: RolloutPool, units: list[Unit], context: str, label: str, uni
 def align_sessions(run: Run, round_: int, templates: list[Template]) -> tuple[pa.Table, int]:
     """Sessions of role align_r with a click, sorted by id, and how many have none: no click, no reward.
 
-    Their columns are those that prompts, rankers and rewards read.
+    With `crossfit` they are those of role rank. With 1, which is there to show a leak, they are no more than role
+    align_r has, where it has any: what more sessions are worth is another question.
+
+    Their columns are those that prompts, rankers and rewards read, and their users.
 
     Raises:
         DataError: when none has a click.
     """
-    role, uri = f"align_{round_}", run.uri("sessions")
+    fresh, uri = f"align_{round_}", run.uri("sessions")
+    role = "rank" if run.config.crossfit else fresh
     space = FeatureSpace.from_dict(storage.read_json(run.uri("features", "features.json")))
     there = examples.column_names(uri)
     optional = [name for name in (RESOLVED,) if name in there]
     read = [name for template in templates for name in template.columns]
-    columns = dict.fromkeys([*read, *examples.columns(space, there), *optional])
+    columns = dict.fromkeys(["user_id", *read, *examples.columns(space, there), *optional])
     batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
     clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
     if table is None or not any(clicked):
-        raise DataError(f"role {role}: no session with a click; raise roles.align or the number of sessions.")
-    return table.filter(pa.array(clicked)), clicked.count(False)
+        raise DataError(f"role {role}: no session with a click; raise roles.{role[:5]} or the number of sessions.")
+    kept = table.filter(pa.array(clicked))
+    like = run.manifest("sessions").figures["roles"].get(fresh, 0)
+    if run.config.crossfit == 1 and like:
+        first = np.sort(
+            np.argsort(examples.session_keys(kept["session_id"].to_pylist()))[: round(like * np.mean(clicked))]
+        )
+        kept = kept.take(pa.array(first))
+    return kept, clicked.count(False)
 
 
 def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
@@ -178,28 +189,29 @@ def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:
     return [Unit([session_ids[row] for row in chunk], [texts[row] for row in chunk]) for chunk in chunks]
 
 
+def unit_files(run: Run, round_: int) -> Iterator[tuple[pa.Table, str, str]]:
+    """The round's work units: their sessions in order of id, the file of their queries, and that of e(x,q)."""
+    folder = run.uri(f"rollouts_{round_}")
+    sessions = storage.read_table(storage.join(folder, SESSIONS_FILE))
+    place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
+    for file in storage.list_files(storage.join(folder, "rollouts"), ".parquet"):
+        ids = sorted(set(storage.read_table(file, columns=["session_id"])["session_id"].to_pylist()))
+        rows = sessions.take(pa.array([place[session] for session in ids]))
+        yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
+
+
 def judge(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
-    rankers = [run.uri(f"rankers_{round_ - 1}", name) for name in judge_names(config)]
-    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
-    place = {session: row for row, session in enumerate(sessions["session_id"].to_pylist())}
-    folder = run.uri(f"rollouts_{round_}")
-    files = storage.list_files(storage.join(folder, "rollouts"), ".parquet")
-
-    def requests() -> Iterator[tuple[pa.Table, str, str]]:
-        for file in files:
-            ids = storage.read_table(file, columns=["session_id"])["session_id"].unique().to_pylist()
-            rows = sessions.take(pa.array([place[session] for session in ids]))
-            yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
-
+    rankers = [[run.uri(f"rankers_{round_ - 1}", name) for name in folds] for folds in judge_names(config)]
+    units = len(storage.list_files(run.uri(f"rollouts_{round_}", "rollouts"), ".parquet"))
     auditor = None
     if config.roles.audit:
         reads = config.compare
         auditor = AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, config.prompt.template)
     model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
-    with progress.track("rewards", len(files), "units") as advance:
+    with progress.track("rewards", units, "units") as advance:
         results = []
-        for result in actor.score_all(model, requests()):
+        for result in actor.score_all(model, unit_files(run, round_)):
             results.append(result)
             advance(1)
     ray.kill(model)

@@ -23,6 +23,7 @@ class LadderRow:
         control: stands there to unmask a gain, not to win.
         aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
         retrained: on the reasoner it reads; else it is the ranker that taught that reasoner.
+        more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
     """
 
     title: str
@@ -33,6 +34,7 @@ class LadderRow:
     control: bool = False
     aligned: str | None = None
     retrained: bool = True
+    more: bool = False
 
     @property
     def rival(self) -> bool:
@@ -43,6 +45,9 @@ class LadderRow:
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "title": {"align": ["sft"], "select.method": "title"},
     "random": {"align": ["sft"], "select.method": "random"},
+    "sft_2": {"align": ["sft"], "select.n": 2},
+    "sft_4": {"align": ["sft"], "select.n": 4},
+    "sft_8": {"align": ["sft"], "select.n": 8},
     "sft": {"align": ["sft"]},
     "dpo": {"align": ["dpo"]},
     "grpo": {"align": ["grpo"]},
@@ -50,8 +55,13 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "latent": {"align": ["latent"]},
     "gradient": {"align": ["gradient"]},
     "full": {},
+    "leak": {"crossfit": 1},
 }
-"""Settings that make a reasoner of one round, by their full names; `full` aligns as configured."""
+"""Settings that make a reasoner of one round, by their full names; `full` aligns as configured, and so does `leak`, but
+on sessions that the ranker learns from."""
+
+
+MORE = "learns from the sessions of role align as well"
 
 
 def _aligned(title: str, alignment: str, note: str = "", **more: Any) -> LadderRow:
@@ -69,6 +79,9 @@ ROWS: dict[config.RowName, LadderRow] = {
     "bst": LadderRow("BST", "bst"),
     "din_text": LadderRow("DIN + intent text", "din_text"),
     "din_sentence": LadderRow("DIN + session text", "din_sentence", "read by a sentence encoder", "sentence"),
+    "two_tower_more": LadderRow("AutoInt+MoE two-tower, more sessions", "two_tower", MORE, more=True),
+    "din_more": LadderRow("DIN, more sessions", "din", MORE, more=True),
+    "din_sentence_more": LadderRow("DIN + session text, more sessions", "din_sentence", MORE, "sentence", more=True),
     "cosine": LadderRow(
         "zero-shot cosine",
         "cosine",
@@ -94,6 +107,9 @@ ROWS: dict[config.RowName, LadderRow] = {
     ),
     "sft_title": _aligned("SFT on the clicked title", "title", "the same labels, no ranker, no sampling", control=True),
     "rg_sft_random": _aligned("RG-SFT, random of N", "random", "nothing is chosen", control=True),
+    "rg_sft_2": _aligned("RG-SFT, best of 2", "sft_2", "of the first queries"),
+    "rg_sft_4": _aligned("RG-SFT, best of 4", "sft_4", "of the first queries"),
+    "rg_sft_8": _aligned("RG-SFT, best of 8", "sft_8", "of the first queries"),
     "rg_sft": _aligned("RG-SFT, best of N", "sft"),
     "rg_dpo": _aligned("RG-DPO", "dpo"),
     "rg_grpo": _aligned("RG-GRPO", "grpo"),
@@ -111,6 +127,12 @@ ROWS: dict[config.RowName, LadderRow] = {
         shuffled=True,
         control=True,
     ),
+    "rgalign_leak": _aligned(
+        "RGAlign-Rec, in sample",
+        "leak",
+        "aligned on sessions that the ranker learns from",
+        control=True,
+    ),
     "true_need": LadderRow(
         "QE-Rec, true need as query", "qe_rec", "the ceiling: its query is the need's own text", "need", control=True
     ),
@@ -122,9 +144,4 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
     if settings.compare.rows:
         return list(settings.compare.rows)
     known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
-    return [name for name in known if not ROWS[name].aligned]
-
-
-def alignments(rows: list[config.RowName]) -> list[str]:
-    """The alignments that rows read, each once."""
-    return list(dict.fromkeys(name for row in rows if (name := ROWS[row].aligned)))
+    return [name for name in known if not ROWS[name].aligned and not (ROWS[name].more and not settings.align)]

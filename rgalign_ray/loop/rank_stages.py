@@ -14,6 +14,7 @@ from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
+from rgalign_ray.logs.roles import align_roles
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
@@ -31,7 +32,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
         f"rankers_{round_}",
         "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
         partial(train_rankers, round_=round_),
-        ("ranker", "reward", "baselines"),
+        ("ranker", "reward", "baselines", "crossfit"),
         ("sessions", "features", "items", f"embeddings_{round_}"),
         ray=True,
     )
@@ -61,9 +62,9 @@ def pair_stage(config: Config) -> Stage:
     """rankers_0 with nothing but the reward's judges, where others stand elsewhere."""
     return Stage(
         "rankers_0",
-        "train the reward: " + ", ".join(judge_names(config)),
+        "train the reward: " + ", ".join(name for folds in judge_names(config) for name in folds),
         partial(train_rankers, round_=0, judges_alone=True),
-        ("ranker", "reward"),
+        ("ranker", "reward", "crossfit"),
         ("sessions", "features", "items", "embeddings_0"),
         ray=True,
     )
@@ -74,22 +75,39 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
     first and the last the control on shuffled queries.
     """
 
-    def spec(name: str, kind: Literal["qe_rec"] | Baseline, seed: int = 0, shuffled: bool = False) -> RankerSpec:
-        return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled)
+    def spec(
+        name: str,
+        kind: Literal["qe_rec"] | Baseline,
+        seed: int = 0,
+        shuffled: bool = False,
+        without: int | None = None,
+    ) -> RankerSpec:
+        return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled, without)
 
-    judges = judge_names(config)[1:] if round_ < config.rounds else []
+    judges = [
+        spec(name, "qe_rec", seed, without=fold if len(folds) > 1 else None)
+        for seed, folds in enumerate(judge_names(config) if round_ < config.rounds else [])
+        for fold, name in enumerate(folds)
+        if name != "qe_rec"
+    ]
     controls = [spec("shuffled", "qe_rec", shuffled=True)] if round_ in (0, config.rounds) else []
     return [
         *(spec(name, name) for name in (config.baselines if round_ == 0 else ())),
         spec("qe_rec", "qe_rec"),
-        *(spec(name, "qe_rec", seed) for seed, name in enumerate(judges, 1)),
+        *judges,
         *controls,
     ]
 
 
-def judge_names(config: Config) -> list[str]:
-    """The rankers that score rollouts: the reward's own first, then those of other seeds."""
-    return ["qe_rec", *(f"judge_{seed}" for seed in range(1, config.reward.judge_seeds))]
+def judge_names(config: Config) -> list[list[str]]:
+    """The rankers that score rollouts, a list a judge: the reward's own first, then those of other seeds.
+
+    With `crossfit` a judge is a ranker a fold, which has learned from all others.
+    """
+    seeds = range(config.reward.judge_seeds)
+    if config.crossfit > 1:
+        return [[f"judge_{seed}_fold_{fold}" for fold in range(config.crossfit)] for seed in seeds]
+    return [[f"judge_{seed}" if seed else "qe_rec"] for seed in seeds]
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -181,7 +199,7 @@ def encode_sentences(run: Run, out: str) -> Outcome:
     plan = encode.EncodePlan(
         log_uri=run.uri("sessions"),
         template=Template.load(config.prompt.template),
-        roles=ENCODED,
+        roles=(*ENCODED, *align_roles(config.rounds)),  # rankers without an LLM may learn from these as well
         queries_for=(),
         query_sessions=(),
         encode=config.encode.model_copy(update={"query_share": 0.0}),
@@ -203,7 +221,8 @@ def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec)
 def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -> Outcome:
     specs = ranker_specs(run.config, round_, out)
     if judges_alone:
-        specs = [spec for spec in specs if spec.name in judge_names(run.config)]
+        wanted = {"qe_rec", *(name for folds in judge_names(run.config) for name in folds)}
+        specs = [spec for spec in specs if spec.name in wanted]
     job = RankerJob(
         rankers=tuple(specs),
         log_uri=run.uri("sessions"),
@@ -214,6 +233,7 @@ def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -
         embeddings_uri=run.uri(f"embeddings_{round_}"),
         item_embeddings_uri=run.uri("items"),
         shuffle_seed=run.config.seed,
+        folds=run.config.crossfit,
     )
     trained = training.train(job)
     return Outcome({"rankers": len(trained)}, {name: ranker.figures for name, ranker in trained.items()})

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from rgalign_ray.config import Config
-from rgalign_ray.loop import align_stages, audit_stages, evaluate_stages, judge_stages, log_stages, rank_stages
+from rgalign_ray.loop import (
+    align_stages,
+    audit_stages,
+    evaluate_stages,
+    judge_stages,
+    log_stages,
+    rank_stages,
+    worth_stages,
+)
 from rgalign_ray.loop.stage import Stage
 
 
@@ -13,6 +21,7 @@ def stages(config: Config) -> list[Stage]:
     for round_ in range(1, config.rounds + 1):
         sequence += [
             *judge_stages.stages(config, round_),
+            *worth_stages.stages(config, round_),
             *align_stages.stages(config, round_),
             *rank_stages.stages(config, round_),
         ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.evaluate import diagnosis
+from rgalign_ray.evaluate import diagnosis, query_worth
 from rgalign_ray.evaluate.report import Comparison, Curves, Diagnosis, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
+from rgalign_ray.loop import worth_stages
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.loop.stages import stages
 
@@ -39,12 +43,15 @@ def report(run: Run) -> Report:
     comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
     gates = [manifests[f"rewards_{r}"].figures["gate"] for r in range(1, config.rounds + 1)]
     metrics = meanings(config)
+    diagnoses = [Diagnosis.model_validate(found) for found in evaluation["diagnoses"]]
+    truth = worth_stages.found([run], config.rounds)
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         lead=LEAD,
         summary=[
             *_summary(run, manifests, comparisons, gates),
-            *(diagnosis.sentence(Diagnosis.model_validate(found)) for found in evaluation["diagnoses"]),
+            *([query_worth.sentence(truth)] if truth else []),
+            *(diagnosis.sentence(found) for found in diagnoses),
         ],
         facts={
             "log": config.log.source,
@@ -62,19 +69,27 @@ def report(run: Run) -> Report:
         comparisons=comparisons,
         query_variance=evaluation["query_variance"],
         examples=[Example.model_validate(example) for example in evaluation["examples"]],
-        reward=RewardGate(
-            **{
-                name: gates[-1][name]
-                for name in ("spread", "noise", "reliability", "spread_by_session", "noise_by_session")
-            },
-            best_of_n=gates[-1]["best_of_n"],
-            best_of_n_judged=gates[-1]["best_of_n_judged"],
-            best_of_n_audited=gates[-1]["best_of_n_audited"] or [],
-            valid_rate=manifests[f"rollouts_{config.rounds}"].figures["valid_rate"],
-        ),
+        reward=reward_gate([gates[-1]], [manifests[f"rollouts_{config.rounds}"].figures["valid_rate"]]),
+        worth=truth,
+        diagnoses=diagnoses,
         curves=_curves(manifests),
         stages=[StageTime(name=name, seconds=m.seconds, peak_mb=m.peak_memory_mb) for name, m in manifests.items()],
         ingest=Ingest(sessions=sessions["kept"], roles=sessions["roles"], quarantined=sessions["quarantined"]),
+    )
+
+
+def reward_gate(gates: Sequence[Mapping[str, Any]], valid_rates: Sequence[float]) -> RewardGate:
+    """The gate's figures, averaged over one or more seeds."""
+
+    def mean(name: str) -> Any:
+        return np.mean([gate[name] for gate in gates], axis=0).tolist()
+
+    return RewardGate(
+        **{name: mean(name) for name in ("spread", "noise", "reliability", "best_of_n", "best_of_n_judged")},
+        best_of_n_audited=mean("best_of_n_audited") if gates[0]["best_of_n_audited"] else [],
+        spread_by_session=[it for gate in gates for it in gate["spread_by_session"]],
+        noise_by_session=[it for gate in gates for it in gate["noise_by_session"]],
+        valid_rate=float(np.mean(valid_rates)),
     )
 
 

@@ -58,11 +58,14 @@ def run(config: Config) -> Config:
 def tunable(rows: list[RowName]) -> list[RowName]:
     """The rows that stand for their models: competitors that have something to train.
 
-    Controls of a model, and rows in which another reasoner stands before it, use what the model itself was tuned
-    to: one tuned better or worse would tell of its tuning.
+    Controls of a model, and rows in which it reads another reasoner or more sessions, use what the model itself was
+    tuned to: one tuned better or worse would tell of its tuning.
     """
-    own = (name for name in rows if not ROWS[name].control and not ROWS[name].aligned)
-    return [name for name in own if MODELS[ROWS[name].kind].trained]
+    return [name for name in rows if _stands_for_its_model(ROWS[name]) and MODELS[ROWS[name].kind].trained]
+
+
+def _stands_for_its_model(row: LadderRow) -> bool:
+    return not (row.control or row.aligned or row.more)
 
 
 def trial_of(job: Run, name: RowName, number: int) -> tuple[Run, Stage]:

@@ -14,6 +14,7 @@ from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.ragged import Ragged
 from rgalign_ray.ranker.sizes import Sizes
@@ -27,6 +28,9 @@ READ = ("prompt", "has_prompt", "query", "has_query")
 """What a row holds of embeddings."""
 SHUFFLED = "shuffled_"
 """Before a name of `READ`: the same of another user's session, for the control."""
+
+FOLD = "fold"
+"""Of the session's user, where rankers leave one out."""
 
 LISTS = {"candidates": np.int32(-1), "shown": False, "clicks": False}
 """Columns whose width differs from batch to batch, and what pads them."""
@@ -51,6 +55,7 @@ def training_table(
     embeddings: Embeddings | None,
     shuffled: Embeddings | None,
     valid_role: str,
+    folds: int = 0,
 ) -> pa.Table:
     """A batch of sessions as training rows; with `shuffled`, the control's embeddings stand beside the own.
 
@@ -62,6 +67,8 @@ def training_table(
         others = with_embeddings(arrays, shuffled)
         rows |= {SHUFFLED + name: others[name] for name in READ}
     rows["valid"] = np.array([role == valid_role for role in sessions["role"].to_pylist()], dtype=bool)
+    if folds:
+        rows[FOLD] = fold_of(sessions["user_id"].to_pylist(), folds)
     return to_table(rows)
 
 
@@ -82,10 +89,17 @@ def to_table(rows: Rows) -> pa.Table:
     return pa.table(columns)
 
 
-def reading(rows: Rows, shuffled: bool) -> Rows:
-    """The rows as one ranker reads them: with their own embeddings, or with the control's."""
-    own = {name: values for name, values in rows.items() if not name.startswith(SHUFFLED)}
-    return own | {name: rows[SHUFFLED + name] for name in READ} if shuffled else own
+def reading(rows: Rows, shuffled: bool, without: int | None = None) -> Rows:
+    """The rows as one ranker reads them: with their own embeddings or with the control's, and all of them but those
+    of the fold `without` that do not choose the epoch.
+    """
+    own = {name: values for name, values in rows.items() if not name.startswith(SHUFFLED) and name != FOLD}
+    if shuffled:
+        own |= {name: rows[SHUFFLED + name] for name in READ}
+    if without is None or not len(rows["valid"]):
+        return own
+    kept = np.flatnonzero(rows["valid"] | (rows[FOLD] != without))
+    return {name: values[kept] for name, values in own.items()}
 
 
 def ragged(rows: Rows) -> Rows:

@@ -71,6 +71,7 @@ class RankerSpec:
         out_uri: folder that receives the artefact.
         seed: of initialisation, order, dropout and query inputs.
         shuffled: the control in which every session reads the embeddings of another user's session.
+        without: the fold of users that it does not learn from, if any.
     """
 
     name: str
@@ -78,6 +79,7 @@ class RankerSpec:
     out_uri: str
     seed: int
     shuffled: bool = False
+    without: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class RankerJob:
         item_embeddings_uri: text embeddings of the intents (readout item).
         shuffle_seed: of the control's permutation.
         local: train in this process, without workers and without Ray.
-        train_role: whose sessions are learned from.
+        train_roles: whose sessions are learned from.
+        folds: into how many users are cut, where rankers leave one out.
     """
 
     rankers: tuple[RankerSpec, ...]
@@ -108,7 +111,8 @@ class RankerJob:
     item_embeddings_uri: str | None = None
     shuffle_seed: int = 0
     local: bool = False
-    train_role: str = "rank"
+    train_roles: tuple[str, ...] = ("rank",)
+    folds: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,14 @@ class TrainedRanker:
 
 
 def train(job: RankerJob) -> dict[str, TrainedRanker]:
-    """Trains rankers on `train_role`, choosing each one's epoch on role valid, and writes their artefacts.
+    """Trains rankers on `train_roles`, choosing each one's epoch on role valid, and writes their artefacts.
 
     Returns:
         by name of the spec.
 
     Raises:
         ConfigError: for a QE-Rec without embeddings.
-        DataError: for a log without clicks in that role or valid, or embeddings that do not belong to it.
+        DataError: for a log without clicks in those roles or valid, or embeddings that do not belong to it.
         ray.train.TrainingFailedError: when workers failed more than `MAX_FAILURES` times.
     """
     reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
@@ -251,7 +255,7 @@ def _train_all(
         for spec in specs:
             if spec.name in results:
                 continue
-            own = reading(rows, spec.shuffled)
+            own = reading(rows, spec.shuffled, spec.without)
             try:
                 fit = Fit(spec.kind, sizes, settings, own, worker_config["items"], spec.seed, group, device)
             except DataError as error:  # from summed counts, hence the same in all workers
@@ -329,7 +333,7 @@ def _shuffled(job: RankerJob, embeddings: Embeddings | None) -> Embeddings | Non
 def _dataset(
     job: RankerJob, catalogue: tuple[pa.Table, pa.Table | None], embeddings: Embeddings | None
 ) -> ray.data.Dataset:
-    sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[job.train_role, VALID_ROLE])
+    sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[*job.train_roles, VALID_ROLE])
     sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
     return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(
         training_table,
@@ -350,11 +354,12 @@ def _tables(
 
 
 def _columns(job: RankerJob) -> list[str]:
-    return [*columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri)), "role"]
+    read = columns(FeatureSpace.from_dict(job.space), column_names(job.log_uri))
+    return [*read, "role", *(["user_id"] if job.folds else [])]
 
 
 def _trains(job: RankerJob) -> ds.Expression:
-    return pc.field("role").isin([job.train_role, VALID_ROLE])
+    return pc.field("role").isin([*job.train_roles, VALID_ROLE])
 
 
 def _reading(
@@ -367,6 +372,7 @@ def _reading(
         "embeddings": embeddings,
         "shuffled": _shuffled(job, embeddings),
         "valid_role": VALID_ROLE,
+        "folds": job.folds,
     }
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from rgalign_ray import config, schema, storage
 from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
+from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.fit import to_batch
@@ -31,11 +34,42 @@ from rgalign_ray.reward import functions
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
 
 
+@dataclass(frozen=True)
+class QueryUnit:
+    """The latent queries of a work unit, in order of session and sample."""
+
+    rollouts: pa.Table
+    session_ids: list[str]
+    valid: np.ndarray
+    """bool [S, N]."""
+    embeddings: np.ndarray
+    """float16 [S, N, H], e(x,q); zeros where a query is not valid, since metrics refuse scores that are nan."""
+    reasoner_version: str
+
+    @classmethod
+    def load(cls, rollouts_uri: str, embeddings_uri: str) -> QueryUnit:
+        """The unit of its two files."""
+        rollouts = storage.read_table(rollouts_uri).sort_by([("session_id", "ascending"), ("sample", "ascending")])
+        vectors = storage.read_table(embeddings_uri).sort_by([("id", "ascending"), ("sample", "ascending")])
+        vectors = vectors.filter(pc.equal(vectors["readout"], "query"))
+        assert vectors["id"].to_pylist() == rollouts["session_id"].to_pylist(), (
+            f"{embeddings_uri}: not of {rollouts_uri}"
+        )
+        ids = list(dict.fromkeys(rollouts["session_id"].to_pylist()))
+        embeddings = np.stack(vectors["embedding"].to_numpy()).reshape(
+            len(ids), -1, vectors.schema.field("embedding").type.list_size
+        )
+        valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
+        known = np.where(valid[..., None], embeddings, np.float16(0))
+        return cls(rollouts, ids, valid, known, vectors["reasoner_version"][0].as_py())
+
+
 class RewardModel:
     """Scores rollouts with frozen rankers.
 
     Args:
-        rankers: ranker artefacts (QE-Rec), the reward's own first.
+        rankers: ranker artefacts (QE-Rec), a list a judge, the reward's own first: of each fold of users the ranker
+            that has not learned from it, or one ranker for all.
         log_uri: the ingested log, for the knowledge base.
         settings: which reward.
         auditor: a second pair that judges the same queries, if there is one.
@@ -45,15 +79,16 @@ class RewardModel:
     """
 
     def __init__(
-        self, rankers: list[str], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None
+        self, rankers: list[list[str]], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None
     ) -> None:
         torch.set_num_threads(1)
-        self.judges = [scoring.load(uri) for uri in rankers]
+        self.judges = [[scoring.load(uri) for uri in folds] for folds in rankers]
+        self.first = self.judges[0][0]
         self.catalogue = Catalogue.load(log_uri)
         self.settings = settings
         self.auditor = Auditor(auditor) if auditor else None
-        for judge in [*self.judges, *([self.auditor.ranker] if self.auditor else [])]:
-            judge.require(space_version=self.judges[0].meta.space_version, intent_ids=self.catalogue.ids)
+        for ranker in [*chain(*self.judges), *([self.auditor.ranker] if self.auditor else [])]:
+            ranker.require(space_version=self.first.meta.space_version, intent_ids=self.catalogue.ids)
 
     def score(self, sessions: pa.Table, rollouts_uri: str, embeddings_uri: str) -> tuple[pa.Table, np.ndarray]:
         """Judges the rollouts of one unit.
@@ -70,41 +105,56 @@ class RewardModel:
         Raises:
             DataError: when the embeddings are of another reasoner version than a judge was trained on.
         """
-        rollouts = storage.read_table(rollouts_uri).sort_by([("session_id", "ascending"), ("sample", "ascending")])
-        vectors = storage.read_table(embeddings_uri).sort_by([("id", "ascending"), ("sample", "ascending")])
-        vectors = vectors.filter(pc.equal(vectors["readout"], "query"))
-        assert vectors["id"].to_pylist() == rollouts["session_id"].to_pylist(), (
-            f"{embeddings_uri}: not of {rollouts_uri}"
-        )
-        ids = list(dict.fromkeys(rollouts["session_id"].to_pylist()))
-        embeddings = np.stack(vectors["embedding"].to_numpy()).reshape(
-            len(ids), -1, vectors.schema.field("embedding").type.list_size
-        )
-        for judge in self.judges:
-            judge.require(reasoner_version=vectors["reasoner_version"][0].as_py())
+        unit = QueryUnit.load(rollouts_uri, embeddings_uri)
+        rollouts, valid = unit.rollouts, unit.valid
+        for ranker in chain(*self.judges):
+            ranker.require(reasoner_version=unit.reasoner_version)
         sessions = sessions.sort_by("session_id")
-        batch = examples(sessions, self.judges[0].space, self.catalogue)
+        batch = examples(sessions, self.first.space, self.catalogue)
+        folds = len(self.judges[0])
+        fold = fold_of(sessions["user_id"].to_pylist(), folds) if folds > 1 else np.zeros(len(sessions), np.int64)
         labels = functions.Labels.of(self.settings, sessions, batch, self.catalogue)
-        valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
-        embeddings = np.where(valid[..., None], embeddings, np.float16(0))  # metrics refuse scores that are nan
-        rewards, nulls = zip(*(self._rewards(judge, batch, labels, embeddings) for judge in self.judges), strict=True)
+        rewards, nulls = zip(
+            *(self._by_fold(judge, fold, batch, labels, unit.embeddings) for judge in self.judges), strict=True
+        )
         judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
         audit = np.full(valid.shape, np.nan)
         if self.auditor:
             read = self.auditor.embeddings(sessions, rollouts["query"].to_pylist())
             audit = np.where(valid, self._rewards(self.auditor.ranker, batch, labels, read)[0], np.nan)
-        return self._table(rollouts, judged[..., 0], nulls[0], audit), judged
+        versions = np.array([ranker.meta.version for ranker in self.judges[0]])[fold]
+        return self._table(rollouts, judged[..., 0], nulls[0], audit, versions), judged
+
+    def _by_fold(
+        self,
+        judge: list[scoring.LoadedRanker],
+        fold: np.ndarray,
+        batch: dict[str, Any],
+        labels: functions.Labels,
+        embeddings: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One judge's rewards [S, N] of queries and [S] of the null query, each session by the ranker of its fold."""
+        rewards, null = np.empty(embeddings.shape[:2]), np.empty(len(embeddings))
+        for number, ranker in enumerate(judge):
+            rows = np.flatnonzero(fold == number)
+            if len(rows):
+                part = {name: values[rows] for name, values in batch.items() if name != "session_id"}
+                rewards[rows], null[rows] = self._rewards(ranker, part, labels.take(rows), embeddings[rows])
+        return rewards, null
 
     def _rewards(
-        self, judge: scoring.LoadedRanker, batch: dict[str, Any], labels: functions.Labels, embeddings: np.ndarray
+        self, ranker: scoring.LoadedRanker, batch: dict[str, Any], labels: functions.Labels, embeddings: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One judge's rewards [S, N] of the queries, and [S] of the null query."""
-        scores = query_scores(judge.model, to_batch(batch), torch.from_numpy(embeddings.astype(np.float32)))
+        """One ranker's rewards [S, N] of the queries, and [S] of the null query."""
+        scores = query_scores(ranker.model, to_batch(batch), torch.from_numpy(embeddings.astype(np.float32)))
         mask = batch["candidates"] >= 0
         rewards = functions.reward(self.settings, scores, labels, mask)
         return rewards[:, :-1], rewards[:, -1]
 
-    def _table(self, rollouts: pa.Table, reward: np.ndarray, null: np.ndarray, audit: np.ndarray) -> pa.Table:
+    @staticmethod
+    def _table(
+        rollouts: pa.Table, reward: np.ndarray, null: np.ndarray, audit: np.ndarray, versions: np.ndarray
+    ) -> pa.Table:
         uplift = reward - null[:, None]
         return pa.table(
             [
@@ -114,7 +164,7 @@ class RewardModel:
                 pa.array(audit.ravel(), pa.float32(), from_pandas=True),
                 rollouts["fault"].is_null(),
                 rollouts["fault"],
-                pa.repeat(self.judges[0].meta.version, rollouts.num_rows),
+                pa.array(versions.repeat(reward.shape[1])),
             ],
             schema=schema.SCORED,
         )

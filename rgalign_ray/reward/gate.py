@@ -55,9 +55,8 @@ def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
     first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
     spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
     auditor = None if audited is None else _centred(audited[usable])
-    seen = _seen_by_second(first, second, first.shape[1])
-    numbers = range(1, first.shape[1] + 1)
-    curves = [_best_of(first, second, n) for n in numbers]
+    judges = best_of(first, second)
+    seen = judges[:, -1]
     return Gate(
         sessions=int(usable.sum()),
         spread=float(spread.mean()),
@@ -65,13 +64,29 @@ def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
         reliability=_correlation(first, second),
         agreement=float(seen.mean()),
         agreement_error=float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else float("nan"),
-        best_of_n=[own for own, _ in curves],
-        best_of_n_judged=[judged for _, judged in curves],
+        best_of_n=best_of(first, first).mean(axis=0).tolist(),
+        best_of_n_judged=judges.mean(axis=0).tolist(),
         spread_by_session=spread.tolist(),
         noise_by_session=noise.tolist(),
         audit=None if auditor is None else _correlation(first, auditor),
-        best_of_n_audited=None if auditor is None else [_best_of(first, auditor, n)[1] for n in numbers],
+        best_of_n_audited=None if auditor is None else best_of(first, auditor).mean(axis=0).tolist(),
     )
+
+
+def best_of(choosing: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """What one sees in the query that another prefers among the first n valid ones.
+
+    Args:
+        choosing, seen: float [S, N], nan where a query is not valid; every session has a valid one.
+
+    Returns:
+        float64 [S, N]: of n = 1 … N.
+    """
+    chosen = []
+    for n in range(1, choosing.shape[1] + 1):
+        choice = np.nanargmax(np.where(_leading(choosing, n), choosing, np.nan), axis=1)
+        chosen.append(np.take_along_axis(seen, choice[:, None], axis=1)[:, 0])
+    return np.stack(chosen, axis=1)
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -87,17 +102,6 @@ def _centred(reward: np.ndarray) -> np.ndarray:
 def _deviation(centred: np.ndarray) -> np.ndarray:
     """Standard deviation [S] within each session (ddof 1)."""
     return np.sqrt(np.nansum(centred**2, axis=1) / (np.isfinite(centred).sum(axis=1) - 1))
-
-
-def _best_of(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, float]:
-    own = np.nanmax(np.where(_leading(first, n), first, np.nan), axis=1)
-    return float(own.mean()), float(_seen_by_second(first, second, n).mean())
-
-
-def _seen_by_second(first: np.ndarray, second: np.ndarray, n: int) -> np.ndarray:
-    """[S]: the second judge's reward of the query that the first prefers among the first n valid ones."""
-    choice = np.nanargmax(np.where(_leading(first, n), first, np.nan), axis=1)
-    return np.take_along_axis(second, choice[:, None], axis=1)[:, 0]
 
 
 def _leading(values: np.ndarray, n: int) -> np.ndarray:

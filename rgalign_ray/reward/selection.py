@@ -37,6 +37,11 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
     return chosen
 
 
+def among_first(reward: np.ndarray, n: int | None) -> np.ndarray:
+    """Rewards [S, N] in which all but a session's first n queries are as if they were not valid; None keeps all."""
+    return reward if n is None else np.where(np.arange(reward.shape[1]) < n, reward, np.nan)
+
+
 def resampled(weights: np.ndarray, seed: int) -> np.ndarray:
     """Places 0 … S − 1 drawn again, S of them, in proportion to weights [S]; negative ones count as zero.
 

@@ -12,6 +12,7 @@ from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate.report import Report, Row
 from rgalign_ray.loop import compare
 
+ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
 
@@ -62,6 +63,10 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
     assert taught == {"row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled"}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
+    assert made.reward is not None and made.worth is not None
+    assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
+    assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in rows if name in ALIGNED]
+    assert {name for it in made.written for name in it.queries} == {"frozen reasoner", "title", "gradient", "full"}
 
 
 def _judged(made: Report) -> list[Row]:

@@ -72,10 +72,13 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("encode.query_share=0", "never saw e(x,q)"),
         ("log.source=parquet", "uri and intents"),
         ("roles.cold_share=0.2", "world.cold_share"),
+        ("select.n=5", "more than the 4 queries"),
+        ("crossfit=3 align=[gradient]", "does not go with gradient"),
+        ("roles.align=0 roles.rank=0.75", "roles.align unless crossfit is"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(empty: str, override: str, part: str) -> None:
-    assert part in refused(empty, override)
+    assert part in refused(empty, *override.split())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgalign_ray.evaluate.diagnosis import diagnose, moved, sentence
+from rgalign_ray.evaluate.diagnosis import averaged, diagnose, moved, sentence
 
 
 @settings(deadline=None, max_examples=20)
@@ -47,3 +47,17 @@ def test_without_queries_nothing_is_said_to_have_changed() -> None:
     )
     assert found.queries == 0 and np.isnan(found.queries_changed)
     assert "no query was" in sentence(found)
+
+
+def test_seeds_are_averaged_and_their_errors_shrink() -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 3))
+    gates = [{"agreement": 0.05, "agreement_error": 0.03}, {"agreement": 0.07, "agreement_error": 0.04}]
+    queries = [({"a": "x"}, {"a": "y"}), ({"a": "x", "b": "z"}, {"a": "x", "b": "z"})]
+    found = averaged(
+        [
+            diagnose("RG-SFT", gate, pair, (vectors, vectors), {"null": 0.8, "prompt": 0.82})
+            for gate, pair in zip(gates, queries, strict=True)
+        ]
+    )
+    assert (found.informative, found.informative_error) == (pytest.approx(0.06), pytest.approx(0.025))
+    assert (found.queries, found.queries_changed) == (3, 0.5)

@@ -17,13 +17,16 @@ from rgalign_ray.evaluate.report import (
     Calibration,
     Comparison,
     Curves,
+    Diagnosis,
     Estimate,
     Example,
     Ingest,
+    QueryWorth,
     Report,
     RewardGate,
     Row,
     Stage,
+    Written,
     comparisons,
     examples,
     headline,
@@ -79,6 +82,19 @@ def report(text: str = "plain", **changes: Any) -> Report:
             best_of_n=[-3.0, -2.9],
             valid_rate=0.9,
         ),
+        "worth": QueryWorth(metric=text, sessions=40, by_reward=[figures] * 2, by_truth=[figures] * 2, null=figures),
+        "diagnoses": [
+            Diagnosis(
+                name=text,
+                informative=0.0123,
+                informative_error=0.004,
+                queries=300,
+                queries_changed=0.4,
+                moved=0.31,
+                read=-0.0021,
+            )
+        ],
+        "written": [Written(session=text, queries={text: text, "frozen": None})],
         "curves": [Curves(title=text, x=text, y=text, lines={text: [0.1, 0.2], "other": [0.3]})],
         "breakdowns": [
             Breakdown(metric=text, by=text, groups=[text, "SG"], rows={text: [figures, None], "other": [figures] * 2})
@@ -141,6 +157,9 @@ def test_the_page_holds_every_figure(page_text: str) -> None:
         assert figure in page.text, figure
     assert "2,500 sessions came in; 5 were set aside" in page.text
     assert "from an earlier run" in page.text
+    for figure in ("+0.0123", "± 0.0040", "0.3100", "−0.0021"):
+        assert figure in page.text, figure
+    assert "Best of N, in truth" in page.text
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page_text: str) -> None:

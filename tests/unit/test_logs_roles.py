@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rgalign_ray.config import Roles
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.logs.roles import NONE, role_names, role_of
+from rgalign_ray.logs.roles import NONE, fold_of, role_names, role_of
 
 LAST = np.datetime64("2026-02-11")
 USERS = np.array([f"user-{i}" for i in range(4000)])
@@ -88,3 +88,14 @@ def test_another_seed_is_another_draw() -> None:
     ts = np.full(len(USERS), np.datetime64("2026-01-01"))
     first, second = (role_of(USERS, ts, Roles(seed=seed, test_days=0), 1, LAST) for seed in (0, 1))
     assert np.mean(first == second) == pytest.approx(0.6**2 + 0.15**2 + 0.1**2 + 0.15**2, abs=0.04)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_are_even_stable_and_none_of_the_roles(folds: int) -> None:
+    fold = fold_of(USERS, folds)
+    np.testing.assert_array_equal(fold[::-1], fold_of(USERS[::-1], folds), "a user's fold depends on no order")
+    role = role_of(USERS, np.full(len(USERS), LAST), Roles(test_days=0), 1, LAST)
+    for name in ("rank", "valid"):
+        counts = np.bincount(fold[role == name], minlength=folds)
+        assert len(counts) == folds
+        np.testing.assert_allclose(counts, (role == name).sum() / folds, rtol=0.25)

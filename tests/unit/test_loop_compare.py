@@ -11,8 +11,8 @@ import pytest
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.loop import compare, controller, ladder_report, tune
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, alignments, rows_of
+from rgalign_ray.loop import alignments, compare, controller, ladder_report, tune
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, rows_of
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.fit import MODELS
 
@@ -43,11 +43,11 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
     extra = {} if source == "shop" else {"features": {"spec": "movielens"}, "prompt": {"template": "movielens"}}
     if source == "movielens":
         rows = [name for name in rows if name != "true_need"]
-    settings = config.validate({"compare": {"rows": rows}, "log": {"source": source}, **extra})
+    settings = config.validate({"compare": {"rows": rows}, "log": {"source": source}, "rollout": {"n": 8}, **extra})
     stages = compare.preparation(settings, rows)
     made = {stage.name for stage in stages}
     assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
-    made |= {stage.name for stage in compare.teaching(settings)} | {"embeddings_1"} if len(rows) > 2 else set()
+    made |= {stage.name for stage in alignments.teaching(settings)} | {"embeddings_1"} if len(rows) > 2 else set()
     assert ("embeddings_need" in made) == ("true_need" in rows)
     assert ("embeddings_sentence" in made) == ("din_sentence" in rows), "nobody waits for texts that no row reads"
     trials = [tune.trial_of(Run(settings), name, 0)[1] for name in tune.tunable(rows)]
@@ -56,26 +56,27 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
 
 
 def test_alignments_share_queries_and_rewards_and_keep_apart_what_they_learn() -> None:
-    settings = config.validate({"run_dir": "/runs/x", "roles": {"audit": 0.05, "test": 0.1}})
+    settings = config.validate({"run_dir": "/runs/x", "roles": {"audit": 0.05, "test": 0.1}, "rollout": {"n": 8}})
     job = Run(compare.of_seed(settings, 0))
-    runs = {name: compare.aligned_run(job, name) for name in alignments(list(ROWS))}
+    runs = {name: alignments.run_of(job, name) for name in alignments.read_by(list(ROWS))}
     assert set(runs) == set(ALIGNMENTS)
-    shared = {"sessions", "features", "items", "rankers_0", "auditor", "rollouts_1", "rewards_1"}
+    taught = {"rollouts_1", "rewards_1"}
     for name, run in runs.items():
-        stages = compare.aligning(run.config)
+        stages = alignments.aligning(run.config)
         made = {stage.name for stage in stages}
+        shared = {"sessions", "features", "items", "rankers_0", "auditor"} | (set() if name == "leak" else taught)
         assert all(run.uri(stage) == job.uri(stage) for stage in shared)
         assert not {run.uri(stage) for stage in made} & {job.uri(stage) for stage in made}, name
         assert made | shared | {"log"} >= {name for stage in stages for name in stage.inputs}
         assert "embeddings_1" in made and "rankers_1" not in made, "rankers are slices"
     assert len({run.uri("embeddings_1") for run in runs.values()}) == len(ALIGNMENTS)
     assert runs["random"].config.select.method == "random" and runs["gradient"].config.align == ["gradient"]
-    assert runs["full"].config.align == settings.align
+    assert runs["full"].config.align == runs["leak"].config.align == settings.align
 
 
 def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
     frozen = config.load("ladder")
-    assert not alignments(rows_of(frozen)) and not alignments(rows_of(config.load("demo")))
+    assert not alignments.read_by(rows_of(frozen)) and not alignments.read_by(rows_of(config.load("demo")))
     with pytest.raises(ConfigError, match="align names no objective"):
         compare.preparation(frozen, ["rg_sft"])
 
@@ -100,8 +101,10 @@ def test_a_log_without_truth_has_no_true_need() -> None:
 
 
 def test_a_row_is_trained_with_what_its_model_was_tuned_to() -> None:
-    settings = config.validate({"compare": {"tuned": {"din": {"lr": 0.01, "dim": 8}, "qe_rec": {"dropout": 0.5}}}})
+    tuned = {"din": {"lr": 0.01, "dim": 8}, "qe_rec": {"dropout": 0.5}}
+    settings = config.validate({"compare": {"tuned": tuned}, "rollout": {"n": 8}})
     rankers = {name: compare.slice_of(Run(settings), name)[0].config.ranker for name in ROWS}
+    assert rankers["din"] == rankers["din_more"]
     assert (rankers["din"].lr, rankers["din"].dim) == (0.01, 8)
     assert rankers["lr"] == rankers["din_text"] == settings.ranker
     controls = ["qe_rec", "qe_rec_shuffled", "template", "true_need"]
@@ -109,8 +112,10 @@ def test_a_row_is_trained_with_what_its_model_was_tuned_to() -> None:
 
 
 def test_models_with_nothing_to_train_are_not_tuned() -> None:
-    assert tune.tunable(list(ROWS)) == [name for name in ROWS if not (ROWS[name].control or ROWS[name].aligned)]
-    assert not {"popularity", "cosine", "template"} & set(tune.tunable(list(ROWS)))
+    tuned = tune.tunable(list(ROWS))
+    assert tuned == [name for name, row in ROWS.items() if not (row.control or row.aligned or row.more)]
+    assert not {"popularity", "cosine", "template"} & set(tuned)
+    assert len({ROWS[name].kind for name in tuned}) == len(tuned), "a model is tuned once"
 
 
 def test_seeds_draw_their_own_world_and_keep_apart() -> None:

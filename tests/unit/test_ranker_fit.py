@@ -17,7 +17,7 @@ from rgalign_ray.ranker import fit as fitting
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
-from rgalign_ray.ranker.rows import LISTS, from_tables, to_table
+from rgalign_ray.ranker.rows import FOLD, LISTS, from_tables, reading, to_table
 
 SIZES = sizes()
 SETTINGS = config.Ranker(dim=16, heads=2, epochs=8, patience=8, batch_sessions=32, whitened_dim=12, lr=5e-3)
@@ -299,3 +299,16 @@ def test_rows_survive_the_arrow_round_trip_and_an_empty_worker_has_shapes() -> N
     empty = {name: v.padded() if name in LISTS else v for name, v in from_tables([], SIZES).items()}
     assert {name: values.shape[2:] for name, values in empty.items()} == {n: v.shape[2:] for n, v in data.items()}
     assert all(len(values) == 0 for values in empty.values())
+
+
+def test_a_ranker_without_a_fold_learns_from_the_others_and_chooses_by_all() -> None:
+    data = rows(SIZES, 60) | {FOLD: np.arange(60) % 3}
+    own = reading(data, shuffled=False, without=1)
+    kept = data["valid"] | (data[FOLD] != 1)
+    assert 0 < (~kept).sum() < 60 and FOLD not in own
+    for name, values in own.items():
+        np.testing.assert_array_equal(values, data[name][kept], err_msg=name)
+    back = reading(from_tables([to_table(data)], SIZES), shuffled=False, without=1)
+    assert {name: len(values) for name, values in back.items()} == dict.fromkeys(back, int(kept.sum()))
+    empty = reading(from_tables([], SIZES), shuffled=False, without=1)
+    assert all(len(values) == 0 for values in empty.values()), "a worker that was dealt nothing knows no folds"

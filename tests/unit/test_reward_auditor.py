@@ -53,9 +53,9 @@ def spec(place: Path) -> AuditorSpec:
 
 def test_it_reads_query_and_session_and_judges_each_rollout(place: Path, spec: AuditorSpec, tmp_path: Path) -> None:
     *files, _ = unit(tmp_path, faults={("s2", 1): "loop"})
-    model = RewardModel([str(place / "a"), str(place / "b")], str(place / "log"), config.Reward(), spec)
+    model = RewardModel([[str(place / "a")], [str(place / "b")]], str(place / "log"), config.Reward(), spec)
     scored, judged = model.score(sessions_table(), *files)
-    plain, same = RewardModel([str(place / "a"), str(place / "b")], str(place / "log"), config.Reward()).score(
+    plain, same = RewardModel([[str(place / "a")], [str(place / "b")]], str(place / "log"), config.Reward()).score(
         sessions_table(), *files
     )
     np.testing.assert_array_equal(judged, same)

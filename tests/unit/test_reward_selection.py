@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgalign_ray import config
-from rgalign_ray.reward.selection import pairs, resampled, select
+from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 REWARD = st.floats(-4, 0, width=32) | st.sampled_from([-1.0, -0.5])
 ROW = st.lists(REWARD | st.just(float("nan")), min_size=2, max_size=6)
@@ -142,3 +142,11 @@ def test_what_weighs_more_comes_more_often(weights: list[float], seed: int) -> N
     counts = np.bincount(found, minlength=len(weights))
     assert np.all(np.abs(counts - expected) < 1 + 1e-6), "rounded up or down"
     assert not counts[positive == 0].any()
+
+
+def test_the_best_of_fewer_is_chosen_among_the_first() -> None:
+    reward = np.array([[0.1, 0.3, 0.2, 0.9], [np.nan, 0.3, 0.2, 0.1]])
+    numbers, settings = np.arange(2, dtype=np.uint64), config.Select()
+    found = {n: select(among_first(reward, n), np.ones((2, 4)), settings, numbers).tolist() for n in (None, 2, 3)}
+    assert found == {None: [3, 1], 2: [1, -1], 3: [1, 1]}, "one query alone is no choice"
+    assert pairs(among_first(reward, 3), settings, numbers).tolist() == [[1, 0], [1, 2]]

@@ -1,0 +1,95 @@
+"""Alignments of a comparison: what all of a seed learn from, what each makes, and what the report tells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config, RowName, changed
+from rgalign_ray.evaluate import diagnosis, query_worth
+from rgalign_ray.evaluate.examples import example_sessions
+from rgalign_ray.evaluate.report import Diagnosis, Report, Written
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop import align_stages, audit_stages, judge_stages, rank_stages, summary, worth_stages
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS
+from rgalign_ray.loop.stage import Run, Stage
+from rgalign_ray.rollout.encode import written_queries
+
+FROZEN = "frozen reasoner"
+
+
+def read_by(rows: Sequence[RowName]) -> list[str]:
+    """The alignments that rows read, each once."""
+    return list(dict.fromkeys(name for row in rows if (name := ROWS[row].aligned)))
+
+
+def teaching(config: Config) -> list[Stage]:
+    """What all alignments of a seed learn from: the reward's judges, the auditor, queries and rewards."""
+    return [
+        rank_stages.pair_stage(config),
+        *audit_stages.making_stages(config),
+        *judge_stages.stages(config, 1),
+        *worth_stages.stages(config, 1),
+    ]
+
+
+def aligning(config: Config) -> list[Stage]:
+    """One alignment: what it selects, its objectives, and the sessions as its reasoner reads them.
+
+    One that learns from other sessions than the rest (`crossfit`) has queries and rewards of its own.
+    """
+    judged = judge_stages.stages(config, 1) if config.crossfit else []
+    return [*judged, *align_stages.stages(config, 1), *rank_stages.reading_stages(config, 1)]
+
+
+def run_of(job: Run, name: str) -> Run:
+    """One alignment under one seed, in a folder of its own; what others share stands in the seed's."""
+    settings = changed(job.config, ALIGNMENTS[name])
+    place = storage.join(job.config.run_uri, f"aligned_{name}")
+    own = {stage.name for stage in aligning(settings)}
+    before = {"sessions", "items", "features", "log", "embeddings_0"}
+    shared = before | {stage.name for stage in teaching(settings)} - own
+    return Run(settings.model_copy(update={"run_dir": place}), {stage: job.uri(stage) for stage in shared})
+
+
+def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
+    """The comparison's report with the reward of its alignments, where each is lost, and what each writes."""
+    names = read_by(rows)
+    if not names:
+        return made
+    rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
+    valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
+    worth = worth_stages.found(jobs, 1)
+    diagnoses = [_diagnosis(jobs, row) for row in rows if ROWS[row].aligned and ROWS[row].retrained]
+    lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
+    return made.model_copy(
+        update={
+            "reward": summary.reward_gate(rewards, valid),
+            "worth": worth,
+            "diagnoses": diagnoses,
+            "written": _written(jobs[0], names),
+            "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
+        }
+    )
+
+
+def _diagnosis(jobs: Sequence[Run], row: RowName) -> Diagnosis:
+    """Over seeds."""
+    aligned = ROWS[row].aligned
+    assert aligned is not None, "asked of rows with an aligned reasoner"
+    seeds = [run_of(job, aligned).manifest(f"row_{row}").figures["diagnosis"] for job in jobs]
+    return diagnosis.averaged([Diagnosis.model_validate(found) for found in seeds])
+
+
+def _written(job: Run, names: Sequence[str]) -> list[Written]:
+    """The queries that each reasoner writes for the same sessions."""
+    ids = example_sessions(job.uri("sessions"), job.truth, job.config.evaluate)
+    table = storage.read_table(job.uri("sessions", "sessions"))
+    places = table["session_id"].to_pylist()
+    texts = Template.load(job.config.prompt.template).sessions(table.take([places.index(i) for i in ids]))
+    wrote = {FROZEN: written_queries(job.uri("embeddings_0"))}
+    wrote |= {name: written_queries(run_of(job, name).uri("embeddings_1")) for name in names}
+    return [
+        Written(session=text, queries={name: queries.get(i) for name, queries in wrote.items()})
+        for i, text in zip(ids, texts, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""What a round's choice among queries is truly worth: a stage of evaluation, from which nothing learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config
+from rgalign_ray.evaluate import query_worth
+from rgalign_ray.evaluate.report import QueryWorth
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.loop.judge_stages import unit_files
+from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
+from rgalign_ray.ranker import scoring
+from rgalign_ray.reward.actor import QueryUnit
+from rgalign_ray.world.oracle import Oracle
+
+WORTH = "worth.parquet"
+
+
+def stages(config: Config, round_: int) -> list[Stage]:
+    """worth_r, where the truth is known."""
+    if not truth_inputs(config):
+        return []
+    made = (f"rollouts_{round_}", f"rewards_{round_}", f"rankers_{round_ - 1}")
+    return [
+        Stage(
+            f"worth_{round_}",
+            "hold the choice among queries against the truth",
+            partial(judge, round_=round_),
+            ("evaluate",),
+            ("sessions", *made, *truth_inputs(config)),
+        )
+    ]
+
+
+def judge(run: Run, out: str, round_: int) -> Outcome:
+    """Writes `worth.parquet`: what `query_worth.chosen` finds of every session with two valid queries."""
+    assert run.truth is not None, "the stage exists where the truth is known"
+    ranker = scoring.load(run.uri(f"rankers_{round_ - 1}", "qe_rec"))
+    catalogue, oracle = Catalogue.load(run.uri("sessions")), Oracle.load(run.truth)
+    order = [("session_id", "ascending"), ("sample", "ascending")]
+    scored = storage.read_table(run.uri(f"rewards_{round_}", "scored.parquet")).sort_by(order)
+    place = {session: row for row, session in enumerate(dict.fromkeys(scored["session_id"].to_pylist()))}
+    rewards = scored["reward"].to_numpy().reshape(len(place), -1)
+    parts = []
+    for sessions, rollouts_uri, embeddings_uri in unit_files(run, round_):
+        unit = QueryUnit.load(rollouts_uri, embeddings_uri)
+        ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
+        reward = rewards[[place[session] for session in unit.session_ids]]
+        usable = np.isfinite(reward).sum(axis=1) >= 2
+        if usable.any():
+            kept = sessions.filter(pa.array(usable))
+            k = run.config.evaluate.k
+            values = query_worth.true_values(ranker, kept, unit.embeddings[usable], catalogue, oracle, k)
+            found = query_worth.chosen(reward[usable], values)
+            columns = {name: pa.array(list(each)) for name, each in found.items()}
+            parts.append(pa.table({name: kept[name] for name in ("session_id", "user_id")} | columns))
+    table = pa.concat_tables(parts)
+    storage.write_table(storage.join(out, WORTH), table)
+    return Outcome({"sessions": table.num_rows})
+
+
+def found(runs: Sequence[Run], round_: int) -> QueryWorth | None:
+    """What the stage found, over runs of several seeds; None where it does not exist."""
+    first = runs[0].config
+    if not stages(first, round_):
+        return None
+    tables = [storage.read_table(run.uri(f"worth_{round_}", WORTH)) for run in runs]
+    seeds = [
+        (
+            table["user_id"].to_pylist(),
+            {name: np.array(table[name].to_pylist()) for name in (*query_worth.CHOICES, query_worth.NULL)},
+        )
+        for table in tables
+    ]
+    return query_worth.summarise(first.evaluate.k, seeds, first.evaluate)
