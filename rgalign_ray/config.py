@@ -294,6 +294,9 @@ class Reward(Settings):
     resolved_weight: Fraction = 0.0
     """Share of the reward that asks for the clicks that resolved the need instead of all clicks; above 0 it needs a log
     with the column `resolved`."""
+    halves: bool = False
+    """Where sessions have several clicks: the reward reads one half of a session's, drawn by hash, and the auditor the
+    other, so that the auditor confirms what the clicks have in common and not those that chose the query."""
     judge_seeds: Annotated[int, Field(ge=2)] = 2
     """Rankers of different seeds that score every rollout: the first is the reward, the others measure
     its noise."""

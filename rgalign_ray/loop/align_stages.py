@@ -15,12 +15,14 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import FrozenPair, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.judge_stages import SESSIONS_FILE
 from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
+from rgalign_ray.reward.functions import halves
 from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 OBJECTIVE_NAMES = {
@@ -47,7 +49,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"selected_{round_}",
             f"select: {config.select.method}",
             partial(choose, round_=round_),
-            ("select", *(("reasoner.model", "prompt") if config.select.method == "title" else ())),
+            ("select", "reward.halves", *(("reasoner.model", "prompt") if config.select.method == "title" else ())),
             ("sessions", f"rollouts_{round_}", f"rewards_{round_}"),
         ),
     ]
@@ -125,12 +127,20 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     )
 
 
-def titles(run: Run, round_: int, rollouts: pa.Table, n: int) -> pa.Table:
-    """`schema.SELECTED` with the title of each session's first clicked intent in place of a query."""
+def labelled(run: Run, round_: int) -> tuple[Catalogue, pa.Table, np.ndarray, np.ndarray]:
+    """The catalogue, the round's sessions, their candidates int [S, C], and bool [S, C] the clicks that teach."""
     catalogue = Catalogue.load(run.uri("sessions"))
     sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
     candidates = catalogue.candidates(sessions)
     clicks = catalogue.padded(sessions["clicks"], candidates)
+    if run.config.reward.halves:
+        clicks, _ = halves(clicks, candidates, session_keys(sessions["session_id"].to_pylist()))
+    return catalogue, sessions, candidates, clicks
+
+
+def titles(run: Run, round_: int, rollouts: pa.Table, n: int) -> pa.Table:
+    """`schema.SELECTED` with the title of each session's first clicked intent in place of a query."""
+    catalogue, sessions, candidates, clicks = labelled(run, round_)
     clicked = np.take_along_axis(candidates, clicks.argmax(axis=1)[:, None], axis=1)[:, 0]
     names = [catalogue.titles[intent] for intent in clicked]
     tokenizer = models.load_tokenizer(run.config.reasoner.model)
@@ -166,10 +176,7 @@ def pair_table(rollouts: pa.Table, reward: np.ndarray, chosen: np.ndarray) -> pa
 
 def positives(run: Run, round_: int, rollouts: pa.Table, selected: pa.Table, n: int) -> pa.Table:
     """A row per session: its prompt, its selected query's tokens (null: none), and its clicked intents by index."""
-    catalogue = Catalogue.load(run.uri("sessions"))
-    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
-    candidates = catalogue.candidates(sessions)
-    clicks = catalogue.padded(sessions["clicks"], candidates)
+    _, sessions, candidates, clicks = labelled(run, round_)
     query = dict(zip(selected["session_id"].to_pylist(), selected["completion_ids"].to_pylist(), strict=True))
     prompts = rollouts.take(pa.array(np.arange(0, rollouts.num_rows, n)))
     assert prompts["session_id"].equals(sessions["session_id"]), "both hold the round's sessions, sorted"

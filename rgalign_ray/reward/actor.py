@@ -121,7 +121,8 @@ class RewardModel:
         audit = np.full(valid.shape, np.nan)
         if self.auditor:
             read = self.auditor.embeddings(sessions, rollouts["query"].to_pylist())
-            audit = np.where(valid, self._rewards(self.auditor.ranker, batch, labels, read)[0], np.nan)
+            asked = functions.Labels.of(self.settings, sessions, batch, self.catalogue, "auditor")
+            audit = np.where(valid, self._rewards(self.auditor.ranker, batch, asked, read)[0], np.nan)
         versions = np.array([ranker.meta.version for ranker in self.judges[0]])[fold]
         return self._table(rollouts, judged[..., 0], nulls[0], audit, versions), judged
 

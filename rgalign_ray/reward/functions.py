@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow as pa
 from rgalign_ray import config, metrics
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.ranker.fit import uniform
 from rgalign_ray.reasoner.engine import Sample
 
 RESOLVED = "resolved"
@@ -29,7 +31,12 @@ class Labels:
 
     @classmethod
     def of(
-        cls, settings: config.Reward, sessions: pa.Table, arrays: Mapping[str, np.ndarray], catalogue: Catalogue
+        cls,
+        settings: config.Reward,
+        sessions: pa.Table,
+        arrays: Mapping[str, np.ndarray],
+        catalogue: Catalogue,
+        reader: Literal["reward", "auditor"] = "reward",
     ) -> Labels:
         """The labels of a table of sessions, whose arrays are as `logs.examples.examples` makes them.
 
@@ -37,6 +44,9 @@ class Labels:
             DataError: when the reward asks for `resolved`, and the log does not know it.
         """
         clicks, resolved = arrays["clicks"], None
+        if settings.halves:
+            mine, other = halves(clicks, arrays["candidates"], arrays["session_key"])
+            clicks = mine if reader == "reward" else other
         if settings.resolved_weight:
             if RESOLVED not in sessions.column_names:
                 raise DataError("reward.resolved_weight: the log has no column 'resolved'; set it to 0.")
@@ -45,6 +55,20 @@ class Labels:
 
     def take(self, rows: np.ndarray) -> Labels:
         return Labels(self.clicks[rows], None if self.resolved is None else self.resolved[rows])
+
+
+def halves(clicks: np.ndarray, candidates: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A session's clicks dealt to two hands in an order drawn by hash; the first has one more of an odd number.
+
+    Args:
+        clicks: bool [S, C].
+        candidates: int [S, C], intents by index.
+        keys: int64 [S], of the sessions.
+    """
+    salted = keys[:, None] ^ (candidates.astype(np.int64) << np.int64(20))
+    drawn = np.where(clicks, uniform(salted.ravel(), 0, "halves").reshape(clicks.shape), np.inf)
+    place = drawn.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return clicks & (place % 2 == 0), clicks & (place % 2 == 1)
 
 
 def reward(settings: config.Reward, scores: np.ndarray, labels: Labels, mask: np.ndarray) -> np.ndarray:

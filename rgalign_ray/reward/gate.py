@@ -44,7 +44,8 @@ class Gate:
 def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
     """The gate's figures from judged rewards [S, N, J], nan where a query is not valid; J at least 2.
 
-    `audited` [S, N] are the auditor's rewards of the same queries, if there is one.
+    `audited` [S, N] are the auditor's rewards of the same queries, if there is one; a session that it has no click to
+    judge by is nan throughout.
 
     Raises:
         DataError: when no session has two valid queries.
@@ -54,7 +55,11 @@ def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
         raise DataError("rewards: no session has two valid queries; raise rollout.n or rollout.max_new_tokens.")
     first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
     spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
-    auditor = None if audited is None else _centred(audited[usable])
+    audit, best_of_n_audited = None, None
+    if audited is not None:
+        judged_by_it = np.isfinite(audited[usable]).any(axis=1)
+        reward, auditor = first[judged_by_it], _centred(audited[usable][judged_by_it])
+        audit, best_of_n_audited = _correlation(reward, auditor), best_of(reward, auditor).mean(axis=0).tolist()
     judges = best_of(first, second)
     seen = judges[:, -1]
     return Gate(
@@ -68,8 +73,8 @@ def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
         best_of_n_judged=judges.mean(axis=0).tolist(),
         spread_by_session=spread.tolist(),
         noise_by_session=noise.tolist(),
-        audit=None if auditor is None else _correlation(first, auditor),
-        best_of_n_audited=None if auditor is None else best_of(first, auditor).mean(axis=0).tolist(),
+        audit=audit,
+        best_of_n_audited=best_of_n_audited,
     )
 
 

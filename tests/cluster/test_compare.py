@@ -12,7 +12,8 @@ from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate.report import Report, Row
 from rgalign_ray.loop import compare
 
-ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled")
+ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled", "rgalign_leak")
+ALIGNMENTS = ("title", "gradient", "full", "leak")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
 
@@ -45,18 +46,24 @@ def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp
 
 @pytest.mark.slow
 def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, tmp_path: Path) -> None:
-    rows = ["lr", "qe_rec", "sft_title", "gradient", "rgalign", "rgalign_not_retrained", "rgalign_shuffled"]
+    rows = ["din_more", "qe_rec", "rgalign_not_retrained", *ALIGNED]
     overrides = [
         "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
-        "world.sessions=900", "gradient.batch_sessions=8",
+        "world.sessions=900", "gradient.batch_sessions=8", "align=[sft]",
     ]  # fmt: skip
     made = compare.run(config.load("smoke", overrides))
     assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in rows}
     pairs = {(it.better, it.worse) for it in made.comparisons}
     assert {("RGAlign-Rec", "QE-Rec"), ("RGAlign-Rec", "ranking gradient"), ("ranking gradient", "QE-Rec")} <= pairs
     seed = tmp_path / "seed_0"
-    assert {path.name for path in seed.glob("aligned_*")} == {"aligned_title", "aligned_gradient", "aligned_full"}
-    assert not list(seed.glob("aligned_*/rollouts_1")) and (seed / "rollouts_1").is_dir()
+    assert {path.name for path in seed.glob("aligned_*")} == {f"aligned_{name}" for name in ALIGNMENTS}
+    own = {path.parent.name for path in seed.glob("aligned_*/rollouts_1")}
+    assert own == {"aligned_leak"} and (seed / "rollouts_1").is_dir(), "shared, but by what learns from other sessions"
+    log = storage.read_table(str(seed / "sessions/sessions"), ["session_id", "role"])
+    role = dict(zip(log["session_id"].to_pylist(), log["role"].to_pylist(), strict=True))
+    for run, expected in (("", "align_1"), ("aligned_leak", "rank")):
+        asked = storage.read_table(str(seed / run / "rollouts_1/sessions.parquet"), ["session_id"])
+        assert {role[session] for session in asked["session_id"].to_pylist()} == {expected}
     query = storage.read_table(str(seed / "aligned_title/selected_1/selected.parquet"))["query"].to_pylist()
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
@@ -65,8 +72,8 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
-    assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in rows if name in ALIGNED]
-    assert {name for it in made.written for name in it.queries} == {"frozen reasoner", "title", "gradient", "full"}
+    assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in ALIGNED]
+    assert {name for it in made.written for name in it.queries} == {"frozen reasoner", *ALIGNMENTS}
 
 
 def _judged(made: Report) -> list[Row]:

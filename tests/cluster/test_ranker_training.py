@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring, training
 from rgalign_ray.ranker.embeddings import Embeddings
 
@@ -143,6 +146,28 @@ def test_rankers_of_one_job_come_out_as_each_would_alone(ray_cluster: object, lo
     alone = _train(log, tmp_path / "a", local=True)
     second = training.train(_job(log, tmp_path / "b", shuffled=(True, False), local=True))["ranker1"]
     assert second.version == alone.version
+
+
+def test_a_ranker_without_a_fold_is_that_of_a_log_without_its_users(
+    ray_cluster: object, log: Path, tmp_path: Path
+) -> None:
+    job = _job(log, tmp_path / "a", shuffled=(False, False), local=True)
+    specs = tuple(replace(spec, without=fold) for fold, spec in enumerate(job.rankers))
+    crossed = training.train(replace(job, rankers=specs, folds=2))
+    shutil.copytree(log, tmp_path / "part")
+    for file in storage.list_files(str(tmp_path / "part/log/sessions"), ".parquet"):
+        table = storage.read_table(file)
+        fold = fold_of(table["user_id"].to_pylist(), 2)
+        roles = [
+            "none" if role == "rank" and at == 0 else role
+            for role, at in zip(table["role"].to_pylist(), fold, strict=True)
+        ]
+        place = table.column_names.index("role")
+        storage.write_table(file, table.set_column(place, "role", pa.array(roles)))
+    part = _train(tmp_path / "part", tmp_path / "b", local=True)
+    assert crossed["ranker0"].version == part.version != crossed["ranker1"].version
+    learned = [crossed[f"ranker{fold}"].figures["sessions"] for fold in range(2)]
+    assert sum(learned) == _train(log, tmp_path / "c", local=True).figures["sessions"]
 
 
 def test_a_worker_that_dies_resumes_from_the_checkpoint(

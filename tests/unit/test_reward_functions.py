@@ -155,3 +155,39 @@ def test_a_log_that_knows_no_resolution_cannot_be_asked_for_it() -> None:
     marked = sessions.append_column("resolved", pa.array([[True, True]]))
     found = functions.Labels.of(config.Reward(resolved_weight=0.5), marked, arrays, catalogue).resolved
     assert found is not None and found.tolist() == [[True, False]], "what was not clicked resolved nothing"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 9))
+def test_halves_share_no_click_and_lose_none_whatever_the_order(seed: int, sessions: int, width: int) -> None:
+    draw = np.random.default_rng(seed)
+    candidates = np.stack([draw.permutation(30)[:width] for _ in range(sessions)])
+    clicks = draw.random((sessions, width)) < 0.6
+    keys = draw.integers(0, 2**62, size=sessions)
+    mine, other = functions.halves(clicks, candidates, keys)
+    np.testing.assert_array_equal(mine | other, clicks)
+    assert not (mine & other).any()
+    assert set((mine.sum(axis=1) - other.sum(axis=1)).tolist()) <= {0, 1}
+    order = draw.permutation(width)
+    moved = functions.halves(clicks[:, order], candidates[:, order], keys)
+    np.testing.assert_array_equal(moved[0], mine[:, order])
+
+
+def test_which_half_a_click_falls_into_depends_on_the_session() -> None:
+    clicks, candidates = np.ones((500, 2), bool), np.tile([3, 8], (500, 1))
+    mine, _ = functions.halves(clicks, candidates, np.random.default_rng(0).integers(0, 2**62, size=500))
+    assert 0.4 < mine[:, 0].mean() < 0.6
+
+
+def test_the_auditor_reads_the_other_half() -> None:
+    clicks = np.ones((3, 4), bool)
+    candidates = np.tile(np.arange(4), (3, 1))
+    arrays = {"candidates": candidates, "clicks": clicks, "session_key": np.arange(3)}
+    asked = config.Reward(halves=True)
+    mine, other = (
+        functions.Labels.of(asked, pa.table({}), arrays, None, reader).clicks  # type: ignore[arg-type]
+        for reader in ("reward", "auditor")
+    )
+    np.testing.assert_array_equal(mine, ~other)
+    whole = functions.Labels.of(config.Reward(), pa.table({}), arrays, None, "auditor").clicks  # type: ignore[arg-type]
+    np.testing.assert_array_equal(whole, clicks)

@@ -109,3 +109,12 @@ def test_the_auditor_sees_what_the_judges_share_and_not_their_errors() -> None:
     assert sees.best_of_n_audited[-1] > 0.6 and np.all(np.diff(sees.best_of_n_audited) > 0)
     assert abs(blind.best_of_n_audited[-1]) < 0.05
     assert gate(judged).audit is None
+
+
+def test_sessions_that_the_auditor_cannot_judge_spoil_nothing() -> None:
+    judged = judges(5, 2000, 4, shared=0.5)
+    common = judged.mean(axis=-1)
+    partly = np.where(np.arange(2000)[:, None] % 3 == 0, np.nan, common)
+    some, rest = gate(judged, partly), gate(judged[np.arange(2000) % 3 > 0], common[np.arange(2000) % 3 > 0])
+    assert (some.audit, some.best_of_n_audited) == (rest.audit, rest.best_of_n_audited)
+    assert some.sessions == 2000
