@@ -102,6 +102,8 @@ class Roles(Settings):
     cold_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of intents, drawn by `seed`, that test sessions alone have: all others lose them as candidates
     and in the history, and test sessions rank nothing else. The shop has `world.cold_share`."""
+    slices: Count | None = None
+    """Into how many parts align is cut, one a round; None: as many as there are rounds."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -527,6 +529,8 @@ class Config(Settings):
     align: the ranker judges what it has learned from, and the ladder shows what that is worth."""
     rounds: Count = 1
     """Alignments, each on a slice of its own (`roles.align` is split evenly) and judged by the ranker before it."""
+    early_stop: bool = False
+    """End with the first round after which the auditor sees no gain in the queries of validation sessions."""
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     cluster: Cluster = Cluster()
@@ -536,6 +540,11 @@ class Config(Settings):
         """`run_dir` with the name filled in; a path is made absolute, since workers run in other folders."""
         place = self.run_dir.format(name=self.name)
         return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+    @property
+    def align_slices(self) -> int:
+        """Parts of role align."""
+        return self.roles.slices or self.rounds
 
     def scaled(self, factor: float) -> Config:
         """The same with `factor` times the sessions and users of the simulated shop.
@@ -575,6 +584,10 @@ class Config(Settings):
             raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
         if self.log.source == "tau_retail" and self.roles.test_days:
             raise ValueError("roles.test_days must be 0 for log.source tau_retail: its tasks have no time")
+        if self.rounds > self.align_slices:
+            raise ValueError(f"rounds is {self.rounds}, but roles.slices cuts align into {self.align_slices}")
+        if self.early_stop and not self.roles.audit:
+            raise ValueError("early_stop asks the auditor, and roles.audit is 0: there is none")
         if self.roles.rank == 0 or (self.roles.align == 0 and not self.crossfit):
             raise ValueError("roles.rank must be above 0, and so must roles.align unless crossfit is")
         asking = [name for name in self.align if name in ("grpo", "gradient", "latent")]

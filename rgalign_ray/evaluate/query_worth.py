@@ -22,8 +22,8 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker.fit import to_batch
 from rgalign_ray.ranker.scoring import LoadedRanker
-from rgalign_ray.reward.actor import query_scores
 from rgalign_ray.reward.gate import best_of
+from rgalign_ray.reward.judging import query_scores
 from rgalign_ray.world.oracle import Oracle
 
 CHOICES = ("reward", "truth")

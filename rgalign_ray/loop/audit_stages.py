@@ -8,17 +8,32 @@ the audit does not is a reward that is being hacked.
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from rgalign_ray import storage
 from rgalign_ray.config import Config
+from rgalign_ray.errors import DataError
+from rgalign_ray.evaluate.statistics import Estimate, paired_bootstrap
+from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import SENTENCE_SETTINGS, encode_pass, engine_spec, sentence_engine, sentence_items
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
-from rgalign_ray.rollout.encode import EncodePlan
+from rgalign_ray.reward.auditor import Auditor, AuditorSpec
+from rgalign_ray.rollout.encode import EncodePlan, written_queries
 
 ROLE = "audit"
 AUDITOR = "auditor"
+AUDITED = "audited.parquet"
+UNDECIDED = (
+    "{}: no clicked validation session has a valid query, so that early_stop cannot decide; raise roles.valid or "
+    "rollout.max_new_tokens, or set early_stop to false."
+)
 SEED = 500
 """Added to the run's, apart from the seeds of judges and controls."""
 
@@ -60,6 +75,78 @@ def making_stages(config: Config) -> list[Stage]:
             ray=True,
         ),
     ]
+
+
+def queries_of(round_: int) -> str:
+    """Name of the stage that holds a round's queries against the auditor."""
+    return f"audited_{round_}"
+
+
+def audited_stages(config: Config, round_: int) -> list[Stage]:
+    """audited_r, where a later round depends on it."""
+    if not config.early_stop or round_ >= config.align_slices:
+        return []
+    return [
+        Stage(
+            queries_of(round_),
+            "hold the queries of validation sessions against the auditor",
+            partial(audit, round_=round_),
+            ("reward", "prompt", "compare.encoder", "compare.max_text_tokens"),
+            ("sessions", "features", f"embeddings_{round_}", AUDITOR),
+        )
+    ]
+
+
+def audit(run: Run, out: str, round_: int) -> Outcome:
+    """Writes `audited.parquet`: the auditor's reward of each clicked validation session's query, where it is valid.
+
+    Raises:
+        DataError: when there is none.
+    """
+    written = written_queries(run.uri(f"embeddings_{round_}"))
+    table = storage.read_table(run.uri("sessions", "sessions"), filters=pc.field("role") == "valid")
+    clicked = [any(clicks) for clicks in table["clicks"].to_pylist()]
+    asked = np.array([i in written for i in table["session_id"].to_pylist()], dtype=bool) & clicked
+    kept = table.filter(pa.array(asked)).sort_by("session_id")
+    ids = kept["session_id"].to_pylist()
+    if not ids:
+        raise DataError(UNDECIDED.format(queries_of(round_)))
+    auditor = Auditor(auditor_spec(run))
+    catalogue = Catalogue.load(run.uri("sessions"))
+    reward = auditor.rewards(kept, [written[i] for i in ids], catalogue, run.config.reward)[:, 0]
+    judged = np.isfinite(reward)
+    table = kept.select(["session_id", "user_id"]).append_column("reward", pa.array(reward)).filter(pa.array(judged))
+    storage.write_table(storage.join(out, AUDITED), table)
+    return Outcome({"sessions": sum(clicked), "judged": table.num_rows}, {"audit": float(reward[judged].mean())})
+
+
+def gain(run: Run, round_: int) -> Estimate:
+    """What the auditor sees in a round's queries above those of the round before, over the validation sessions that
+    have both; the same random numbers drew them.
+
+    Raises:
+        DataError: when there is no such session.
+    """
+    before, after = (
+        storage.read_table(run.uri(queries_of(r), AUDITED)).sort_by("session_id") for r in (round_ - 1, round_)
+    )
+    both = before.join(after, "session_id", join_type="inner", right_suffix="_after").sort_by("session_id")
+    if not both.num_rows:
+        raise DataError(UNDECIDED.format(queries_of(round_)))
+    settings = run.config.evaluate
+    return paired_bootstrap(
+        both["reward_after"].to_numpy(),
+        both["reward"].to_numpy(),
+        both["user_id"].to_pylist(),
+        repetitions=settings.bootstrap,
+        confidence=settings.confidence,
+    )
+
+
+def auditor_spec(run: Run) -> AuditorSpec:
+    """How to start the auditor."""
+    reads = run.config.compare
+    return AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, run.config.prompt.template)
 
 
 def ask(run: Run, out: str) -> Outcome:

@@ -211,7 +211,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
         item_embeddings_uri=run.uri(items),
         shuffle_seed=config.seed,
         local=True,
-        train_roles=("rank", *(align_roles(config.rounds) if row.more else ())),
+        train_roles=("rank", *(align_roles(config.align_slices) if row.more else ())),
     )
     return training.train(job)[RANKER]
 

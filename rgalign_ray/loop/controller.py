@@ -11,6 +11,7 @@ settings and its inputs, so what comes out is the same.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 
@@ -21,7 +22,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop import environment, plan, summary
+from rgalign_ray.loop import audit_stages, environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Run, Stage
 from rgalign_ray.loop.stages import stages
@@ -40,20 +41,34 @@ def run(config: Config) -> Run:
         DataError: when the log has a structural fault.
     """
     console.print(plan.table(config))
-    config = settle(config)
-    job = Run(config)
-    run_stages(job, stages(config))
+    job = ended(Run(settle(config)))
+    run_stages(job, stages(job.config))
     show(job)
     return job
 
 
-def run_stages(job: Run, sequence: list[Stage]) -> None:
-    """Runs those of a run's stages that are not done, in order."""
+def ended(job: Run) -> Run:
+    """The run as it ends, with the rounds that it has; with `early_stop` those are run as far as it takes to know."""
+    config = job.config
+    for round_ in range(1, config.rounds) if config.early_stop else ():
+        sequence = stages(config)
+        names = [stage.name for stage in sequence]
+        known = names.index(audit_stages.queries_of(round_)) + 1
+        run_stages(job, sequence, until=known)
+        gain = audit_stages.gain(job, round_).mean
+        if gain <= 0:
+            console.print(f"[bold]round {round_} is the last[/bold]: the auditor sees {gain:+.4f} in its queries")
+            return replace(job, config=config.model_copy(update={"rounds": round_}))
+    return job
+
+
+def run_stages(job: Run, sequence: list[Stage], until: int | None = None) -> None:
+    """Runs those of a run's stages that are not done, in order; `until` leaves out the later ones."""
     config = job.config
     storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
     if config.cluster.address is None:
         plan.check(config, plan.local_cpus(config), float("inf"))
-    for number, stage in enumerate(sequence, 1):
+    for number, stage in enumerate(sequence[:until], 1):
         key = stage_key(job, stage)
         head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"
         if is_done(job, stage, key):
@@ -91,7 +106,8 @@ def settle(config: Config) -> Config:
         reasoner = reasoner.model_copy(update={"dtype": storage.read_json(place)["dtype"]})
     if learner.bf16 == "auto":
         learner = learner.model_copy(update={"bf16": reasoner.dtype == "bfloat16"})
-    return config.model_copy(update={"reasoner": reasoner, "learner": learner})
+    roles = config.roles.model_copy(update={"slices": config.roles.slices or config.rounds})
+    return config.model_copy(update={"reasoner": reasoner, "learner": learner, "roles": roles})
 
 
 def show(job: Run) -> None:

@@ -19,12 +19,11 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.logs import examples, stream
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.audit_stages import AUDITOR
+from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
 from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor
-from rgalign_ray.reward.auditor import AuditorSpec
 from rgalign_ray.reward.functions import RESOLVED
 from rgalign_ray.reward.gate import gate
 from rgalign_ray.rollout.pool import RolloutPool
@@ -204,10 +203,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
     rankers = [[run.uri(f"rankers_{round_ - 1}", name) for name in folds] for folds in judge_names(config)]
     units = len(storage.list_files(run.uri(f"rollouts_{round_}", "rollouts"), ".parquet"))
-    auditor = None
-    if config.roles.audit:
-        reads = config.compare
-        auditor = AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, config.prompt.template)
+    auditor = auditor_spec(run) if config.roles.audit else None
     model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
     with progress.track("rewards", units, "units") as advance:
         results = []

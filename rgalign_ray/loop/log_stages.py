@@ -32,7 +32,7 @@ def stages(config: Config) -> list[Stage]:
             "sessions",
             "validate, quarantine, assign roles",
             ingest_sessions,
-            ("log", "roles", "rounds", "features"),
+            ("log", "roles", "features"),
             made,
         ),
         Stage("features", "fit the feature space", fit_features, ("features", "log"), ("sessions",), ray=True),
@@ -45,7 +45,7 @@ def make_shop(run: Run, out: str) -> Outcome:
     config = run.config
 
     def wording_of(users: list[str], ts: np.ndarray) -> np.ndarray:
-        roles = ingest.role_of(users, ts, config.roles, config.rounds, last_day(config))
+        roles = ingest.role_of(users, ts, config.roles, config.align_slices, last_day(config))
         return np.array([WORDINGS.get(role, 0) for role in roles])
 
     with progress.track("shop", config.world.days, "days") as advance:
@@ -87,7 +87,7 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
         sets = run.uri("log", CANDIDATE_SETS_FILE)
         sources = (run.uri("log", "sessions"), run.uri("log", INTENTS_FILE), sets if storage.exists(sets) else None)
     spec = FeatureSpec.load(config.features.spec)
-    summary = ingest.ingest(*sources, out, config.roles, config.rounds, log=log, feature_columns=spec)
+    summary = ingest.ingest(*sources, out, config.roles, config.align_slices, log=log, feature_columns=spec)
     _check_roles(summary, config)
     quarantined = sum(summary.quarantined.values())
     for reason, count in sorted(summary.quarantined.items()):

@@ -26,19 +26,6 @@ ENCODED = ("rank", "valid", "test")
 """Roles that the encode pass reads; align is read by the rollout workers."""
 
 
-def stages(config: Config, round_: int) -> list[Stage]:
-    """What `reading_stages` says, and rankers_r trained on it."""
-    rankers = Stage(
-        f"rankers_{round_}",
-        "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
-        partial(train_rankers, round_=round_),
-        ("ranker", "reward", "baselines", "crossfit"),
-        ("sessions", "features", "items", f"embeddings_{round_}"),
-        ray=True,
-    )
-    return [*reading_stages(config, round_), rankers]
-
-
 def reading_stages(config: Config, round_: int) -> list[Stage]:
     """embeddings_r by reasoner r; round 0 also reads the knowledge base."""
     reasoner = reasoner_stage(config, round_)
@@ -47,7 +34,7 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
         f"embeddings_{round_}",
         f"read sessions with the {who}",
         partial(encode_sessions, round_=round_),
-        ("prompt", "reasoner", "encode", "rollout", "evaluate"),
+        ("prompt", "reasoner", "encode", "rollout", "evaluate", "early_stop"),
         ("sessions", *truth_inputs(config), *((reasoner,) if reasoner else ())),
         ray=True,
         units=True,
@@ -56,6 +43,18 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
         return [embeddings]
     items = Stage("items", "read the knowledge base", encode_items, ("prompt", "reasoner"), ("sessions",), ray=True)
     return [items, embeddings]
+
+
+def rankers_stage(config: Config, round_: int) -> Stage:
+    """rankers_r, trained on embeddings_r."""
+    return Stage(
+        f"rankers_{round_}",
+        "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
+        partial(train_rankers, round_=round_),
+        ("ranker", "reward", "baselines", "crossfit"),
+        ("sessions", "features", "items", f"embeddings_{round_}"),
+        ray=True,
+    )
 
 
 def pair_stage(config: Config) -> Stage:
@@ -71,8 +70,10 @@ def pair_stage(config: Config) -> Stage:
 
 
 def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
-    """Rankers of a round: QE-Rec; before an alignment the reward's other judges; in round 0 the baselines; in the
-    first and the last the control on shuffled queries.
+    """Rankers of a round: QE-Rec and its control on shuffled queries; before an alignment the reward's other judges; in
+    round 0 the baselines.
+
+    None depends on whether the round is the last, which `early_stop` decides later.
     """
 
     def spec(
@@ -86,16 +87,15 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
 
     judges = [
         spec(name, "qe_rec", seed, without=fold if len(folds) > 1 else None)
-        for seed, folds in enumerate(judge_names(config) if round_ < config.rounds else [])
+        for seed, folds in enumerate(judge_names(config) if round_ < config.align_slices else [])
         for fold, name in enumerate(folds)
         if name != "qe_rec"
     ]
-    controls = [spec("shuffled", "qe_rec", shuffled=True)] if round_ in (0, config.rounds) else []
     return [
         *(spec(name, name) for name in (config.baselines if round_ == 0 else ())),
         spec("qe_rec", "qe_rec"),
         *judges,
-        *controls,
+        spec("shuffled", "qe_rec", shuffled=True),
     ]
 
 
@@ -181,7 +181,7 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         log_uri=run.uri("sessions"),
         template=Template.load(config.prompt.template),
         roles=ENCODED,
-        queries_for=("valid", "test") if config.evaluate.readout == "query" else (),
+        queries_for=queried(config),
         query_sessions=(
             *example_sessions(run.uri("sessions"), run.truth, config.evaluate),
             *hit_rate_sessions(run.uri("sessions"), run.truth, config.evaluate),
@@ -194,12 +194,21 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
 
 
+def queried(config: Config) -> tuple[str, ...]:
+    """Roles all of whose sessions get a query: those that the ranker reads through it, and those that the auditor asks
+    for.
+    """
+    if config.evaluate.readout == "query":
+        return ("valid", "test")
+    return ("valid",) if config.early_stop else ()
+
+
 def encode_sentences(run: Run, out: str) -> Outcome:
     config = run.config
     plan = encode.EncodePlan(
         log_uri=run.uri("sessions"),
         template=Template.load(config.prompt.template),
-        roles=(*ENCODED, *align_roles(config.rounds)),  # rankers without an LLM may learn from these as well
+        roles=(*ENCODED, *align_roles(config.align_slices)),  # rankers without an LLM may learn from these as well
         queries_for=(),
         query_sessions=(),
         encode=config.encode.model_copy(update={"query_share": 0.0}),

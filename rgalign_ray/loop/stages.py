@@ -17,12 +17,20 @@ from rgalign_ray.loop.stage import Stage
 
 def stages(config: Config) -> list[Stage]:
     """All stages of a run, each after those it reads from."""
-    sequence = [*log_stages.stages(config), *rank_stages.stages(config, 0), *audit_stages.stages(config)]
+    sequence = [
+        *log_stages.stages(config),
+        *rank_stages.reading_stages(config, 0),
+        rank_stages.rankers_stage(config, 0),
+        *audit_stages.stages(config),
+        *audit_stages.audited_stages(config, 0),
+    ]
     for round_ in range(1, config.rounds + 1):
         sequence += [
             *judge_stages.stages(config, round_),
             *worth_stages.stages(config, round_),
             *align_stages.stages(config, round_),
-            *rank_stages.stages(config, round_),
+            *rank_stages.reading_stages(config, round_),
+            *audit_stages.audited_stages(config, round_),
+            rank_stages.rankers_stage(config, round_),
         ]
     return [*sequence, *evaluate_stages.stages(config)]

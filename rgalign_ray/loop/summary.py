@@ -12,7 +12,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.evaluate import diagnosis, query_worth
 from rgalign_ray.evaluate.report import Comparison, Curves, Diagnosis, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
-from rgalign_ray.loop import worth_stages
+from rgalign_ray.loop import audit_stages, worth_stages
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.loop.stages import stages
 
@@ -130,6 +130,13 @@ def _summary(
             "(standard error) over the session's mean."
             + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )
+    for round_ in range(1, len(gates) + 1):
+        if audit_stages.audited_stages(run.config, round_):
+            seen = audit_stages.gain(run, round_)
+            lines.append(
+                f"Validation queries of round {round_} over those of round {round_ - 1}, as the auditor rewards them: "
+                f"{seen.mean:+.4f} ({seen.users[0]:+.4f} to {seen.users[1]:+.4f} over users)."
+            )
     first, *later = (manifests[f"embeddings_{r}"].figures["valid_rate"] for r in range(len(gates) + 1))
     lines.append(
         f"Valid latent queries: {first:.1%} before alignment, {', '.join(f'{rate:.1%}' for rate in later)} after."

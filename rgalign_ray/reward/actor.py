@@ -28,10 +28,9 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.base import Batch, Ranker
-from rgalign_ray.ranker.fit import to_batch
 from rgalign_ray.reward import functions
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
+from rgalign_ray.reward.judging import judge_queries
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,8 @@ class RewardModel:
         judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
         audit = np.full(valid.shape, np.nan)
         if self.auditor:
-            read = self.auditor.embeddings(sessions, rollouts["query"].to_pylist())
-            asked = functions.Labels.of(self.settings, sessions, batch, self.catalogue, "auditor")
-            audit = np.where(valid, self._rewards(self.auditor.ranker, batch, asked, read)[0], np.nan)
+            asked = self.auditor.rewards(sessions, rollouts["query"].to_pylist(), self.catalogue, self.settings)
+            audit = np.where(valid, asked, np.nan)
         versions = np.array([ranker.meta.version for ranker in self.judges[0]])[fold]
         return self._table(rollouts, judged[..., 0], nulls[0], audit, versions), judged
 
@@ -140,17 +138,10 @@ class RewardModel:
             rows = np.flatnonzero(fold == number)
             if len(rows):
                 part = {name: values[rows] for name, values in batch.items() if name != "session_id"}
-                rewards[rows], null[rows] = self._rewards(ranker, part, labels.take(rows), embeddings[rows])
+                rewards[rows], null[rows] = judge_queries(
+                    ranker, part, labels.take(rows), embeddings[rows], self.settings
+                )
         return rewards, null
-
-    def _rewards(
-        self, ranker: scoring.LoadedRanker, batch: dict[str, Any], labels: functions.Labels, embeddings: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One ranker's rewards [S, N] of the queries, and [S] of the null query."""
-        scores = query_scores(ranker.model, to_batch(batch), torch.from_numpy(embeddings.astype(np.float32)))
-        mask = batch["candidates"] >= 0
-        rewards = functions.reward(self.settings, scores, labels, mask)
-        return rewards[:, :-1], rewards[:, -1]
 
     @staticmethod
     def _table(
@@ -169,24 +160,6 @@ class RewardModel:
             ],
             schema=schema.SCORED,
         )
-
-
-@torch.inference_mode()
-def query_scores(model: Ranker, batch: Batch, embeddings: torch.Tensor) -> np.ndarray:
-    """Scores float32 [S, N + 1, C] of N queries a session, and last of the null query.
-
-    User and item towers run once a session, whatever N.
-
-    Args:
-        model: a ranker that reads queries.
-        batch: the sessions.
-        embeddings: float32 [S, N, De].
-    """
-    sessions, n, _ = embeddings.shape
-    is_null = torch.zeros(sessions, n + 1, dtype=torch.bool)
-    is_null[:, -1] = True
-    z = model.queries(torch.cat([embeddings, torch.zeros_like(embeddings[:, :1])], dim=1), is_null)
-    return model.score(model.users(batch), model.items(), batch["candidates"], z).numpy()
 
 
 def remote(cpus: float, *args: Any) -> Any:

@@ -8,10 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from rgalign_ray import config
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.ranker import scoring
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.sentence_encoder import SentenceEncoder, joined
+from rgalign_ray.reward import functions
+from rgalign_ray.reward.judging import judge_queries
 
 BATCH = 32
 
@@ -44,3 +48,11 @@ class Auditor:
         both = joined(queries, [text for text in texts for _ in range(n)])
         parts = [self.encoder.embed(Prompts("", both[i : i + BATCH], "")) for i in range(0, len(both), BATCH)]
         return np.concatenate(parts).reshape(len(texts), n, -1)
+
+    def rewards(
+        self, sessions: pa.Table, queries: list[str], catalogue: Catalogue, settings: config.Reward
+    ) -> np.ndarray:
+        """float64 [S, N], what it finds S sessions' N queries each worth; nan for sessions that it cannot judge by."""
+        arrays = examples(sessions, self.ranker.space, catalogue)
+        labels = functions.Labels.of(settings, sessions, arrays, catalogue, "auditor")
+        return judge_queries(self.ranker, arrays, labels, self.embeddings(sessions, queries), settings)[0]

@@ -75,7 +75,8 @@ class SessionEncoder:
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         self.plan = plan
         self.out_uri = out_uri
-        self.kept_context = {sampled: _kept_context(engine, plan, sampled) for sampled in (True, False)}
+        sampled = (True, False) if plan.kept_uri else ()
+        self.kept_context = {with_query: _kept_context(engine, plan, with_query) for with_query in sampled}
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:

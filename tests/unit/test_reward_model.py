@@ -26,7 +26,8 @@ from rgalign_ray.ranker.fit import to_batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.reward import functions
-from rgalign_ray.reward.actor import RewardModel, query_scores
+from rgalign_ray.reward.actor import RewardModel
+from rgalign_ray.reward.judging import query_scores
 
 SETTINGS = config.Ranker(dim=8, heads=2, attention_layers=2, whitened_dim=8)
 DIM, N, INTENTS = 12, 3, [f"i{i}" for i in range(7)]
