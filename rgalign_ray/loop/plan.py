@@ -63,11 +63,8 @@ def check(config: Config, cpus: float, gpus: float) -> None:
     Raises:
         ConfigError: with what is asked for, what is there, and the setting to lower.
     """
-    if config.reasoner.engine != "transformers":
-        raise ConfigError(
-            f"reasoner.engine: '{config.reasoner.engine}' can be planned but not run by this version; "
-            "use --set reasoner.engine=transformers."
-        )
+    if config.reasoner.engine == "sentence":
+        raise ConfigError("reasoner.engine: a sentence encoder writes no queries; it is for `compare.encoder`.")
     for ask in asks(config):
         if ask.total_cpus + DATA_CPUS > cpus:
             raise ConfigError(

@@ -18,8 +18,8 @@ from rgalign_ray.logs.roles import align_roles
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
+from rgalign_ray.reasoner.engine import EngineSpec
 from rgalign_ray.rollout import encode
-from rgalign_ray.rollout.worker import EngineSpec
 
 ITEMS_DEADLINE_S = 1800.0
 ENCODED = ("rank", "valid", "test")
@@ -116,9 +116,11 @@ def reasoner_stage(config: Config, round_: int) -> str | None:
 
 
 def engine_spec(run: Run, round_: int) -> EngineSpec:
+    """How to start reasoner r where sessions are read: by transformers, since vLLM gives no hidden states."""
     stage = reasoner_stage(run.config, round_)
     config = run.config
-    return EngineSpec(config.reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
+    reasoner = config.reasoner.model_copy(update={"engine": "transformers"})
+    return EngineSpec(reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
 
 
 SENTENCE_SETTINGS = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")

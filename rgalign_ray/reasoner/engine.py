@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rgalign_ray import config
+
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
@@ -84,6 +86,28 @@ class Engine(Protocol):
     def load(self, weights: str | None) -> None:
         """Takes the weights of a reasoner artefact (a URI); None returns to the base model."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that a process needs to start an engine; plain data, so that a restart is a start."""
+
+    reasoner: config.Reasoner
+    max_session_tokens: int
+    weights: str | None
+
+    def start(self) -> Engine:
+        if self.reasoner.engine == "sentence":
+            from rgalign_ray.reasoner.sentence_encoder import SentenceEncoder
+
+            return SentenceEncoder(self.reasoner, self.max_session_tokens)
+        if self.reasoner.engine == "vllm":
+            from rgalign_ray.reasoner.vllm_engine import VllmEngine
+
+            return VllmEngine(self.reasoner, self.max_session_tokens, self.weights)
+        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+
+        return TransformersEngine(self.reasoner, self.max_session_tokens, self.weights)
 
 
 def written(tokenizer: Any, query: str, suffix: str) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rgalign_ray import config
-from rgalign_ray.reasoner.engine import Prompts, Proposal
+from rgalign_ray.reasoner.engine import EngineSpec, Prompts, Proposal
 
 
 class Proposer(Protocol):
@@ -37,14 +37,12 @@ class TeacherSpec:
 
 
 class LocalTeacher:
-    """A teacher that transformers runs here."""
+    """A teacher that is run here."""
 
     def __init__(self, spec: TeacherSpec) -> None:
-        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
-
         model = spec.teacher.model or spec.reasoner.model
-        settings = spec.reasoner.model_copy(update={"model": model, "lora": None})
-        self.engine = TransformersEngine(settings, spec.max_session_tokens)
+        settings = spec.reasoner.model_copy(update={"model": model, "engine": spec.teacher.engine, "lora": None})
+        self.engine = EngineSpec(settings, spec.max_session_tokens, None).start()
         self.sampling = sampling(spec.teacher, spec.sampling)
 
     def propose(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:

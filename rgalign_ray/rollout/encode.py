@@ -21,10 +21,10 @@ from rgalign_ray import config, storage
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.reasoner.engine import Group, Prompts, Sample, sample_seed
+from rgalign_ray.reasoner.engine import EngineSpec, Group, Prompts, Sample, sample_seed
 from rgalign_ray.reasoner.sentence_encoder import joined
 from rgalign_ray.reward.functions import fault
-from rgalign_ray.rollout.worker import EngineSpec, Instruction, embedding_table, vectors_table
+from rgalign_ray.rollout.worker import Instruction, embedding_table, vectors_table
 
 HASHES = 1 << 20
 """Resolution of the hash that decides which rank sessions get a query."""

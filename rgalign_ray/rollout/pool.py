@@ -42,18 +42,27 @@ class RolloutPool:
         settings: size of the pool, deadlines and retries.
         worker_args: arguments of the worker.
         worker: `RolloutWorker`, or `ProposalWorker` for a teacher.
+        python: interpreter of the workers, where it is not the driver's.
 
     Raises:
         InfrastructureError: from `run`, when workers died more often than `settings.retries`.
     """
 
-    def __init__(self, settings: config.Rollout, worker_args: dict[str, Any], worker: Worker = RolloutWorker) -> None:
+    def __init__(
+        self,
+        settings: config.Rollout,
+        worker_args: dict[str, Any],
+        worker: Worker = RolloutWorker,
+        python: str | None = None,
+    ) -> None:
         self.settings = settings
         self.worker_args = worker_args
         self.table = worker.TABLE
         self.deaths = 0
         self._actor_class = ray.remote(worker).options(
-            num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=settings.gpus_per_worker,
+            runtime_env={"py_executable": python} if python else None,
         )
         self._members: list[_Member] = []
 

@@ -8,30 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.errors import ConfigError
-from rgalign_ray.reasoner.engine import Engine, Group, Prompts, Sample, sample_seed
+from rgalign_ray.reasoner.engine import Engine, EngineSpec, Group, Prompts, Sample, sample_seed
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward.functions import fault
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """All that a process needs to start an engine; plain data, so that a restart is a start."""
-
-    reasoner: config.Reasoner
-    max_session_tokens: int
-    weights: str | None
-
-    def start(self) -> Engine:
-        if self.reasoner.engine == "sentence":
-            from rgalign_ray.reasoner.sentence_encoder import SentenceEncoder
-
-            return SentenceEncoder(self.reasoner, self.max_session_tokens)
-        if self.reasoner.engine != "transformers":
-            raise ConfigError(f"reasoner.engine: '{self.reasoner.engine}' is not part of this version.")
-        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
-
-        return TransformersEngine(self.reasoner, self.max_session_tokens, self.weights)
 
 
 @dataclass(frozen=True, slots=True)

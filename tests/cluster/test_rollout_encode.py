@@ -11,9 +11,8 @@ import pytest
 
 from rgalign_ray import config, schema, storage
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.rollout.encode import EncodePlan, encode, encode_items
-from rgalign_ray.rollout.worker import EngineSpec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 

@@ -30,6 +30,14 @@ def test_a_model_that_is_not_installed_stops_the_run_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_engine_that_is_not_installed_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    asked = {"run_dir": str(tmp_path / "run"), "reasoner": {"model": "tiny", "engine": "vllm"}}
+    with pytest.raises(ConfigError, match=r"vllm is not installed here.* reasoner\.vllm\.python"):
+        controller.settle(config.validate(asked))
+    elsewhere = asked | {"reasoner": asked["reasoner"] | {"vllm": {"python": "/opt/vllm/bin/python"}}}
+    assert controller.settle(config.validate(elsewhere)).reasoner.engine == "vllm"
+
+
 def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
     assert get_args(config.RowName) == tuple(ROWS)
     for row in ROWS.values():

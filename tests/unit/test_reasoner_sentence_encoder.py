@@ -10,8 +10,7 @@ import pytest
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.reasoner import models
-from rgalign_ray.reasoner.engine import Prompts
-from rgalign_ray.rollout.worker import EngineSpec
+from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 
 SETTINGS = config.Compare().encoder
 

@@ -11,9 +11,9 @@ import pytest
 
 from rgalign_ray import config, storage
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, written_queries
-from rgalign_ray.rollout.worker import EngineSpec, vectors_table
+from rgalign_ray.rollout.worker import vectors_table
 
 ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
 
