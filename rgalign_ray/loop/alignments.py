@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, changed
@@ -67,7 +67,7 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
             "reward": summary.reward_gate(rewards, valid),
             "worth": worth,
             "diagnoses": diagnoses,
-            "written": _written(jobs[0], names),
+            "written": _written(jobs[0], {name: _title(name, rows) for name in names}),
             "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
         }
     )
@@ -81,14 +81,20 @@ def _diagnosis(jobs: Sequence[Run], row: RowName) -> Diagnosis:
     return diagnosis.averaged([Diagnosis.model_validate(found) for found in seeds])
 
 
-def _written(job: Run, names: Sequence[str]) -> list[Written]:
+def _title(name: str, rows: Sequence[RowName]) -> str:
+    """An alignment, called by a row that reads it: a competitor before a control."""
+    reading = [ROWS[row] for row in rows if ROWS[row].aligned == name]
+    return min(reading, key=lambda row: (not row.retrained, row.control)).title
+
+
+def _written(job: Run, titles: Mapping[str, str]) -> list[Written]:
     """The queries that each reasoner writes for the same sessions."""
     ids = example_sessions(job.uri("sessions"), job.truth, job.config.evaluate)
     table = storage.read_table(job.uri("sessions", "sessions"))
     places = table["session_id"].to_pylist()
     texts = Template.load(job.config.prompt.template).sessions(table.take([places.index(i) for i in ids]))
     wrote = {FROZEN: written_queries(job.uri("embeddings_0"))}
-    wrote |= {name: written_queries(run_of(job, name).uri("embeddings_1")) for name in names}
+    wrote |= {title: written_queries(run_of(job, name).uri("embeddings_1")) for name, title in titles.items()}
     return [
         Written(session=text, queries={name: queries.get(i) for name, queries in wrote.items()})
         for i, text in zip(ids, texts, strict=True)

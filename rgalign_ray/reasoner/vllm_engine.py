@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -35,12 +34,15 @@ class VllmEngine(TransformersEngine):
 
     def __init__(self, settings: config.Reasoner, max_session_tokens: int, weights: str | None = None) -> None:
         self._llm = _start(settings)
+        self._loaded = weights is None  # by itself, as it started
         super().__init__(settings, max_session_tokens, weights)
 
     def use(self, model: PreTrainedModel, version: str) -> None:
         super().use(model, version)
-        self._llm.apply_model(partial(_take, weights=list(model.state_dict().items())))
-        self._llm.reset_prefix_cache()  # what it holds was computed by the weights before
+        if not self._loaded:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
+            self._llm.reset_prefix_cache()  # what it holds was computed by the weights before
+        self._loaded = False
 
     def sample(
         self,
@@ -125,8 +127,3 @@ def _start(settings: config.Reasoner) -> Any:
         disable_log_stats=True,
         seed=0,
     )
-
-
-def _take(model: Any, weights: list[tuple[str, Any]]) -> None:
-    """Gives vLLM's model new weights, in the place of the old ones."""
-    model.load_weights(iter(weights))
