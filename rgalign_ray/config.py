@@ -608,6 +608,8 @@ class Config(Settings):
             raise ValueError("early_stop asks the auditor, and roles.audit is 0: there is none")
         if self.roles.rank == 0 or (self.roles.align == 0 and not self.crossfit):
             raise ValueError("roles.rank must be above 0, and so must roles.align unless crossfit is")
+        if self.crossfit > 1 and self.roles.align:
+            raise ValueError("crossfit needs no users of role align; set roles.align to 0, and give its share to rank")
         asking = [name for name in self.align if name in ("grpo", "gradient", "latent")]
         if self.crossfit > 1 and asking:
             raise ValueError(

@@ -22,7 +22,7 @@ from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
-from rgalign_ray.reward.functions import halves
+from rgalign_ray.reward.functions import Labels
 from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 OBJECTIVE_NAMES = {
@@ -132,10 +132,12 @@ def labelled(run: Run, round_: int) -> tuple[Catalogue, pa.Table, np.ndarray, np
     catalogue = Catalogue.load(run.uri("sessions"))
     sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
     candidates = catalogue.candidates(sessions)
-    clicks = catalogue.padded(sessions["clicks"], candidates)
-    if run.config.reward.halves:
-        clicks, _ = halves(clicks, candidates, session_keys(sessions["session_id"].to_pylist()))
-    return catalogue, sessions, candidates, clicks
+    arrays = {
+        "candidates": candidates,
+        "clicks": catalogue.padded(sessions["clicks"], candidates),
+        "session_key": session_keys(sessions["session_id"].to_pylist()),
+    }
+    return catalogue, sessions, candidates, Labels.of(run.config.reward, sessions, arrays, catalogue).clicks
 
 
 def titles(run: Run, round_: int, rollouts: pa.Table, n: int) -> pa.Table:

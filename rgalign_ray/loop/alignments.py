@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, changed
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import diagnosis, query_worth
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.report import Diagnosis, Report, Written
@@ -16,6 +18,7 @@ from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.rollout.encode import written_queries
 
 FROZEN = "frozen reasoner"
+LEAK = "leak"
 
 
 def read_by(rows: Sequence[RowName]) -> list[str]:
@@ -33,23 +36,39 @@ def teaching(config: Config) -> list[Stage]:
     ]
 
 
-def aligning(config: Config) -> list[Stage]:
+def aligning(job: Run, name: str) -> list[Stage]:
     """One alignment: what it selects, its objectives, and the sessions as its reasoner reads them.
 
     One that learns from other sessions than the rest (`crossfit`) has queries and rewards of its own.
     """
-    judged = judge_stages.stages(config, 1) if config.crossfit else []
+    config = settings_of(job.config, name)
+    judged = judge_stages.stages(config, 1) if config.crossfit != job.config.crossfit else []
     return [*judged, *align_stages.stages(config, 1), *rank_stages.reading_stages(config, 1)]
+
+
+def settings_of(config: Config, name: str) -> Config:
+    """The settings that make an alignment.
+
+    Raises:
+        ConfigError: where they contradict the rest.
+    """
+    if name == LEAK and config.crossfit:
+        raise ConfigError("compare.rows: rgalign_leak shows what crossfit avoids; set crossfit to 0 for it.")
+    return changed(config, ALIGNMENTS[name])
 
 
 def run_of(job: Run, name: str) -> Run:
     """One alignment under one seed, in a folder of its own; what others share stands in the seed's."""
-    settings = changed(job.config, ALIGNMENTS[name])
+    settings = settings_of(job.config, name)
     place = storage.join(job.config.run_uri, f"aligned_{name}")
-    own = {stage.name for stage in aligning(settings)}
+    own = {stage.name for stage in aligning(job, name)}
     before = {"sessions", "items", "features", "log", "embeddings_0"}
     shared = before | {stage.name for stage in teaching(settings)} - own
-    return Run(settings.model_copy(update={"run_dir": place}), {stage: job.uri(stage) for stage in shared})
+    return replace(
+        job,
+        config=settings.model_copy(update={"run_dir": place}),
+        elsewhere={stage: job.uri(stage) for stage in shared},
+    )
 
 
 def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:

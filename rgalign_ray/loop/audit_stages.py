@@ -115,6 +115,11 @@ def audit(run: Run, out: str, round_: int) -> Outcome:
     catalogue = Catalogue.load(run.uri("sessions"))
     reward = auditor.rewards(kept, [written[i] for i in ids], catalogue, run.config.reward)[:, 0]
     judged = np.isfinite(reward)
+    if not judged.any():
+        raise DataError(
+            f"{queries_of(round_)}: no validation session has two clicks, so that the auditor has none of its own; set "
+            "reward.halves to false."
+        )
     table = kept.select(["session_id", "user_id"]).append_column("reward", pa.array(reward)).filter(pa.array(judged))
     storage.write_table(storage.join(out, AUDITED), table)
     return Outcome({"sessions": sum(clicked), "judged": table.num_rows}, {"audit": float(reward[judged].mean())})

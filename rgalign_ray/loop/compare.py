@@ -73,7 +73,7 @@ def runs(config: Config, rows: list[RowName]) -> list[Run]:
     if truth_inputs(config):
         return [first, *others]
     lent = {stage.name: first.uri(stage.name) for stage in preparation(first.config, rows)}
-    return [first, *(replace(job, elsewhere=lent) for job in others)]
+    return [first, *(replace(job, elsewhere=lent, reading_seed=first.config.seed) for job in others)]
 
 
 def of_seed(config: Config, seed: int) -> Config:
@@ -100,7 +100,7 @@ def prepare(jobs: list[Run], rows: list[RowName]) -> None:
         for name in wanted:
             controller.console.print(f"[bold]seed {job.config.seed}, alignment: {name}[/bold]")
             aligned = alignments.run_of(job, name)
-            controller.run_stages(aligned, alignments.aligning(aligned.config))
+            controller.run_stages(aligned, alignments.aligning(job, name))
     controller.connect(jobs[0].config)
 
 
@@ -124,6 +124,8 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
         sequence += rank_stages.reading_stages(config, 0)
     if alignments.read_by(rows) and not config.align:
         raise ConfigError("compare.rows: a row reads an aligned reasoner, but align names no objective.")
+    for name in alignments.read_by(rows):
+        alignments.settings_of(config, name)
     return sequence
 
 
@@ -211,7 +213,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
         item_embeddings_uri=run.uri(items),
         shuffle_seed=config.seed,
         local=True,
-        train_roles=("rank", *(align_roles(config.align_slices) if row.more else ())),
+        train_roles=("rank", *(align_roles(1) if row.more else ())),
     )
     return training.train(job)[RANKER]
 
@@ -280,8 +282,8 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     places = [place_of(job, name) for job in jobs]
     _, *read = texts_of(ROWS[name])
     if ROWS[name].aligned:
-        config = places[0].config
-        read = [stage.name for stage in (*judge_stages.stages(config, 1), *alignments.aligning(config))]
+        made = alignments.aligning(jobs[0], ROWS[name].aligned or "")
+        read = list(dict.fromkeys(stage.name for stage in (*judge_stages.stages(places[0].config, 1), *made)))
     return ladder_report.Judged(
         name,
         [Verdict.load(place.uri(f"row_{name}", VERDICT)) for place in places],

@@ -138,6 +138,7 @@ def stage_key(job: Run, stage: Stage) -> str:
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
     del settings["encode"]["kept"]  # where something is kept decides nothing
+    del settings["reasoner"]["vllm"]  # nor where vLLM is, and what it may take
     for teacher in settings["teachers"]:
         if teacher["template"]:
             teacher["template"] = Template.load(teacher["template"]).key

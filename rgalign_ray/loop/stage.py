@@ -25,6 +25,8 @@ class Run:
     config: Config
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """Artefacts that another run has made for this one as well: their places by name."""
+    reading_seed: int | None = None
+    """Seed by which that run sampled queries as it read sessions, so that reasoners are read alike; None: the own."""
 
     def uri(self, name: str, *parts: str) -> str:
         """Place of the artefact `name`."""

@@ -23,8 +23,8 @@ WORTH = "worth.parquet"
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
-    """worth_r, where the truth is known."""
-    if not truth_inputs(config):
+    """worth_r, where the truth is known, and one ranker that has not learned from the round's users is the reward."""
+    if not truth_inputs(config) or config.crossfit:
         return []
     made = (f"rollouts_{round_}", f"rewards_{round_}", f"rankers_{round_ - 1}")
     return [

@@ -10,9 +10,10 @@ is batched with them, so that a resumed run need not equal an uninterrupted one 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from rgalign_ray import config
@@ -76,16 +77,9 @@ class VllmEngine(TransformersEngine):
             use_tqdm=False,
         )
         written = [output.outputs[0] for output in outputs]
-        embeddings = self.embed(prompts)
+        embeddings = self._read(prompts, prompts.texts, [()] * len(prompts.texts))
         texts = [text for text in prompts.texts for _ in range(n)]
-        vectors = [
-            vector
-            for start in range(0, len(texts), READ_AT_ONCE)
-            for vector in self.embed(
-                Prompts(prompts.prefix, texts[start : start + READ_AT_ONCE], prompts.suffix),
-                [list(one.token_ids) for one in written[start : start + READ_AT_ONCE]],
-            )
-        ]
+        vectors = self._read(prompts, texts, [one.token_ids for one in written])
         samples = [
             Sample(
                 query=self.tokenizer.decode(self._content(one.token_ids), skip_special_tokens=True).strip(),
@@ -101,6 +95,14 @@ class VllmEngine(TransformersEngine):
             Group(ids, embedding, samples[i * n : (i + 1) * n])
             for i, (ids, embedding) in enumerate(zip(token_ids, embeddings, strict=True))
         ]
+
+    def _read(
+        self, prompts: Prompts, texts: Sequence[str], completions: Sequence[Sequence[int]]
+    ) -> Iterator[np.ndarray]:
+        """e(x,q) of texts and completions, e(x) where a completion is empty."""
+        for start in range(0, len(texts), READ_AT_ONCE):
+            part = slice(start, start + READ_AT_ONCE)
+            yield from self.embed(Prompts(prompts.prefix, texts[part], prompts.suffix), completions[part])
 
 
 def _start(settings: config.Reasoner) -> Any:

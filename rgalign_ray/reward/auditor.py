@@ -53,6 +53,12 @@ class Auditor:
         self, sessions: pa.Table, queries: list[str], catalogue: Catalogue, settings: config.Reward
     ) -> np.ndarray:
         """float64 [S, N], what it finds S sessions' N queries each worth; nan for sessions that it cannot judge by."""
-        arrays = examples(sessions, self.ranker.space, catalogue)
-        labels = functions.Labels.of(settings, sessions, arrays, catalogue, "auditor")
-        return judge_queries(self.ranker, arrays, labels, self.embeddings(sessions, queries), settings)[0]
+        n = len(queries) // len(sessions)
+        parts = []
+        for start in range(0, len(sessions), BATCH):
+            part = sessions.slice(start, BATCH)
+            arrays = examples(part, self.ranker.space, catalogue)
+            labels = functions.Labels.of(settings, part, arrays, catalogue, "auditor")
+            read = self.embeddings(part, queries[start * n : (start + BATCH) * n])
+            parts.append(judge_queries(self.ranker, arrays, labels, read, settings)[0])
+        return np.concatenate(parts)

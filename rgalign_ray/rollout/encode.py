@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, DataContext
 
-from rgalign_ray import config, storage
+from rgalign_ray import __version__, config, storage
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
@@ -148,12 +148,14 @@ class SessionEncoder:
 
 def _kept_context(engine: EngineSpec, plan: EncodePlan, sampled: bool) -> str:
     """What decides a unit's vectors besides its sessions, which stand in its key; `sampled` where it has queries."""
+    sampling = plan.sampling.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     return storage.content_key(
-        engine.reasoner.model_dump(),
+        __version__,
+        engine.reasoner.model_dump(include={"model", "engine", "dtype", "device", "threads"}),
         engine.max_session_tokens,
         plan.template.key,
         plan.encode.batch_size,
-        *((plan.sampling.model_dump(), plan.run_seed) if sampled else ()),
+        *((sampling, plan.run_seed) if sampled else ()),
     )
 
 

@@ -38,6 +38,9 @@ def test_an_engine_that_is_not_installed_stops_the_run_before_it_starts(tmp_path
     assert controller.settle(config.validate(elsewhere)).reasoner.engine == "vllm"
 
 
+CROSSFIT = {"crossfit": 3, "roles": {"align": 0.0, "rank": 0.75}}
+
+
 def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
     assert get_args(config.RowName) == tuple(ROWS)
     for row in ROWS.values():
@@ -70,7 +73,7 @@ def test_alignments_share_queries_and_rewards_and_keep_apart_what_they_learn() -
     assert set(runs) == set(ALIGNMENTS)
     taught = {"rollouts_1", "rewards_1"}
     for name, run in runs.items():
-        stages = alignments.aligning(run.config)
+        stages = alignments.aligning(job, name)
         made = {stage.name for stage in stages}
         shared = {"sessions", "features", "items", "rankers_0", "auditor"} | (set() if name == "leak" else taught)
         assert all(run.uri(stage) == job.uri(stage) for stage in shared)
@@ -87,6 +90,34 @@ def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
     assert not alignments.read_by(rows_of(frozen)) and not alignments.read_by(rows_of(config.load("demo")))
     with pytest.raises(ConfigError, match="align names no objective"):
         compare.preparation(frozen, ["rg_sft"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "words"),
+    [
+        ({"rollout": {"n": 4}}, "rg_sft_8", r"select\.n \(8\) is more than the 4 queries"),
+        (CROSSFIT, "gradient", "does not go with gradient"),
+        (CROSSFIT, "rgalign_leak", "set crossfit to 0"),
+    ],
+)
+def test_rows_that_contradict_the_settings_are_refused_before_anything_is_made(
+    changes: dict, row: config.RowName, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compare.preparation(config.validate({"align": ["sft"], **changes}), ["qe_rec", row])
+
+
+def test_with_crossfit_alignments_share_the_queries_of_all_that_rank() -> None:
+    job = Run(compare.of_seed(config.validate({"run_dir": "/runs/x", "align": ["sft"], **CROSSFIT}), 0))
+    run = alignments.run_of(job, "random")
+    assert run.uri("rollouts_1") == job.uri("rollouts_1") and run.uri("selected_1") != job.uri("selected_1")
+
+
+def test_reasoners_of_one_log_are_read_with_the_same_random_numbers_under_every_seed() -> None:
+    parquet = {"source": "parquet", "uri": "/log", "intents": "/log/intents.parquet"}
+    jobs = compare.runs(config.validate({"log": parquet, "seed": 7, "compare": {"seeds": 2}}), ["qe_rec", "rg_sft"])
+    read = [alignments.run_of(job, "sft").reading_seed for job in jobs]
+    assert read == [None, jobs[0].config.seed] and jobs[1].config.seed != jobs[0].config.seed
 
 
 def test_a_real_log_is_prepared_once_and_a_world_by_every_seed() -> None:

@@ -87,3 +87,11 @@ def test_details_are_shown_of_the_rows_that_are_compared(report: ladder_report.r
     assert line.observed == pytest.approx([0.01, 0.6])
     assert report.facts["candidates a session"] == "20.0"
     assert report.facts["sessions that count in GAUC"] == "100.0%"
+
+
+def test_what_learned_from_fewer_sessions_is_not_held_against_what_learned_from_more() -> None:
+    names: list[config.RowName] = ["din", "din_more", "qe_rec", "rgalign", "true_need"]
+    pairs = ladder_report.claims(names, {"din": 0.6, "din_more": 0.7})
+    assert ("qe_rec", "din") in pairs and ("true_need", "din") in pairs
+    assert not [pair for pair in pairs if pair[1] == "din_more" and pair[0] != "rgalign"]
+    assert {("rgalign", "din"), ("rgalign", "din_more")} <= set(pairs)

@@ -85,3 +85,13 @@ def test_it_reads_query_and_session_and_judges_each_rollout(place: Path, spec: A
 def test_a_ranker_of_another_encoder_is_refused(place: Path, spec: AuditorSpec) -> None:
     with pytest.raises(DataError, match="another-encoder"):
         Auditor(AuditorSpec(str(place / "stranger"), ENCODER, 32, spec.template))
+
+
+def test_sessions_are_judged_in_slices(place: Path, spec: AuditorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue, asked = Catalogue.load(str(place / "log")), Auditor(spec)
+    queries = [f"{session}/{sample}" for session in sorted(SESSIONS) for sample in range(N)]
+    table = sessions_table(sorted(SESSIONS))
+    whole = asked.rewards(table, queries, catalogue, config.Reward())
+    monkeypatch.setattr("rgalign_ray.reward.auditor.BATCH", 2)
+    np.testing.assert_allclose(asked.rewards(table, queries, catalogue, config.Reward()), whole, atol=1e-4)
+    assert whole.shape == (len(SESSIONS), N)
