@@ -47,6 +47,8 @@ class Summary:
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason (`faults.REASONS`)."""
     roles: Counter[str] = field(default_factory=Counter)
+    clicked: Counter[str] = field(default_factory=Counter)
+    """Sessions with a click, by role."""
     """Kept rows by role, those of role `none` included."""
     without_click: int = 0
     """Kept rows without a click; they are part of the log."""
@@ -64,7 +66,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {**asdict(self), "quarantined": dict(self.quarantined), "roles": dict(sorted(self.roles.items()))}
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("roles", "clicked")}
+        return {**asdict(self), "quarantined": dict(self.quarantined), **counts}
 
 
 def ingest(
@@ -119,6 +122,7 @@ def ingest(
             sound = _finished(sound, extra, log.history_length, summary)
             sound = sound.append_column(schema.ROLE, pa.array(role, pa.string()))
             summary.roles.update(role.tolist())
+            summary.clicked.update(role[lists.any_true(sound["clicks"])].tolist())
             summary.kept += sound.num_rows
             writer.write(sound)
         writer.close()
@@ -228,18 +232,13 @@ def _finished(table: pa.Table, extra: pa.Schema, history_length: int, summary: S
     summary.history_capped += int((counts > history_length).sum())
     newest = np.repeat(counts, counts) - lists.places(counts) <= history_length
     columns = {"history": _events(np.minimum(counts, history_length), events.filter(pa.array(newest)))}
-    clicked = np.bincount(lists.rows(lists.lengths(table["clicks"]))[_true(table["clicks"])], minlength=len(counts))
-    summary.without_click += int((clicked == 0).sum())
+    summary.without_click += int((~lists.any_true(table["clicks"])).sum())
     target = pa.schema([*schema.SESSIONS, *extra])
     for name, kind in zip(target.names, target.types, strict=True):
         if name in table.column_names and name not in columns:
             columns[name] = pc.cast(table[name], kind, safe=False)
     absent = {name: pa.nulls(table.num_rows, target.field(name).type) for name in target.names if name not in columns}
     return pa.table({**columns, **absent}).select(target.names).cast(target)
-
-
-def _true(column: pa.ChunkedArray) -> np.ndarray:
-    return lists.flat(column).to_numpy(zero_copy_only=False).astype(bool)
 
 
 def _events(counts: np.ndarray, events: pa.StructArray) -> pa.ListArray:

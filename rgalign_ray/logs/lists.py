@@ -37,6 +37,13 @@ def places(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
+def any_true(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """bool [B], whether a row's list holds a true; what is null does not."""
+    counts = lengths(column)
+    held = pc.fill_null(flat(column), False).to_numpy(zero_copy_only=False)
+    return np.bincount(rows(counts)[held], minlength=len(counts)) > 0
+
+
 def padded(counts: np.ndarray, values: np.ndarray, width: int, fill: Any) -> np.ndarray:
     """[B, width] of the values' type: each row's values from the left, then `fill`; longer lists are cut at the end."""
     if (counts > width).any():

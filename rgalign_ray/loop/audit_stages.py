@@ -18,6 +18,7 @@ from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate.statistics import Estimate, paired_bootstrap
+from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import SENTENCE_SETTINGS, encode_pass, engine_spec, sentence_engine, sentence_items
@@ -105,7 +106,7 @@ def audit(run: Run, out: str, round_: int) -> Outcome:
     """
     written = written_queries(run.uri(f"embeddings_{round_}"))
     table = storage.read_table(run.uri("sessions", "sessions"), filters=pc.field("role") == "valid")
-    clicked = [any(clicks) for clicks in table["clicks"].to_pylist()]
+    clicked = lists.any_true(table["clicks"])
     asked = np.array([i in written for i in table["session_id"].to_pylist()], dtype=bool) & clicked
     kept = table.filter(pa.array(asked)).sort_by("session_id")
     ids = kept["session_id"].to_pylist()
@@ -122,7 +123,7 @@ def audit(run: Run, out: str, round_: int) -> Outcome:
         )
     table = kept.select(["session_id", "user_id"]).append_column("reward", pa.array(reward)).filter(pa.array(judged))
     storage.write_table(storage.join(out, AUDITED), table)
-    return Outcome({"sessions": sum(clicked), "judged": table.num_rows}, {"audit": float(reward[judged].mean())})
+    return Outcome({"sessions": int(clicked.sum()), "judged": table.num_rows}, {"audit": float(reward[judged].mean())})
 
 
 def gain(run: Run, round_: int) -> Estimate:

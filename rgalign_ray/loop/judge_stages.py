@@ -16,7 +16,7 @@ import ray
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config, Teacher
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs import examples, stream
+from rgalign_ray.logs import examples, lists, stream
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
@@ -175,8 +175,8 @@ def align_sessions(run: Run, round_: int, templates: list[Template]) -> tuple[pa
     columns = dict.fromkeys(["user_id", *read, *examples.columns(space, there), *optional])
     batches = list(stream.batches(stream.sessions(uri, columns=list(columns), roles=[role])))
     table = pa.concat_tables(batches).sort_by("session_id") if batches else None
-    clicked = [any(clicks) for clicks in table["clicks"].to_pylist()] if table is not None else []
-    if table is None or not any(clicked):
+    clicked = lists.any_true(table["clicks"]) if table is not None else np.zeros(0, bool)
+    if table is None or not clicked.any():
         raise DataError(f"role {role}: no session with a click; raise roles.{role[:5]} or the number of sessions.")
     kept = table.filter(pa.array(clicked))
     like = run.manifest("sessions").figures["roles"].get(fresh, 0)
@@ -185,7 +185,7 @@ def align_sessions(run: Run, round_: int, templates: list[Template]) -> tuple[pa
             np.argsort(examples.session_keys(kept["session_id"].to_pylist()))[: round(like * np.mean(clicked))]
         )
         kept = kept.take(pa.array(first))
-    return kept, clicked.count(False)
+    return kept, int((~clicked).sum())
 
 
 def cut(session_ids: list[str], texts: list[str], size: int) -> list[Unit]:

@@ -213,7 +213,7 @@ def encode_sentences(run: Run, out: str) -> Outcome:
         roles=(*ENCODED, *align_roles(config.align_slices)),  # rankers without an LLM may learn from these as well
         queries_for=(),
         query_sessions=(),
-        encode=config.encode.model_copy(update={"query_share": 0.0}),
+        encode=config.encode.model_copy(update={"query_share": 0.0, "unclicked": True}),
         sampling=config.rollout,
         run_seed=config.seed,
     )
@@ -222,7 +222,10 @@ def encode_sentences(run: Run, out: str) -> Outcome:
 
 def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
     """Runs one encode pass with its progress."""
-    roles = run.manifest("sessions").figures["roles"]
+    ingested = run.manifest("sessions").figures
+    roles = ingested["roles"]
+    if not plan.encode.unclicked:
+        roles = roles | {"rank": ingested["clicked"].get("rank", 0)}
     if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
         plan = replace(plan, kept_uri=run.config.encode.kept)
     with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -83,12 +84,14 @@ class Embeddings:
         """The control: each session gets the vectors of a session of another user, by a permutation.
 
         Users are put in an order drawn by `seed`, their sessions one after another, and all vectors move
-        half a round. Sessions not named are left out.
+        half a round. Sessions not named, or without e(x), are left out: the control reads as many as the row itself.
 
         Raises:
             DataError: when one user has more than half of the sessions.
         """
         salt = f"{seed}/"
+        _, there = self.lookup(session_keys(session_ids), "prompt")
+        session_ids, user_ids = (list(compress(ids, there)) for ids in (session_ids, user_ids))
         user_keys = session_keys([salt + user for user in user_ids])
         keys = session_keys(session_ids)
         order = np.lexsort((session_keys([salt + i for i in session_ids]), user_keys))

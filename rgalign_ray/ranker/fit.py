@@ -191,12 +191,12 @@ class Fit:
     def _with_a_part(self, rows: Rows) -> Rows:
         """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown.
 
-        The KL term reads all.
+        The KL term reads all of a session that has a query.
         """
+        read = rows["clicks"].sums() > 0
         if self.agrees:
-            return rows
-        clicked = rows["clicks"].sums() > 0
-        keep = np.repeat(clicked, rows["clicks"].counts) | rows["shown"].values
+            read |= rows["has_prompt"] | rows["has_query"]
+        keep = np.repeat(read, rows["clicks"].counts) | rows["shown"].values
         return rows | {name: rows[name].where(keep) for name in LISTS}
 
     def _epoch(self, epoch: int) -> float:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, DataContext
 
 from rgalign_ray import __version__, config, storage
-from rgalign_ray.logs import stream
+from rgalign_ray.logs import lists, stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Group, Prompts, Sample, sample_seed
@@ -50,8 +50,12 @@ class EncodePlan:
     """Embeddings whose queries are read with the session's text, where an engine writes none itself."""
 
 
-def session_texts(batch: pa.Table, template: Template) -> pa.Table:
-    """`session_id`, `role` and the session's text."""
+def session_texts(batch: pa.Table, template: Template, unclicked: bool = True) -> pa.Table:
+    """`session_id`, `role` and the session's text; `unclicked` keeps sessions of role rank without a click."""
+    if not unclicked:
+        batch = batch.filter(
+            pa.array((np.array(batch["role"].to_pylist()) != "rank") | lists.any_true(batch["clicks"]))
+        )
     return pa.table(
         {
             "session_id": batch["session_id"],
@@ -175,9 +179,12 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         counts: sessions, queries sampled, valid queries.
     """
     DataContext.get_current().execution_options.preserve_order = True  # units must not depend on timing
-    columns = sorted({*plan.template.columns, "session_id", "role"})
+    columns = sorted({*plan.template.columns, "session_id", "role", "clicks"})
     texts = stream.sessions(plan.log_uri, columns=columns, roles=list(plan.roles)).map_batches(
-        session_texts, fn_kwargs={"template": plan.template}, batch_format="pyarrow", num_cpus=0.25
+        session_texts,
+        fn_kwargs={"template": plan.template, "unclicked": plan.encode.unclicked},
+        batch_format="pyarrow",
+        num_cpus=0.25,
     )
     units = texts.map_batches(
         SessionEncoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,3 +19,9 @@ def test_rows_stand_from_the_left_and_long_ones_lose_their_end(rows: list[list[i
     padded = lists.padded(counts, values, width, -1)
     assert padded.shape == (len(rows), width) and padded.dtype == np.int32
     assert padded.tolist() == [(row[:width] + [-1] * width)[:width] for row in rows]
+
+
+@given(st.lists(st.none() | st.lists(st.none() | st.booleans(), max_size=4), max_size=8))
+def test_a_row_without_a_true_has_none_whatever_is_null(rows: list[list[bool | None] | None]) -> None:
+    column = pa.chunked_array([pa.array(part, pa.list_(pa.bool_())) for part in (rows[:3], rows[3:])])
+    assert lists.any_true(column).tolist() == [any(row or []) for row in rows]

@@ -46,25 +46,32 @@ def test_qe_rec_reads_the_embedding_and_the_shuffled_control_cannot() -> None:
     assert true["gate"] > 0.01
 
 
-@pytest.mark.parametrize("kind", ["din", "deepfm"])
+def _read_where_clicked() -> dict:
+    """Sessions without a click have no query."""
+    data = rows(SIZES)
+    unread = ~data["clicks"].any(axis=1) & ~data["valid"]
+    return data | {name: data[name] & ~unread for name in ("has_prompt", "has_query")}
+
+
+@pytest.mark.parametrize("kind", ["din", "deepfm", "qe_rec"])
 def test_candidates_that_no_loss_reads_are_left_out_and_change_nothing(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 3, "dropout": 0.0})
-    narrow = _fit(rows(SIZES), kind, settings)
+    narrow = _fit(_read_where_clicked(), kind, settings)
     without_click = narrow.train["clicks"].sums() == 0
     assert without_click.any()
     assert (narrow.train["shown"].sums() == narrow.train["candidates"].counts)[without_click].all()
     assert (narrow.train["candidates"].counts[~without_click] == SIZES.num_intents).all()
     monkeypatch.setattr(Fit, "_with_a_part", lambda self, rows: rows)
-    whole = _fit(rows(SIZES), kind, settings)
+    whole = _fit(_read_where_clicked(), kind, settings)
     figures, expected = narrow.run(), whole.run()
     assert figures["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert figures["gaucs"] == pytest.approx(expected["gaucs"], abs=1e-3)
 
 
 def test_agreement_is_asked_of_every_candidate() -> None:
-    """QE-Rec's KL term reads those that were not shown as well."""
+    """QE-Rec's KL term reads those that were not shown as well, of sessions that have a query."""
     assert (_fit(rows(SIZES)).train["candidates"].counts == SIZES.num_intents).all()
     alone = _fit(rows(SIZES), settings=SETTINGS.model_copy(update={"kl": "off"}))
     assert (alone.train["candidates"].counts < SIZES.num_intents).any()

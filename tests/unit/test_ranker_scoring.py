@@ -169,3 +169,12 @@ def test_shuffling_permutes_vectors_across_users() -> None:
     np.testing.assert_array_equal(original.shuffled(ids, users, seed=1).lookup(session_keys(ids), "prompt")[0], after)
     with pytest.raises(DataError, match="more than half"):
         original.shuffled(ids, ["u"] * 40, seed=1)
+
+
+def test_shuffling_gives_every_session_that_was_read_a_vector_of_another() -> None:
+    ids = [f"s{i}" for i in range(40)]
+    users = [f"u{i // 3}" for i in range(40)]
+    partly = Embeddings.of(_table(ids[::3], "prompt"))
+    shuffled = partly.shuffled(ids, users, seed=1)
+    _, found = shuffled.lookup(session_keys(ids), "prompt")
+    assert found.tolist() == [i % 3 == 0 for i in range(40)], "the control reads as many as the row itself"

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rgalign_ray import config, storage
+from rgalign_ray import config, schema, storage
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
-from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, written_queries
+from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, session_texts, written_queries
 from rgalign_ray.rollout.worker import vectors_table
 
 ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
@@ -93,3 +93,16 @@ def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) 
         expected = engine.embed(Prompts("", [f"{query} {text}" if readout == "query" else text], ""))[0]
         np.testing.assert_allclose(vector, expected.astype(np.float32), atol=3e-3)
         assert query == {"s0": "where is my parcel", "s2": "refund please"}.get(session) or readout == "prompt"
+
+
+def test_sessions_that_clicked_nothing_can_be_left_unread() -> None:
+    clicks = [[False, True], [False, False], [False, False], [True, False]]
+    table = pa.table(
+        {"session_id": list("abcd"), "role": ["rank", "rank", "valid", "test"], "clicks": clicks, "ts": [None] * 4}
+    )
+    template = Template(version="t", prefix="", session="hello", suffix="", item="{{ title }}")
+    table = table.set_column(3, "ts", pa.nulls(4, schema.TIMESTAMP)).append_column(
+        "history", pa.array([[]] * 4, pa.list_(schema.EVENT))
+    )
+    assert session_texts(table, template)["session_id"].to_pylist() == list("abcd")
+    assert session_texts(table, template, unclicked=False)["session_id"].to_pylist() == list("acd")
