@@ -225,7 +225,7 @@ def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec)
     ingested = run.manifest("sessions").figures
     roles = ingested["roles"]
     if not plan.encode.unclicked:
-        roles = roles | {"rank": ingested["clicked"].get("rank", 0)}
+        roles = roles | {role: ingested["clicked"].get(role, 0) for role in encode.TRAINING}
     if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
         plan = replace(plan, kept_uri=run.config.encode.kept)
     with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:

@@ -26,6 +26,8 @@ from rgalign_ray.reasoner.sentence_encoder import joined
 from rgalign_ray.reward.functions import fault
 from rgalign_ray.rollout.worker import Instruction, embedding_table, vectors_table
 
+TRAINING = ("rank", "audit")
+"""Roles that rankers learn from."""
 HASHES = 1 << 20
 """Resolution of the hash that decides which rank sessions get a query."""
 
@@ -51,11 +53,10 @@ class EncodePlan:
 
 
 def session_texts(batch: pa.Table, template: Template, unclicked: bool = True) -> pa.Table:
-    """`session_id`, `role` and the session's text; `unclicked` keeps sessions of role rank without a click."""
+    """`session_id`, `role` and the session's text; `unclicked` keeps those without a click that rankers learn from."""
     if not unclicked:
-        batch = batch.filter(
-            pa.array((np.array(batch["role"].to_pylist()) != "rank") | lists.any_true(batch["clicks"]))
-        )
+        judges = ~np.isin(batch["role"].to_pylist(), TRAINING)
+        batch = batch.filter(pa.array(judges | lists.any_true(batch["clicks"])))
     return pa.table(
         {
             "session_id": batch["session_id"],

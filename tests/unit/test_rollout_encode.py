@@ -98,7 +98,7 @@ def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) 
 def test_sessions_that_clicked_nothing_can_be_left_unread() -> None:
     clicks = [[False, True], [False, False], [False, False], [True, False]]
     table = pa.table(
-        {"session_id": list("abcd"), "role": ["rank", "rank", "valid", "test"], "clicks": clicks, "ts": [None] * 4}
+        {"session_id": list("abcd"), "role": ["rank", "audit", "valid", "test"], "clicks": clicks, "ts": [None] * 4}
     )
     template = Template(version="t", prefix="", session="hello", suffix="", item="{{ title }}")
     table = table.set_column(3, "ts", pa.nulls(4, schema.TIMESTAMP)).append_column(
