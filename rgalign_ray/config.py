@@ -250,8 +250,8 @@ class Encode(Settings):
     """Share of rank sessions (by hash) that also get a sampled query and e(x,q), so that the ranker
     learns to read it."""
     unclicked: bool = True
-    """Read sessions of roles rank and audit that clicked nothing as well. Else they train on the null query, and what no loss
-    reads of them is passed over: less to read and to train, the rarer clicks are."""
+    """Read sessions of roles rank and audit that clicked nothing as well. Else they train on the null query, and what
+    no loss reads of them is passed over: less to read and to train, the rarer clicks are."""
     kept: str | None = None
     """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
 
