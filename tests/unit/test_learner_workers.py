@@ -1,4 +1,6 @@
-"""How many workers hold a batch does not matter: one and two give the same result, for every objective."""
+"""How many workers hold a batch, and what each keeps of the model, does not matter: for every objective the result is
+the same.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +52,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+LAYOUTS = {"alone": (1, 2), "two": (2, 2), "sharded": (2, 3)}
+"""Workers and ZeRO stage."""
+
+
 @pytest.mark.slow
 def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
     assert set(SETTINGS) == set(get_args(config.AlignName))
     write_round(tmp_path)
     write_choices(tmp_path)
-    for workers in (1, 2):
-        learner = config.Learner(workers=workers, micro_batch=4, zero_stage=2)
+    for layout, (workers, zero_stage) in LAYOUTS.items():
+        learner = config.Learner(workers=workers, micro_batch=4, zero_stage=zero_stage)
         tasks = [
             replace(
-                task(tmp_path, tmp_path / f"{name}-{workers}", settings, learner=learner),
+                task(tmp_path, tmp_path / f"{name}-{layout}", settings, learner=learner),
                 objective=name,
                 rollout=config.Rollout(max_new_tokens=30),
             )
@@ -67,11 +73,16 @@ def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
         ]
         mp.spawn(work, (tasks, free_port()), nprocs=workers)
     for name in SETTINGS:
-        one, two = (storage.read_json(str(tmp_path / f"{name}-{workers}/figures.json")) for workers in (1, 2))
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-5), name
-        alone, shared = (models.load_reasoner(tasks[0].reasoner, str(tmp_path / f"{name}-{n}")) for n in (1, 2))
-        for parameter, weight in alone.named_parameters():
-            torch.testing.assert_close(shared.get_parameter(parameter), weight, rtol=1e-3, atol=1e-4)
+        alone = models.load_reasoner(tasks[0].reasoner, str(tmp_path / f"{name}-alone"))
+        losses = storage.read_json(str(tmp_path / f"{name}-alone/figures.json"))["loss"]
+        for layout in ("two", "sharded"):
+            place = f"{name}-{layout}"
+            assert storage.read_json(str(tmp_path / place / "figures.json"))["loss"] == pytest.approx(
+                losses, rel=1e-3, abs=1e-5
+            ), place
+            other = models.load_reasoner(tasks[0].reasoner, str(tmp_path / place))
+            for parameter, weight in alone.named_parameters():
+                torch.testing.assert_close(other.get_parameter(parameter), weight, rtol=1e-3, atol=1e-4)
 
 
 def write_choices(folder: Path) -> None:
