@@ -21,8 +21,8 @@ PIP := $(BIN)/python -m pip install --quiet
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # A Ray of the tests listens on every interface: it asks for a token that only this run knows.
-test test-slow: export RAY_AUTH_MODE ?= token
-test test-slow: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+test test-slow test-vllm: export RAY_AUTH_MODE ?= token
+test test-slow test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
 .PHONY: demo test test-slow test-vllm lint environment clean
 .DEFAULT_GOAL := demo
