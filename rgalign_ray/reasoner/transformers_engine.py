@@ -1,9 +1,9 @@
-"""Sampling and embedding with transformers: one prefill per prompt, its KV cache fanned out N ways.
+"""Sampling and embedding with transformers: one prefill per prompt, from which its N samples go on.
 
 The instruction in front of every session text is computed once per version of the weights. Session
 texts are padded between the instruction and themselves, so the last token of every row is its last
-column; attention masks and explicit positions make the padding invisible. Left out on purpose: static
-caches, continuous batching (vLLM's job).
+column; attention masks and explicit positions make the padding invisible. Left out on purpose:
+continuous batching (vLLM's job).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgalign_ray import config
-from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner import continuation, models
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample, written
 
 TOP_TOKENS = 256
@@ -39,7 +39,6 @@ class TransformersEngine:
         self.max_session_tokens = max_session_tokens
         self.tokenizer = models.load_tokenizer(settings.model)
         self.stop_ids = stop_tokens(self.tokenizer)
-        self._stops = torch.tensor(sorted(self.stop_ids), device=self.device)
         self.load(weights)
 
     def load(self, weights: str | None) -> None:
@@ -87,11 +86,9 @@ class TransformersEngine:
         n = len(seeds[0])
         flat_seeds = [seed for group in seeds for seed in group]
         prompt_hidden, cache, mask = self._prefill(prompts.prefix, self._tails(prompts))
-        cache.batch_repeat_interleave(n)
         decoded = self._decode(
             prompt_hidden.repeat_interleave(n, dim=0),
-            cache,
-            mask.repeat_interleave(n, dim=0),
+            continuation.of(self.model, cache, mask, n, max_new_tokens),
             uniforms(flat_seeds, max_new_tokens).to(self.device),
             temperature,
             top_p,
@@ -106,37 +103,36 @@ class TransformersEngine:
     def _decode(
         self,
         hidden: torch.Tensor,
-        cache: DynamicCache,
-        mask: torch.Tensor,
+        rows: continuation.Continuation,
         uniform: torch.Tensor,
         temperature: float,
         top_p: float,
     ) -> list[dict]:
-        """Samples every row to its stop token or its end. hidden [R, H], mask [R, T], uniform [R, steps]."""
+        """Samples every row to its stop token or its end. hidden [R, H], uniform [R, steps]."""
         total, steps = uniform.shape
         ids: list[list[int]] = [[] for _ in range(total)]
         logprobs: list[list[float]] = [[] for _ in range(total)]
         finish = ["length"] * total
         last = hidden.clone()  # hidden state at the last token that belongs to the query
         alive = torch.arange(total, device=self.device)
+        stops = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)
         for step in range(steps):
             logits = self.model.lm_head(hidden).float() / temperature
             tokens = choose(logits, uniform[alive, step], top_p)
-            picked = torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+            picked = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
             for row, token, logprob in zip(alive.tolist(), tokens.tolist(), picked.tolist(), strict=True):
                 ids[row].append(token)
                 logprobs[row].append(logprob)
-            going = ~torch.isin(tokens, self._stops)
+            going = ~torch.isin(tokens, stops)
             for row in alive[~going].tolist():
                 finish[row] = "stop"
             if not going.any():
                 break
             if not going.all():  # finished rows leave the batch
                 keep = going.nonzero()[:, 0]
-                alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
-                cache.batch_select_indices(keep)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self._forward(tokens[:, None], mask, cache)[:, -1]
+                alive, tokens = alive[keep], tokens[keep]
+                rows.keep(keep)
+            hidden = rows.step(tokens)
             last[alive] = hidden
         embeddings = last.cpu().to(torch.float16).numpy()
         return [
@@ -212,6 +208,8 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.T
     2020); each row depends on its own logits and number alone.
     """
     probabilities = torch.softmax(logits, dim=-1)
+    if top_p >= 1:  # all are in the nucleus, and nothing needs to be ranked
+        return _draw(probabilities.double(), uniform)
     top, index = probabilities.topk(min(TOP_TOKENS, logits.shape[-1]), dim=-1)
     tokens = _pick(top, index, uniform, top_p)
     far = top.sum(dim=-1) < top_p
@@ -229,6 +227,11 @@ def _pick(ranked: torch.Tensor, index: torch.Tensor, uniform: torch.Tensor, top_
     """
     inside = (ranked.double().cumsum(dim=-1) - ranked) < top_p
     index, order = index.sort(dim=-1)
-    mass = torch.where(inside, ranked.double(), 0.0).gather(1, order).cumsum(dim=-1)
-    place = (mass <= uniform[:, None].double() * mass[:, -1:]).sum(dim=-1, keepdim=True)
-    return index.gather(1, place.clamp(max=index.shape[-1] - 1))[:, 0]
+    place = _draw(torch.where(inside, ranked.double(), 0.0).gather(1, order), uniform)
+    return index.gather(1, place[:, None])[:, 0]
+
+
+def _draw(mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Places [R] in rows of mass [R, K] that the numbers [R] fall on."""
+    until = mass.cumsum(dim=-1)
+    return torch.searchsorted(until, uniform[:, None] * until[:, -1:], right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
