@@ -11,12 +11,15 @@ import math
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rgalign_ray.errors import ConfigError
+
+DATA_CPUS = 1.0
+"""Stay free for Ray Data, which does not know of CPUs that actors hold and would wait for ever."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -226,16 +229,37 @@ class Rollout(Settings):
     max_new_tokens: Count = 16
     temperature: Positive = 0.7
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    workers: Count = 2
-    cpus_per_worker: Positive = 0.5
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     unit_sessions: Count = 16
     """Sessions of one work unit: it fixes batch and padding, hence the floats."""
+    workers: Count = 2
+    """At most."""
+    min_workers: Count | None = None
+    """The pool starts with so many, and grows with its queue, also onto nodes that join later; None: `workers`, so that
+    it is of one size."""
+    idle_s: Positive = 30.0
+    """A worker above `min_workers` ends after so long without work."""
+    cpus_per_worker: Positive = 0.5
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     in_flight_per_worker: Count = 2
     deadline_s: Positive = 600.0
-    """Longest wait for one unit before the worker counts as dead."""
+    """Longest wait for one unit before the worker counts as dead, and for a first worker to start."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Worker deaths that one run of the pool survives."""
+    """Units that may lose a worker without being at fault."""
+    quarantine: Annotated[int, Field(ge=0)] = 10
+    """Sessions that may be set aside because every worker that reads them dies."""
+
+    DECIDES: ClassVar[tuple[str, ...]] = ("n", "max_new_tokens", "temperature", "top_p", "unit_sessions")
+    """What is sampled depends on these alone, not on who samples it."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Rollout:
+        if self.least_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above workers ({self.workers})")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if self.min_workers is None else self.min_workers
 
 
 class Encode(Settings):

@@ -129,6 +129,15 @@ PROPOSALS = pa.schema(
 )
 """What one teacher wrote, in the order of its samples; null where it was asked no more."""
 
+SET_ASIDE = pa.schema(
+    [
+        pa.field("session_id", pa.string(), nullable=False),
+        ("text", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""A session over which workers died, as its prompt has it."""
+
 SCORED = pa.schema(
     [
         pa.field("session_id", pa.string(), nullable=False),

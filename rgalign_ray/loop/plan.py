@@ -6,14 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rgalign_ray.config import Config
+from rgalign_ray.config import DATA_CPUS, Config
 from rgalign_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-DATA_CPUS = 1.0
-"""Stays free for Ray Data, which does not know of CPUs that actors hold and would wait for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +41,8 @@ def asks(config: Config) -> list[Ask]:
         Ask("encode", "encoder", encode.workers, encode.cpus_per_worker, encode.gpus_per_worker, "encode.workers"),
         Ask("ranker", "ranker worker", ranker.workers, ranker.cpus_per_worker, float(ranker.use_gpu), "ranker.workers"),
         Ask(
-            "rollouts", "rollout worker", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker,
-            "rollout.workers",
+            "rollouts", "rollout worker", rollout.least_workers, rollout.cpus_per_worker, rollout.gpus_per_worker,
+            "rollout.workers" if rollout.min_workers is None else "rollout.min_workers",
         ),
         Ask("rewards", "reward model", 1, config.reward.cpus, 0.0, "reward.cpus"),
         Ask("align", "learner", learner.workers, learner.cpus_per_worker, float(learner.use_gpu), "learner.workers"),

@@ -1,42 +1,84 @@
-"""The pool of rollout workers: bounded in flight, and alive when a worker dies.
+"""The pool of rollout workers: bounded in flight, as large as its queue asks for, and alive when a worker dies.
 
-  units ──▶ [ at most in_flight_per_worker on each worker ] ──▶ files of the artefact ──▶ keys, as they finish
+  source of units ──▶ queue ──▶ [ at most in_flight_per_worker on each ready worker ] ──▶ files ──▶ keys, as they finish
+     pulled when there is room     ▲                    │
+                                   └── worker died or silent: its units, first in the queue again
 
-A unit whose file is already there is not sampled again. A worker that dies or stays silent past its
-deadline is replaced, and its units go back to the front of the queue; a worker that raises has met a
-bug, and the run stops with its message.
+  loop over    consumes              waits for                     is unblocked by
+  _fill        the source            room in the queue             a unit that is handed to a worker
+  _resize      length of the queue   nothing                       —
+  _hand_out    the queue             a ready worker with room      a worker that starts, a unit that finishes
+  _collect     answers               the first answer or start     an answer, or POLL_S: then deadlines are looked at
+
+What is in memory does not depend on how many units there are. A unit whose file is already there is not sampled
+again. Failures are told apart:
+
+  a worker raises               a bug, or what a user can mend: the run stops with its message
+  a worker dies or is silent    infrastructure: replaced; at most `rollout.retries` units may lose a worker
+  a unit does so a second time  it is suspect, and its sessions are tried one by one
+  a session does so by itself   data: it is set aside with its text, and counted
 """
 
 from __future__ import annotations
 
+import faulthandler
+import math
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rgalign_ray import config, storage
-from rgalign_ray.errors import InfrastructureError, UserError
+from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import DataError, InfrastructureError, UserError
 from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
+STACKS_S = 10.0
+"""Wait for the stacks of a silent worker."""
+STACKS_AT = 0.9
+"""Share of its deadline after which a worker notes where it is."""
+QUARANTINE = "quarantine"
+"""Folder, beside the units' files, of sessions that were set aside."""
+STACKS = "stacks"
+"""Folder of what silent workers were at."""
 Worker = type[RolloutWorker] | type[ProposalWorker]
 
 
-@dataclass
+@dataclass(eq=False)
+class _Task:
+    """A unit on its way."""
+
+    key: str
+    unit: Unit
+    losses: int = 0
+    """Workers that died or fell silent over it."""
+
+
+@dataclass(eq=False)
 class _Member:
+    """A worker, and what it has in hand."""
+
     actor: Any
-    started: float
-    """When its oldest unfinished call was sent; the deadline counts from here."""
-    calls: dict[Any, str] = field(default_factory=dict)
-    """Unfinished calls, oldest first: reference → unit key."""
+    starting: Any
+    """Its answer once it has started; None from then on."""
+    since: float
+    """When it was asked to start, was handed its oldest unfinished unit, or ran out of them."""
+    calls: dict[Any, _Task] = field(default_factory=dict)
+    """Unfinished calls, oldest first."""
+    stacks: tuple[str, str] = ("", "")
+    """Node and file of what it was at, should it fall silent."""
 
 
 class RolloutPool:
-    """Runs units on `settings.workers` actors.
+    """Runs units on `settings.min_workers` to `settings.workers` actors.
 
     Args:
         settings: size of the pool, deadlines and retries.
@@ -45,7 +87,8 @@ class RolloutPool:
         python: interpreter of the workers, where it is not the driver's.
 
     Raises:
-        InfrastructureError: from `run`, when workers died more often than `settings.retries`.
+        InfrastructureError: from `run`, when more units lost a worker than `settings.retries`, or no worker started.
+        DataError: from `run`, when more sessions than `settings.quarantine` had to be set aside.
     """
 
     def __init__(
@@ -57,81 +100,251 @@ class RolloutPool:
     ) -> None:
         self.settings = settings
         self.worker_args = worker_args
+        self.out_uri: str = worker_args["out_uri"]
         self.table = worker.TABLE
         self.deaths = 0
-        self._actor_class = ray.remote(worker).options(
+        self.quarantined: list[str] = []
+        """Ids of the sessions that were set aside."""
+        self._losers: set[str] = set()
+        """Units that lost a worker and are not known to be at fault, and workers that died with none in hand."""
+        self._actor_class = _watched(worker, settings.deadline_s * STACKS_AT).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
             runtime_env={"py_executable": python} if python else None,
         )
+        self._any_done = False
+        self._looked = -math.inf
+        """When the cluster was last asked for room."""
         self._members: list[_Member] = []
+        self._queue: deque[_Task] = deque()
 
-    def run(self, units: Sequence[Unit], context: str) -> Iterator[tuple[str, int]]:
+    def run(self, units: Iterable[Unit], context: str) -> Iterator[tuple[str, int]]:
         """Yields (unit key, sessions) once each unit's files are written, in the order of completion.
 
         `context` stands for whatever else decides the result (weights, template, sampling settings): it
-        is part of a unit's key.
+        is part of a unit's key. Sessions that are set aside are counted with those that are done.
         """
-        keys = {unit.key(context): unit for unit in units}
-        done = {key for key in keys if storage.exists(self._file(key))}
-        yield from ((key, len(keys[key].session_ids)) for key in keys if key in done)
-        queue = deque(key for key in keys if key not in done)
-        self._members = [self._start() for _ in range(min(self.settings.workers, len(queue)))]
-        while queue or any(member.calls for member in self._members):
-            for member in self._members:
-                while queue and len(member.calls) < self.settings.in_flight_per_worker:
-                    key = queue.popleft()
-                    if not member.calls:
-                        member.started = time.monotonic()
-                    member.calls[member.actor.run.remote(keys[key], key)] = key
-            for key in self._collect(queue):
-                yield key, len(keys[key].session_ids)
+        self._context = context
+        source = iter(units)
+        more = True
+        while True:
+            while more and len(self._queue) < self._ahead:
+                unit = next(source, None)
+                more = unit is not None
+                if unit is not None:
+                    task = _Task(unit.key(context), unit)
+                    if storage.exists(self._file(task.key)):
+                        yield task.key, len(unit.session_ids)
+                    else:
+                        self._queue.append(task)
+            if not self._queue and not any(member.calls for member in self._members):
+                return
+            self._resize()
+            self._hand_out()
+            for task in self._collect():
+                yield task.key, len(task.unit.session_ids)
 
     def close(self) -> None:
         """Ends the workers, so that their memory is free for the learners."""
         for member in self._members:
             ray.kill(member.actor)
         self._members = []
+        self._queue.clear()
 
-    def _start(self) -> _Member:
-        return _Member(self._actor_class.remote(**self.worker_args), time.monotonic())
+    @property
+    def size(self) -> int:
+        """Workers at present, those that are starting included."""
+        return len(self._members)
+
+    @property
+    def _ahead(self) -> int:
+        """Units that wait at most: enough to fill every worker, so that the queue tells how many are needed."""
+        return self.settings.workers * self.settings.in_flight_per_worker
 
     def _file(self, key: str) -> str:
-        return storage.join(self.worker_args["out_uri"], self.table, f"{key}.parquet")
+        return storage.join(self.out_uri, self.table, f"{key}.parquet")
 
-    def _collect(self, queue: deque[str]) -> list[str]:
-        """Keys finished within a poll; dead and overdue workers are replaced and their units queued again."""
-        calls = [call for member in self._members for call in member.calls]
-        ready, _ = ray.wait(calls, num_returns=1, timeout=POLL_S)
-        finished = []
-        for place, member in enumerate(self._members):
-            for call in [c for c in ready if c in member.calls]:
-                try:
-                    ray.get(call, timeout=POLL_S)
-                except (RayActorError, WorkerCrashedError) as error:
-                    if isinstance(error, RayActorError) and error.actor_init_failed:
-                        raise  # it raised before its first unit, and every other one would
-                    self._replace(place, queue, f"died ({str(error).splitlines()[0]})")
+    def _start(self) -> _Member:
+        actor = self._actor_class.remote(**self.worker_args)
+        return _Member(actor, actor.stacks_file.remote(), time.monotonic())
+
+    def _resize(self) -> None:
+        """Starts workers that the queue has work for and the cluster has room for; ends those that have had none."""
+        settings, now = self.settings, time.monotonic()
+        units = len(self._queue) + sum(len(member.calls) for member in self._members)
+        least = min(settings.least_workers, units)
+        wanted = min(max(math.ceil(units / settings.in_flight_per_worker), least), settings.workers)
+        while len(self._members) < least:
+            self._members.append(self._start())
+        if len(self._members) < wanted and now - self._looked > POLL_S:
+            self._looked = now
+            self._members += [self._start() for _ in range(min(self._room(), wanted - len(self._members)))]
+            if len(self._members) < wanted:  # a cluster that can grow learns what for
+                request_resources(bundles=[self._asked] * wanted)
+        for member in reversed(self._members):
+            idle = not member.calls and member.starting is None and now - member.since > settings.idle_s
+            if idle and not self._queue and len(self._members) > settings.least_workers:
+                ray.kill(member.actor)
+                self._members.remove(member)
+
+    @property
+    def _asked(self) -> dict[str, float]:
+        """Resources of one worker."""
+        asked = {"CPU": self.settings.cpus_per_worker, "GPU": self.settings.gpus_per_worker}
+        return {name: amount for name, amount in asked.items() if amount}
+
+    def _room(self) -> int:
+        """Workers that the cluster can take beside Ray Data, which would wait for ever for a CPU that actors hold."""
+        free = ray.available_resources()
+        free["CPU"] = free.get("CPU", 0.0) - config.DATA_CPUS
+        room = int(min(free.get(name, 0.0) / amount for name, amount in self._asked.items()))
+        starting = sum(member.starting is not None for member in self._members)
+        return max(room - starting, 0)  # what has just been placed may still be told as free
+
+    def _hand_out(self) -> None:
+        """Units to the ready workers, first to those that have the fewest."""
+        ready = [member for member in self._members if member.starting is None]
+        for room in range(self.settings.in_flight_per_worker):
+            for member in ready:
+                if self._queue and len(member.calls) == room:
+                    task = self._queue.popleft()
+                    if not member.calls:
+                        member.since = time.monotonic()
+                    member.calls[member.actor.run.remote(task.unit, task.key)] = task
+
+    def _collect(self) -> list[_Task]:
+        """What finished within a poll; dead and overdue workers are replaced and their units queued again."""
+        waiting = [call for member in self._members for call in member.calls]
+        waiting += [member.starting for member in self._members if member.starting is not None]
+        ray.wait(waiting, num_returns=1, timeout=POLL_S)
+        arrived = set(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
+        finished: list[_Task] = []
+        for member in list(self._members):
+            if member.starting in arrived:
+                self._outcome(member, member.starting, finished)
+            for call in [call for call in member.calls if call in arrived]:
+                if not self._outcome(member, call, finished):
                     break
-                except RayTaskError as error:
-                    if isinstance(error.cause, (UserError, InfrastructureError)):
-                        raise error.cause from None  # what the worker itself said, without Ray's account of it
-                    raise error.as_instanceof_cause() from None
-                finished.append(member.calls.pop(call))
-                member.started = time.monotonic()
-            if member.calls and time.monotonic() - member.started > self.settings.deadline_s:
-                self._replace(place, queue, f"gave no answer for {self.settings.deadline_s:.0f} s")
+            late = time.monotonic() - member.since > self.settings.deadline_s
+            if late and member.calls and member in self._members:
+                self._save_stacks(member)
+                self._lose(member, f"gave no answer for {self.settings.deadline_s:.0f} s", finished)
+        self._none_starts()
         return finished
 
-    def _replace(self, place: int, queue: deque[str], why: str) -> None:
-        member = self._members[place]
+    def _outcome(self, member: _Member, call: Any, finished: list[_Task]) -> bool:
+        """Takes one answer of a worker; False where it has died."""
+        try:
+            answer = ray.get(call, timeout=POLL_S)
+        except (RayActorError, WorkerCrashedError) as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise  # it raised before its first unit, and every other one would
+            self._lose(member, f"died ({str(error).splitlines()[0]})", finished)
+            return False
+        except RayTaskError as error:
+            if isinstance(error.cause, (UserError, InfrastructureError)):
+                raise error.cause from None  # what the worker itself said, without Ray's account of it
+            raise error.as_instanceof_cause() from None
+        if call is member.starting:
+            member.starting, member.stacks = None, answer
+        else:
+            finished.append(member.calls.pop(call))
+            self._any_done = True
+        member.since = time.monotonic()
+        return True
+
+    def _lose(self, member: _Member, why: str, finished: list[_Task]) -> None:
+        """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue."""
         self.deaths += 1
-        if self.deaths > self.settings.retries:
+        self._members.remove(member)
+        ray.kill(member.actor)
+        tasks = list(member.calls.values())
+        finished += [task for task in tasks if storage.exists(self._file(task.key))]  # done, and not heard of
+        tasks = [task for task in tasks if task not in finished]
+        at, rest = (tasks[0], tasks[1:]) if tasks else (None, [])
+        again: list[_Task] = []
+        if at is None or not self._any_done:  # where none can work, no session is at fault
+            self._losers.add(f"worker {self.deaths}")
+            again = [at] if at else []
+        elif at.losses < (1 if len(at.unit.session_ids) > 1 else 2):
+            at.losses += 1
+            self._losers.add(at.key)
+            again = [at]
+        elif len(at.unit.session_ids) > 1:
+            self._losers.discard(at.key)
+            parts = [_Task(part.key(self._context), part, losses=2) for part in at.unit.singly()]
+            again = [task for task in parts if not storage.exists(self._file(task.key))]
+            finished += [task for task in parts if task not in again]
+        else:
+            self._losers.discard(at.key)
+            self._set_aside(at, why)
+            finished.append(at)
+        self._queue.extendleft(reversed([*again, *rest]))
+        if len(self._losers) > self.settings.retries:
             raise InfrastructureError(
-                f"rollout: a worker {why}; death {self.deaths}, with rollout.retries = {self.settings.retries}; "
+                f"rollout: a worker {why}; loss {len(self._losers)}, with rollout.retries = {self.settings.retries}; "
                 "the same command resumes from the units that are done."
             )
-        queue.extendleft(reversed(member.calls.values()))
-        member.calls = {}
-        ray.kill(member.actor)
-        self._members[place] = self._start()
+
+    def _set_aside(self, task: _Task, why: str) -> None:
+        [session], [text] = task.unit.session_ids, task.unit.texts
+        self.quarantined.append(session)
+        row = {"session_id": session, "text": text, "reason": f"over it, a worker {why}"}
+        place = storage.join(self.out_uri, QUARANTINE, f"{task.key}.parquet")
+        storage.write_table(place, pa.Table.from_pylist([row], schema=schema.SET_ASIDE))
+        if len(self.quarantined) > self.settings.quarantine:
+            raise DataError(
+                f"rollout: {len(self.quarantined)} sessions end every worker that reads them, with rollout.quarantine "
+                f"= {self.settings.quarantine}; their texts are in {storage.join(self.out_uri, QUARANTINE)}."
+            )
+
+    def _none_starts(self) -> None:
+        """Raises where all wait to start, and have for too long."""
+        pending = [time.monotonic() - member.since for member in self._members if member.starting is not None]
+        if len(pending) < len(self._members) or not pending or min(pending) <= self.settings.deadline_s:
+            return
+        free, settings = ray.available_resources(), self.settings
+        raise InfrastructureError(
+            f"rollout: none of {len(pending)} workers has started within {settings.deadline_s:.0f} s. Each asks for "
+            f"{settings.cpus_per_worker:g} CPUs and {settings.gpus_per_worker:g} GPUs; free are {free.get('CPU', 0):g} "
+            f"and {free.get('GPU', 0):g}."
+        )
+
+    def _save_stacks(self, member: _Member) -> None:
+        """What a silent worker was at, from the file that it wrote beside its work."""
+        node, file = member.stacks
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        try:
+            stacks = ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=STACKS_S)
+        except (RayError, GetTimeoutError) as error:
+            stacks = f"{file} on node {node} cannot be read ({type(error).__name__})\n"
+        at = next(iter(member.calls.values()))
+        storage.write_bytes(storage.join(self.out_uri, STACKS, f"{at.key}.txt"), stacks.encode())
+
+
+def _watched(worker: Worker, patience_s: float) -> Any:
+    """The actor of a worker, which notes all its stacks when one unit takes longer than `patience_s`.
+
+    A thread of C does, so that it also tells of a worker that holds Python's lock for ever.
+    """
+
+    class Watched(worker):  # type: ignore[misc, valid-type]
+        def stacks_file(self) -> tuple[str, str]:
+            self._stacks = tempfile.NamedTemporaryFile("w", prefix="rgalign-stacks-", suffix=".txt")  # noqa: SIM115
+            return ray.get_runtime_context().get_node_id(), self._stacks.name
+
+        def run(self, unit: Unit, key: str) -> int:
+            faulthandler.dump_traceback_later(patience_s, file=self._stacks)
+            try:
+                return super().run(unit, key)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    Watched.__name__ = worker.__name__
+    return ray.remote(Watched)
+
+
+@ray.remote(num_cpus=0)
+def _read(file: str) -> str:
+    with open(file) as stream:
+        return stream.read()

@@ -46,6 +46,11 @@ class Unit:
     proposed: list[list[Proposed]] | None = None
     """What teachers wrote for each session, the same number for all."""
 
+    def singly(self) -> list[Unit]:
+        """The same sessions, a unit each."""
+        proposed = [None] * len(self.texts) if self.proposed is None else [[row] for row in self.proposed]
+        return [Unit([i], [text], row) for i, text, row in zip(self.session_ids, self.texts, proposed, strict=True)]
+
     def key(self, *context: object) -> str:
         proposed = [[asdict(one) for one in row] for row in self.proposed or []]
         return storage.content_key(self.session_ids, self.texts, proposed, [str(c) for c in context])
