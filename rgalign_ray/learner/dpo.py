@@ -24,7 +24,7 @@ class _Pairs(DPOTrainer):
 
 
 def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
-    """Optimises preferences on `pairs.parquet` and exports the reasoner.
+    """Optimises preferences on `pairs` and exports the reasoner.
 
     Args:
         task: data, weights and settings; `task.optimisation` is `config.Dpo`.
@@ -36,7 +36,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     """
     settings = task.optimisation
     assert isinstance(settings, config.Dpo)
-    pairs = storage.read_table(storage.join(task.data, "pairs.parquet"))
+    pairs = storage.read_table(storage.join(task.data, engine.PAIRS))
     rows = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
     figures = trainer.run(
         task,

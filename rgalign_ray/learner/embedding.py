@@ -58,7 +58,7 @@ class EmbeddingReader(nn.Module):
 
 
 def train(task: LearnerTask, advance: Advance, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
-    """Aligns embeddings on `positives.parquet` and exports the reasoner.
+    """Aligns embeddings on `positives` and exports the reasoner.
 
     Sessions without a selected query are read at e(x) alone.
 
@@ -125,7 +125,7 @@ class Rows:
     """The training sessions; a batch is a pure function of step and rank."""
 
     def __init__(self, task: LearnerTask, readouts: Sequence[str]) -> None:
-        self.table = storage.read_table(storage.join(task.data, "positives.parquet")).sort_by("session_id")
+        self.table = storage.read_table(storage.join(task.data, engine.POSITIVES)).sort_by("session_id")
         self.readouts = readouts
         tokenizer = models.load_tokenizer(task.reasoner.model)
         self.stops = stop_tokens(tokenizer)

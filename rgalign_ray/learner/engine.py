@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from rgalign_ray import config, storage
 from rgalign_ray.reasoner import models
 
+SELECTED, PAIRS, POSITIVES = "selected", "pairs", "positives"
+"""Folders of what objectives learn from: RG-SFT, RG-DPO, and those of the embedding."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrozenPair:
@@ -45,8 +48,7 @@ class LearnerTask:
     weights: str | None
     """Reasoner artefact to start from; None starts from the base model."""
     data: str
-    """Folder with `selected.parquet` (RG-SFT), `pairs.parquet` (RG-DPO) and `positives.parquet` (objectives of the
-    embedding)."""
+    """Folder that holds `SELECTED`, `PAIRS` and `POSITIVES`."""
     out: str
     """Folder that receives the new reasoner artefact."""
     version: str

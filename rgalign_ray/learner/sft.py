@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
-    """Fine-tunes on `selected.parquet` and exports the reasoner.
+    """Fine-tunes on `selected` and exports the reasoner.
 
     Args:
         task: data, weights and settings; `task.optimisation` is `config.Sft`.
@@ -32,7 +32,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     """
     settings = task.optimisation
     assert isinstance(settings, config.Sft)
-    selected = storage.read_table(storage.join(task.data, "selected.parquet")).select(["prompt_ids", "completion_ids"])
+    selected = storage.read_table(storage.join(task.data, engine.SELECTED)).select(["prompt_ids", "completion_ids"])
     rows = [
         {
             "input_ids": row["prompt_ids"] + row["completion_ids"],

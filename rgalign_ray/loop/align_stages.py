@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,11 +14,12 @@ from rgalign_ray import schema, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import DataError
 from rgalign_ray.learner import training
-from rgalign_ray.learner.engine import FrozenPair, LearnerTask
+from rgalign_ray.learner.engine import PAIRS, POSITIVES, SELECTED, FrozenPair, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.judge_stages import SESSIONS_FILE
+from rgalign_ray.loop import round_sessions
+from rgalign_ray.loop.judge_stages import DECIDES, SCORED
 from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
@@ -33,10 +35,9 @@ OBJECTIVE_NAMES = {
     "gradient": "ranking gradient",
     "latent": "latent RL",
 }
-LEARNS_FROM = {"sft": "selected.parquet", "dpo": "pairs.parquet"}
+LEARNS_FROM = {"sft": SELECTED, "dpo": PAIRS}
 """Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
-POSITIVES = "positives.parquet"
-ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
+ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", *DECIDES)}
 """Settings of objectives that ask for rewards as they learn."""
 
 
@@ -72,86 +73,140 @@ def stages(config: Config, round_: int) -> list[Stage]:
     return sequence
 
 
+ORDER = [("session_id", "ascending"), ("sample", "ascending")]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The rewards of a round, part after part; within a part by session and sample."""
+
+    session_ids: list[str]
+    reward: np.ndarray
+    """float32 [S, N]; nan for queries that were not valid."""
+    uplift: np.ndarray
+    """float32 [S, N]."""
+    parts: dict[str, slice]
+    """Sessions of each part."""
+
+    @classmethod
+    def load(cls, run: Run, round_: int) -> _Judged:
+        ids: list[str] = []
+        rewards, uplifts, parts = [], [], {}
+        for name, files in round_sessions.by_part(run.uri(f"rewards_{round_}", SCORED)).items():
+            scored = _sorted(files, ["session_id", "sample", "reward", "uplift"])
+            own = list(dict.fromkeys(scored["session_id"].to_pylist()))
+            parts[name] = slice(len(ids), len(ids) + len(own))
+            ids += own
+            rewards.append(scored["reward"].to_numpy().reshape(len(own), -1))
+            uplifts.append(scored["uplift"].to_numpy().reshape(len(own), -1))
+        return cls(ids, np.concatenate(rewards), np.concatenate(uplifts), parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sessions and rollouts of one part, sorted alike."""
+
+    catalogue: Catalogue
+    sessions: pa.Table
+    rollouts: pa.Table
+    candidates: np.ndarray
+    """int [S, C]."""
+    clicks: np.ndarray
+    """bool [S, C], those that teach."""
+
+    @classmethod
+    def load(cls, run: Run, round_: int, name: str, files: list[str], catalogue: Catalogue) -> _Part:
+        place = run.uri(f"rollouts_{round_}", round_sessions.FOLDER, f"{name}.parquet")
+        sessions, rollouts = storage.read_table(place), _sorted(files)
+        candidates = catalogue.candidates(sessions)
+        arrays = {
+            "candidates": candidates,
+            "clicks": catalogue.padded(sessions["clicks"], candidates),
+            "session_key": session_keys(sessions["session_id"].to_pylist()),
+        }
+        clicks = Labels.of(run.config.reward, sessions, arrays, catalogue).clicks
+        return cls(catalogue, sessions, rollouts, candidates, clicks)
+
+    @property
+    def prompts(self) -> pa.Table:
+        """The first rollout of each session: `session_id` and `prompt_ids`."""
+        n = self.rollouts.num_rows // self.sessions.num_rows
+        first = self.rollouts.select(["session_id", "prompt_ids"]).take(pa.array(np.arange(0, len(self.rollouts), n)))
+        assert first["session_id"].equals(self.sessions["session_id"]), "both hold the part's sessions, sorted"
+        return first
+
+
+def _sorted(files: list[str], columns: list[str] | None = None) -> pa.Table:
+    return pa.concat_tables([storage.read_table(file, columns=columns) for file in files]).sort_by(ORDER)
+
+
 def choose(run: Run, out: str, round_: int) -> Outcome:
-    """Writes what each objective learns from: `selected.parquet`, `pairs.parquet`, and `positives.parquet`, which has
-    every session.
+    """Writes what each objective learns from, a file a part: `selected`, `pairs`, and `positives`, which has every
+    session.
     """
     config = run.config
-    order = [("session_id", "ascending"), ("sample", "ascending")]
-    scored = storage.read_table(run.uri(f"rewards_{round_}", "scored.parquet")).sort_by(order)
-    rollouts = storage.read_table(run.uri(f"rollouts_{round_}", "rollouts")).sort_by(order)
-    ids = list(dict.fromkeys(scored["session_id"].to_pylist()))
-    reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
-    seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in ids])
-    n = reward.shape[1]
-    reward = among_first(reward, config.select.n)
-    if config.select.method == "title":
-        selected = titles(run, round_, rollouts, n)
-        storage.write_table(storage.join(out, LEARNS_FROM["sft"]), selected)
-        storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
-        return Outcome({"sessions": len(ids), "selected": len(selected)})
-    chosen = select(reward, uplift, config.select, seeds)
-    rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
+    judged = _Judged.load(run, round_)
+    seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in judged.session_ids])
+    reward = among_first(judged.reward, config.select.n)
+    titled = config.select.method == "title"
+    if titled:
+        chosen, paired = np.zeros(len(reward), np.int64), np.full((len(reward), 2), -1)
+    else:
+        chosen, paired = select(reward, judged.uplift, config.select, seeds), pairs(reward, config.select, seeds)
     taken = np.flatnonzero(chosen >= 0)
-    worth = np.ones(len(taken))
-    if config.select.weight == "uplift":
-        again = resampled(uplift[taken, chosen[taken]], sample_seed(config.seed, round_, "weights", -1))
-        taken = taken[again]
-        worth = uplift[taken, chosen[taken]]
-    picked = rollouts.take(pa.array(taken * n + chosen[taken]))
-    selected = pa.table(
-        [
-            *(picked[name] for name in ("session_id", "prompt_ids", "completion_ids", "query")),
-            pa.array(worth, pa.float32()),
-            pa.array(rank[taken], pa.int32()),
-        ],
-        schema=schema.SELECTED,
-    )
-    paired = pair_table(rollouts, reward, pairs(reward, config.select, seeds))
-    storage.write_table(storage.join(out, LEARNS_FROM["sft"]), selected)
-    storage.write_table(storage.join(out, LEARNS_FROM["dpo"]), paired)
-    storage.write_table(storage.join(out, POSITIVES), positives(run, round_, rollouts, selected, n))
+    worth = np.ones(len(reward), np.float32)
+    if config.select.weight == "uplift" and not titled:
+        worth[taken] = judged.uplift[taken, chosen[taken]]
+        taken = taken[resampled(worth[taken], sample_seed(config.seed, round_, "weights", -1))]
+    rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
+    sources = Counter[str]()
+    catalogue = Catalogue.load(run.uri("sessions"))
+    files = round_sessions.by_part(run.uri(f"rollouts_{round_}", "rollouts"))
+    for name, rows in judged.parts.items():
+        part = _Part.load(run, round_, name, files[name], catalogue)
+        own = taken[(taken >= rows.start) & (taken < rows.stop)]
+        if titled:
+            selected = titles(run, part)
+        else:
+            picked = part.rollouts.take(pa.array((own - rows.start) * reward.shape[1] + chosen[own]))
+            sources.update(picked["source"].to_pylist())
+            selected = pa.table(
+                [
+                    *(picked[column] for column in ("session_id", "prompt_ids", "completion_ids", "query")),
+                    pa.array(worth[own], pa.float32()),
+                    pa.array(rank[own], pa.int32()),
+                ],
+                schema=schema.SELECTED,
+            )
+        for table, folder in (
+            (selected, SELECTED),
+            (pair_table(part.rollouts, reward[rows], paired[rows]), PAIRS),
+            (positives(part, selected), POSITIVES),
+        ):
+            storage.write_table(storage.join(out, folder, f"{name}.parquet"), table)
+    counts = {"sessions": len(reward), "selected": len(taken)}
+    if titled:
+        return Outcome(counts)
     gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
     return Outcome(
-        {
-            "sessions": len(ids),
-            "selected": len(taken),
-            "pairs": len(paired),
-            "taught nothing": len(ids) - len(np.unique(taken)),
-        },
+        counts | {"pairs": int((paired[:, 0] >= 0).sum()), "taught nothing": len(reward) - len(np.unique(taken))},
         {
             "gain_over_mean": float(gain.mean()) if len(taken) else 0.0,
-            "lift": float(np.nanmean(uplift)),
-            "chosen_by_source": dict(Counter(picked["source"].to_pylist())),
+            "lift": float(np.nanmean(judged.uplift)),
+            "chosen_by_source": dict(sources),
         },
     )
 
 
-def labelled(run: Run, round_: int) -> tuple[Catalogue, pa.Table, np.ndarray, np.ndarray]:
-    """The catalogue, the round's sessions, their candidates int [S, C], and bool [S, C] the clicks that teach."""
-    catalogue = Catalogue.load(run.uri("sessions"))
-    sessions = storage.read_table(run.uri(f"rollouts_{round_}", SESSIONS_FILE))
-    candidates = catalogue.candidates(sessions)
-    arrays = {
-        "candidates": candidates,
-        "clicks": catalogue.padded(sessions["clicks"], candidates),
-        "session_key": session_keys(sessions["session_id"].to_pylist()),
-    }
-    return catalogue, sessions, candidates, Labels.of(run.config.reward, sessions, arrays, catalogue).clicks
-
-
-def titles(run: Run, round_: int, rollouts: pa.Table, n: int) -> pa.Table:
+def titles(run: Run, part: _Part) -> pa.Table:
     """`schema.SELECTED` with the title of each session's first clicked intent in place of a query."""
-    catalogue, sessions, candidates, clicks = labelled(run, round_)
-    clicked = np.take_along_axis(candidates, clicks.argmax(axis=1)[:, None], axis=1)[:, 0]
-    names = [catalogue.titles[intent] for intent in clicked]
+    clicked = np.take_along_axis(part.candidates, part.clicks.argmax(axis=1)[:, None], axis=1)[:, 0]
+    names = [part.catalogue.titles[intent] for intent in clicked]
     tokenizer = models.load_tokenizer(run.config.reasoner.model)
     suffix = Template.load(run.config.prompt.template).suffix
-    prompts = rollouts.take(pa.array(np.arange(0, rollouts.num_rows, n)))
-    assert prompts["session_id"].equals(sessions["session_id"]), "both hold the round's sessions, sorted"
     return pa.table(
         [
-            *(prompts[name] for name in ("session_id", "prompt_ids")),
+            *part.prompts.columns,
             pa.array([written(tokenizer, name, suffix) for name in names], pa.list_(pa.int32())),
             pa.array(names, pa.string()),
             pa.array(np.ones(len(names)), pa.float32()),
@@ -176,21 +231,18 @@ def pair_table(rollouts: pa.Table, reward: np.ndarray, chosen: np.ndarray) -> pa
     )
 
 
-def positives(run: Run, round_: int, rollouts: pa.Table, selected: pa.Table, n: int) -> pa.Table:
+def positives(part: _Part, selected: pa.Table) -> pa.Table:
     """A row per session: its prompt, its selected query's tokens (null: none), and its clicked intents by index."""
-    _, sessions, candidates, clicks = labelled(run, round_)
     query = dict(zip(selected["session_id"].to_pylist(), selected["completion_ids"].to_pylist(), strict=True))
-    prompts = rollouts.take(pa.array(np.arange(0, rollouts.num_rows, n)))
-    assert prompts["session_id"].equals(sessions["session_id"]), "both hold the round's sessions, sorted"
+    prompts = part.prompts
     return pa.table(
         {
-            "session_id": sessions["session_id"],
+            "session_id": prompts["session_id"],
             "prompt_ids": prompts["prompt_ids"],
-            "completion_ids": pa.array(
-                [query.get(i) for i in sessions["session_id"].to_pylist()], pa.list_(pa.int32())
-            ),
+            "completion_ids": pa.array([query.get(i) for i in prompts["session_id"].to_pylist()], pa.list_(pa.int32())),
             "positives": pa.array(
-                [row[clicked].tolist() for row, clicked in zip(candidates, clicks, strict=True)], pa.list_(pa.int32())
+                [row[clicked].tolist() for row, clicked in zip(part.candidates, part.clicks, strict=True)],
+                pa.list_(pa.int32()),
             ),
         }
     )
@@ -209,7 +261,7 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         pair=FrozenPair(
             ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec"),
             encoder=engine_spec(run, round_ - 1).weights,
-            sessions=run.uri(f"rollouts_{round_}", SESSIONS_FILE),
+            sessions=run.uri(f"rollouts_{round_}", round_sessions.FOLDER),
             log=run.uri("sessions"),
             reward=config.reward,
         ),

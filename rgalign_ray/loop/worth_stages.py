@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,7 +14,8 @@ from rgalign_ray.config import Config
 from rgalign_ray.evaluate import query_worth
 from rgalign_ray.evaluate.report import QueryWorth
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.loop.judge_stages import unit_files
+from rgalign_ray.loop import round_sessions
+from rgalign_ray.loop.judge_stages import SCORED
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import scoring
 from rgalign_ray.reward.actor import QueryUnit
@@ -43,15 +45,12 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     assert run.truth is not None, "the stage exists where the truth is known"
     ranker = scoring.load(run.uri(f"rankers_{round_ - 1}", "qe_rec"))
     catalogue, oracle = Catalogue.load(run.uri("sessions")), Oracle.load(run.truth)
-    order = [("session_id", "ascending"), ("sample", "ascending")]
-    scored = storage.read_table(run.uri(f"rewards_{round_}", "scored.parquet")).sort_by(order)
-    place = {session: row for row, session in enumerate(dict.fromkeys(scored["session_id"].to_pylist()))}
-    rewards = scored["reward"].to_numpy().reshape(len(place), -1)
     parts = []
-    for sessions, rollouts_uri, embeddings_uri in unit_files(run, round_):
+    for sessions, rollouts_uri, embeddings_uri in round_sessions.judged(run.uri(f"rollouts_{round_}")):
         unit = QueryUnit.load(rollouts_uri, embeddings_uri)
         ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
-        reward = rewards[[place[session] for session in unit.session_ids]]
+        scored = storage.read_table(run.uri(f"rewards_{round_}", SCORED, posixpath.basename(rollouts_uri)))
+        reward = scored["reward"].to_numpy().reshape(len(unit.session_ids), -1)
         usable = np.isfinite(reward).sum(axis=1) >= 2
         if usable.any():
             kept = sessions.filter(pa.array(usable))

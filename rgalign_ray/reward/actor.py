@@ -168,21 +168,26 @@ def remote(cpus: float, *args: Any) -> Any:
     return actor.remote(*args)
 
 
+Request = tuple[pa.Table, str, str]
+"""Arguments of `RewardModel.score`."""
+
+
 def score_all(
-    actor: Any, requests: Iterable[tuple[pa.Table, str, str]], in_flight: int = 4, deadline_s: float = 600.0
-) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Results of `RewardModel.score` for each request, in their order, with at most `in_flight` at the actor.
+    actor: Any, requests: Iterable[Request], in_flight: int = 4, deadline_s: float = 600.0
+) -> Iterator[tuple[Request, pa.Table, np.ndarray]]:
+    """Requests and what `RewardModel.score` says to them, in their order, with at most `in_flight` at the actor.
 
     Raises:
         InfrastructureError: when one takes longer than its deadline.
     """
-    waiting: deque[Any] = deque()
+    waiting: deque[tuple[Request, Any]] = deque()
     for request in requests:
-        waiting.append(actor.score.remote(*request))
+        waiting.append((request, actor.score.remote(*request)))
         if len(waiting) == in_flight:
-            yield _result(waiting.popleft(), deadline_s)
-    while waiting:
-        yield _result(waiting.popleft(), deadline_s)
+            done, call = waiting.popleft()
+            yield done, *_result(call, deadline_s)
+    for done, call in waiting:
+        yield done, *_result(call, deadline_s)
 
 
 def _result(call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:

@@ -45,15 +45,19 @@ class Unit:
     texts: list[str]
     proposed: list[list[Proposed]] | None = None
     """What teachers wrote for each session, the same number for all."""
+    part: str = "0"
+    """Of the round's sessions; it leads the key, so that a part's units are found by the names of their files."""
 
     def singly(self) -> list[Unit]:
         """The same sessions, a unit each."""
         proposed = [None] * len(self.texts) if self.proposed is None else [[row] for row in self.proposed]
-        return [Unit([i], [text], row) for i, text, row in zip(self.session_ids, self.texts, proposed, strict=True)]
+        rows = zip(self.session_ids, self.texts, proposed, strict=True)
+        return [Unit([session], [text], row, self.part) for session, text, row in rows]
 
     def key(self, *context: object) -> str:
         proposed = [[asdict(one) for one in row] for row in self.proposed or []]
-        return storage.content_key(self.session_ids, self.texts, proposed, [str(c) for c in context])
+        content = storage.content_key(self.session_ids, self.texts, proposed, [str(c) for c in context])
+        return f"{self.part}-{content}"
 
 
 class RolloutWorker:

@@ -62,9 +62,9 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     log = storage.read_table(str(seed / "sessions/sessions"), ["session_id", "role"])
     role = dict(zip(log["session_id"].to_pylist(), log["role"].to_pylist(), strict=True))
     for run, expected in (("", "align_1"), ("aligned_leak", "rank")):
-        asked = storage.read_table(str(seed / run / "rollouts_1/sessions.parquet"), ["session_id"])
+        asked = storage.read_table(str(seed / run / "rollouts_1/sessions"), ["session_id"])
         assert {role[session] for session in asked["session_id"].to_pylist()} == {expected}
-    query = storage.read_table(str(seed / "aligned_title/selected_1/selected.parquet"))["query"].to_pylist()
+    query = storage.read_table(str(seed / "aligned_title/selected_1/selected"))["query"].to_pylist()
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}

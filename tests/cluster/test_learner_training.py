@@ -28,7 +28,7 @@ def test_two_workers_learn_and_export_one_adapter(ray_cluster: object, tmp_path:
         }
         for i in range(30)
     ]
-    storage.write_table(str(tmp_path / "data/selected.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
+    storage.write_table(str(tmp_path / "data/selected/0.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
     task = LearnerTask(
         objective="sft",
         reasoner=REASONER,

@@ -30,7 +30,7 @@ def test_folds_judge_each_other_and_the_auditor_ends_the_rounds(tmp_path: Path) 
     assert all((tmp_path / "rankers_0" / name / "ranker.json").exists() for name in folds)
     role = storage.read_table(str(tmp_path / "sessions/sessions"), ["session_id", "role"])
     of = dict(zip(role["session_id"].to_pylist(), role["role"].to_pylist(), strict=True))
-    scored = storage.read_table(str(tmp_path / "rewards_1/scored.parquet"))
+    scored = storage.read_table(str(tmp_path / "rewards_1/scored"))
     assert {of[session] for session in scored["session_id"].to_pylist()} == {"rank"}
     assert len(set(scored["ranker_version"].to_pylist())) == 2, "each session by the ranker of its fold"
     run = Run(config.validate(storage.read_json(str(tmp_path / "config.json")) | {"run_dir": str(tmp_path)}))

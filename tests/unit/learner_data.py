@@ -60,7 +60,7 @@ def write_round(folder: Path) -> None:
         ),
         "positives": pa.array([[INTENTS.index(intent)] for intent in meant], pa.list_(pa.int32())),
     }
-    storage.write_table(str(folder / "data/positives.parquet"), pa.table(positives))
+    storage.write_table(str(folder / "data/positives/0.parquet"), pa.table(positives))
 
 
 def sessions(clicked: list[str]) -> pa.Table:

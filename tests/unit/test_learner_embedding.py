@@ -54,7 +54,7 @@ def test_each_objective_turns_embeddings_towards_what_was_clicked(
 
 def test_the_latent_objective_estimates_the_gradient_of_its_reward(folder: Path, tmp_path: Path) -> None:
     """With many copies and little noise its gradient is that of the reward, which the gradient arm has exactly."""
-    table = storage.read_table(str(folder / "data/positives.parquet"))
+    table = storage.read_table(str(folder / "data/positives/0.parquet"))
     exact = gradient.RankingLoss(task(folder, tmp_path, config.Gradient()), table)
     copies = config.Latent(copies=4096, noise=0.05)
     estimate = latent.NoisyCopies(task(folder, tmp_path, copies), table)
@@ -71,7 +71,7 @@ def test_the_latent_objective_estimates_the_gradient_of_its_reward(folder: Path,
 
 
 def test_noise_is_drawn_by_session_and_step(folder: Path, tmp_path: Path) -> None:
-    table = storage.read_table(str(folder / "data/positives.parquet"))
+    table = storage.read_table(str(folder / "data/positives/0.parquet"))
     objective = latent.NoisyCopies(task(folder, tmp_path, config.Latent()), table)
     centre = torch.zeros(2, 1, 1, 4)
     noise = objective._noise([3, 5], 7, centre)
@@ -102,7 +102,7 @@ def test_the_gradient_arm_asks_for_resolved_clicks_as_the_reward_does(
     assert work.pair is not None
     pair = replace(work.pair, reward=config.Reward(resolved_weight=weight))
     objective = gradient.RankingLoss(
-        replace(work, pair=pair), storage.read_table(str(folder / "data/positives.parquet"))
+        replace(work, pair=pair), storage.read_table(str(folder / "data/positives/0.parquet"))
     )
     embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0))
     rows = [0, 1, 2, 3]  # every other one's click resolved the need

@@ -32,7 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> LearnerTask:
     folder = tmp_path_factory.mktemp("round")
     write_round(folder)
     of = TransformersEngine(REASONER, max_session_tokens=64)
-    prompts = storage.read_table(str(folder / "data/positives.parquet"))["prompt_ids"].to_pylist()
+    prompts = storage.read_table(str(folder / "data/positives/0.parquet"))["prompt_ids"].to_pylist()
     rows = [
         {
             "session_id": f"s{i:03d}",
@@ -44,7 +44,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> LearnerTask:
         }
         for i in range(2 * SESSIONS)
     ]
-    storage.write_table(str(folder / "data/selected.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
+    storage.write_table(str(folder / "data/selected/0.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
     settings = config.Sft(lr=1e-2, epochs=12, batch_sessions=8, neftune_alpha=0.0)
     first = task(folder, folder / "sft", settings, reasoner=REASONER)
     assert sft.train(first, lambda n: None)["loss"][-1] < 0.4

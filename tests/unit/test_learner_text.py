@@ -65,7 +65,7 @@ def selected(engine: TransformersEngine, folder: Path, sessions: int = 32) -> No
                 "rank": 0,
             }
         )
-    storage.write_table(str(folder / "data/selected.parquet"), pa.Table.from_pylist(table, schema=schema.SELECTED))
+    storage.write_table(str(folder / "data/selected/0.parquet"), pa.Table.from_pylist(table, schema=schema.SELECTED))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_rg_sft_lowers_the_loss_of_the_selected_queries(
 def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, tmp_path: Path) -> None:
     """The loss of a completion that is certain already is nearly zero, whatever the prompt says."""
     selected(engine, tmp_path)
-    path = str(tmp_path / "data/selected.parquet")
+    path = str(tmp_path / "data/selected/0.parquet")
     table = storage.read_table(path)
     prompts = [[int(t) for t in np.random.default_rng(i).integers(3, 250, 30)] for i in range(len(table))]
     fixed = table.set_column(1, "prompt_ids", pa.array(prompts, pa.list_(pa.int32())))
@@ -118,12 +118,12 @@ def test_all_weights_can_be_trained(engine: TransformersEngine, tmp_path: Path) 
 def paired(engine: TransformersEngine, folder: Path) -> None:
     """The right query against that of the next session."""
     selected(engine, folder)
-    table = storage.read_table(str(folder / "data/selected.parquet"))
+    table = storage.read_table(str(folder / "data/selected/0.parquet"))
     chosen = table["completion_ids"].to_pylist()
     columns = [table["session_id"], table["prompt_ids"], table["completion_ids"]]
     rejected = pa.array(chosen[1:] + chosen[:1], pa.list_(pa.int32()))
     gaps = pa.array(np.ones(len(table)), pa.float32())
-    storage.write_table(str(folder / "data/pairs.parquet"), pa.table([*columns, rejected, gaps], schema=schema.PAIRS))
+    storage.write_table(str(folder / "data/pairs/0.parquet"), pa.table([*columns, rejected, gaps], schema=schema.PAIRS))
 
 
 @pytest.mark.parametrize(

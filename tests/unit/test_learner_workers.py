@@ -87,12 +87,12 @@ def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
 
 def write_choices(folder: Path) -> None:
     """What the objectives of the text learn from: the same query for all, and another as the worse one."""
-    positives = storage.read_table(str(folder / "data/positives.parquet"))
+    positives = storage.read_table(str(folder / "data/positives/0.parquet"))
     query = pa.array([[40, 41, 42, 2]] * SESSIONS, pa.list_(pa.int32()))
     other = pa.array([[50, 51, 2]] * SESSIONS, pa.list_(pa.int32()))
     ones = pa.array([1.0] * SESSIONS, pa.float32())
     shared = [positives["session_id"], positives["prompt_ids"], query]
     ranks = pa.array([0] * SESSIONS, pa.int32())
     selected = pa.table([*shared, pa.array(["q"] * SESSIONS), ones, ranks], schema=schema.SELECTED)
-    storage.write_table(str(folder / "data/selected.parquet"), selected)
-    storage.write_table(str(folder / "data/pairs.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))
+    storage.write_table(str(folder / "data/selected/0.parquet"), selected)
+    storage.write_table(str(folder / "data/pairs/0.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))
