@@ -49,6 +49,21 @@ def session_keys(ids: list[str]) -> np.ndarray:
     return (np.frombuffer(digests, dtype="<u8") >> np.uint64(1)).astype(np.int64)
 
 
+def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """float64 [n] in [0, 1), a hash of (seed, purpose, key): the same wherever a session is held."""
+    return (mixed(keys, seed, purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mixed(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """uint64 [n], a hash of (seed, purpose, key): splitmix64's finaliser (Steele et al. 2014) over key and salt."""
+    salt = np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little"))
+    with np.errstate(over="ignore"):
+        x = keys.astype(np.uint64) ^ salt
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
 def column_names(uri: str) -> list[str]:
     """Columns of the sessions' files; dt and region, which stand in the folders' names, are not among them."""
     file = storage.list_files(storage.join(uri, "sessions"), ".parquet")[0]

@@ -28,6 +28,7 @@ from torch import Tensor
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs import lists
+from rgalign_ray.logs.examples import mixed, uniform
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
@@ -337,24 +338,9 @@ def to_batch(rows: Rows, device: str = "cpu") -> Batch:
     return {name: torch.from_numpy(a).to(device) for name, a in padded.items()}
 
 
-def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """float64 [n] in [0, 1), a hash of (seed, purpose, key): the same wherever a session is held."""
-    return (_mixed(keys, seed, purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mixed(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014) over key and salt."""
-    salt = np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little"))
-    with np.errstate(over="ignore"):
-        x = keys.astype(np.uint64) ^ salt
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def _places(all_keys: np.ndarray, keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The place of each of `keys` in the epoch's order of `all_keys`."""
-    return np.searchsorted(np.sort(_mixed(all_keys, seed, f"order/{epoch}")), _mixed(keys, seed, f"order/{epoch}"))
+    return np.searchsorted(np.sort(mixed(all_keys, seed, f"order/{epoch}")), mixed(keys, seed, f"order/{epoch}"))
 
 
 def _manual_seed(seed: int, *purpose: Any) -> None:
