@@ -176,7 +176,7 @@ def busy(seen: Sequence[Note]) -> list[float]:
 
 
 def recovery(seen: Sequence[Note], began: float, killed: float) -> dict[str, float]:
-    """Seconds from the pool's start to its first unit, and from the death to the first unit of the worker in its place."""
+    """Seconds from the pool's start to its first unit, and from the death to the first unit of the next worker."""
     fresh = {pid for pid, at, what in seen if what == "start" and at > killed}
     back = min(at for pid, at, what in seen if pid in fresh and what == "begin")
     return {"start_s": min(at for _, at, what in seen if what == "begin") - began, "back_after_s": back - killed}
