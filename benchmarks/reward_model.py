@@ -30,6 +30,7 @@ from rgalign_ray.errors import UserError
 from rgalign_ray.ranker.base import Batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.whitening import Moments
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 from rgalign_ray.reward.judging import query_scores
@@ -61,9 +62,8 @@ def measure(
 ) -> None:
     """Measure all three in one thread, and print ratios."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    ranker = QERec(SHOP, config.Ranker()).eval()
     batch, embeddings = unit(sessions, n, candidates)
+    ranker = random_ranker(embeddings)
     found = {}
     paths: dict[str, Callable[[], np.ndarray]] = {
         "at once": lambda: query_scores(ranker, batch, embeddings),
@@ -101,6 +101,16 @@ def unit(sessions: int, n: int, candidates: int) -> tuple[Batch, torch.Tensor]:
     }
     batch = {name: torch.from_numpy(values.astype(np.int32)) for name, values in rows.items()}
     return batch, torch.from_numpy(draw.normal(size=(sessions, n, SHOP.embedding_dim)).astype(np.float32))
+
+
+def random_ranker(embeddings: torch.Tensor) -> QERec:
+    """One that reads the embeddings: as a fresh one is, its gates are shut and its whitening is of nothing."""
+    torch.manual_seed(0)
+    ranker = QERec(SHOP, config.Ranker()).eval()
+    for parameter in ranker.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ranker.fit_queries(Moments.of(embeddings.flatten(0, 1).numpy()))
+    return ranker
 
 
 @torch.inference_mode()
