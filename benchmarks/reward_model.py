@@ -48,7 +48,7 @@ SHOP = Sizes(
     item_dim=64,
 )
 """About those of the simulated shop, read by SmolLM2."""
-AGREE = 1e-4
+AGREE = 1e-5
 TEXT = 'order shipped, delayed, 7 days; typed "where is my parcel"; did view tracking, contact courier, view order'
 
 

@@ -11,5 +11,5 @@ def test_both_ways_score_the_same_queries() -> None:
     ranker = random_ranker(embeddings)
     at_once, apart = query_scores(ranker, batch, embeddings), one_a_call(ranker, batch, embeddings)
     assert apart.shape == (3, 2, 40)
-    np.testing.assert_allclose(at_once[:, :2], apart, atol=1e-4)
-    assert np.abs(apart[:, 0] - apart[:, 1]).max() > 1e-2, "queries make a difference"
+    np.testing.assert_allclose(at_once[:, :2], apart, atol=1e-5)
+    assert np.abs(apart[:, 0] - apart[:, 1]).max() > 1e-3, "queries make a difference"
