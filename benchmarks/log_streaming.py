@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,8 +37,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from rgalign_ray import config, progress, storage
-from rgalign_ray.errors import UserError
 from rgalign_ray.logs.examples import column_names, columns
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.logs.stream import BATCH_ROWS
@@ -55,7 +54,6 @@ RAY_PATHS = ("examples", "fit", "hold")
 DAYS = 8
 CPUS = 2
 """Of the Ray that is started; one task each."""
-DEADLINE_S = 3600.0
 SAMPLE_EVERY_S = 1.0
 """Of the memory: the smallest log is over in seconds."""
 
@@ -81,7 +79,7 @@ def measure(
             result = out / "measured" / f"{number:02d}-{path}-{rows}.json"
             if not result.exists():
                 part = _link(Path(log, "sessions"), Path(log, f"first-{rows}"), rows)
-                _run([sys.executable, "-m", "benchmarks.log_streaming", "one", path, part, str(result)])
+                command.apart([sys.executable, "-m", "benchmarks.log_streaming", "one", path, part, result], threads=1)
             found.append(json.loads(result.read_text()) | {"sessions": rows, "path": path})
             advance(1)
     summary = _summary(found, sizes)
@@ -126,15 +124,6 @@ def _link(source: Path, part: Path, rows: int) -> str:
     for name in ("intents.parquet", "candidate_sets.parquet"):
         os.link(source / name, part / name)
     return str(part)
-
-
-def _run(command: list[str]) -> None:
-    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1")
-    done = subprocess.run(
-        command, env={**os.environ, **one}, capture_output=True, text=True, check=False, timeout=DEADLINE_S
-    )
-    if done.returncode:
-        raise UserError(f"'{' '.join(command)}' failed:\n{done.stderr[-3000:]}")
 
 
 def one(path: str, log: str, result: str) -> None:
@@ -303,11 +292,4 @@ _RATES = ("rows_per_s", "rows_per_cpu_s")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        one(*sys.argv[2:5])
-    else:
-        try:
-            typer.run(measure)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+    command.run(measure, one)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from rgalign_ray import config, progress
-from rgalign_ray.errors import UserError
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -39,7 +38,6 @@ LENGTHS = (100, 512, 1024)
 TEXT = "order waits in To Receive, 7 days; opened the tracking page; typed where is my parcel; "
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 CONTENDERS = ("generate", "float32", "ours", "vllm")
-DEADLINE_S = 3600.0
 
 
 def measure(
@@ -64,8 +62,10 @@ def measure(
             for name in contenders:
                 python = str(vllm_python) if name == "vllm" else sys.executable
                 precision = dtype if name in ("ours", "vllm") else "float32"
-                task = [name, precision, model, *map(str, (tokens, prompts, n, new, repetitions, threads))]
-                found.append({"contender": name, "length": tokens, "dtype": precision} | _run(python, task))
+                task = (name, precision, model, tokens, prompts, n, new, repetitions, threads)
+                told = command.apart([python, "-m", "benchmarks.n_sampling", "one", *task], threads=threads)
+                measured = json.loads(told.splitlines()[-1])
+                found.append({"contender": name, "length": tokens, "dtype": precision} | measured)
                 advance(1)
     (out / "n_sampling.json").write_text(
         json.dumps({"n": n, "new": new, "prompts": prompts, "measured": found}, indent=2)
@@ -74,20 +74,9 @@ def measure(
     print(out / "n_sampling.json")
 
 
-def _run(python: str, task: list[str]) -> dict[str, Any]:
-    threads = task[-1]
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [python, "-m", "benchmarks.n_sampling", "one", *task]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
-    if done.returncode:
-        raise UserError(f"'{' '.join(command)}' failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one(
-    name: str, dtype: str, model: str, length: int, prompts: int, n: int, new: int, repetitions: int, threads: int
-) -> None:
+def one(name: str, dtype: str, model: str, *sizes: str) -> None:
     """One contender at one length, in this process: seconds of each repetition, the first call left out."""
+    length, prompts, n, new, repetitions, threads = map(int, sizes)
     texts = [f"{place} {TEXT * (length // 8)}" for place in range(prompts)]
     settings = config.Reasoner.model_validate({"model": model, "dtype": dtype, "device": "cpu", "threads": threads})
     start = {"generate": _generate, "vllm": _vllm}.get(name, _ours)
@@ -193,12 +182,4 @@ def _show(found: list[dict[str, Any]], n: int, new: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        name, dtype, model, *numbers = sys.argv[2:]
-        one(name, dtype, model, *map(int, numbers))
-    else:
-        try:
-            typer.run(measure)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+    command.run(measure, one)

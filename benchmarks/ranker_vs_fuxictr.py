@@ -15,10 +15,8 @@ of its own, made when it is missing. The same command goes on where it stopped; 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peer
+from benchmarks import command, peer
 from benchmarks.din_rgalign import rows_of
 from rgalign_ray import config, progress, storage
 from rgalign_ray.errors import UserError
@@ -46,7 +44,6 @@ from rgalign_ray.reasoner.models import cache_dir
 
 CONTENDERS = ("fuxictr", "rgalign", "pointwise")
 ROOT = Path(__file__).parents[1]
-DEADLINE_S = 3600.0
 DROPOUT = 0.3
 """As the packaged configurations of logs of this size have it."""
 
@@ -155,7 +152,7 @@ def _measure(name: str, place: Path, seeds: int, python: Path) -> dict[str, Any]
             for contender in CONTENDERS:
                 result = runs / f"{contender}-{seed}.json"
                 if not result.exists():
-                    _run(_command(contender, python, place, seed, result))
+                    command.apart(_command(contender, python, place, seed, result), threads=1, cwd=ROOT)
                 found[contender].append(json.loads(result.read_text()) | {"test_gauc": _test_gauc(place, result)})
                 advance(1)
     settings = json.loads((place / "settings.json").read_text())
@@ -178,16 +175,6 @@ def _command(contender: str, python: Path, place: Path, seed: int, result: Path)
         return [str(python), script, "train", str(place / "fuxictr"), str(seed), str(result)]
     command = [sys.executable, "-m", "benchmarks.din_rgalign", "train", str(place), str(seed), str(result)]
     return [*command, "pointwise"] if contender == "pointwise" else command
-
-
-def _run(command: list[str]) -> None:
-    """A contender in its own process, one thread in every library."""
-    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **one}, capture_output=True, text=True, check=False, timeout=DEADLINE_S
-    )
-    if done.returncode:
-        raise UserError(f"'{' '.join(command)}' failed:\n{done.stderr[-3000:]}")
 
 
 def _test_gauc(place: Path, result: Path) -> float:
@@ -245,8 +232,8 @@ def _metric(place: Path, python: Path) -> dict[str, Any]:
     np.savez(rows, labels=test["labels"], groups=test["groups"], scores=scores)
     script = str(Path(__file__).with_name("din_fuxictr.py"))
     ours, theirs = place / "metric-rgalign.json", place / "metric-fuxictr.json"
-    _run([python.as_posix(), script, "gauc", str(rows), str(theirs)])
-    _run([sys.executable, "-m", "benchmarks.din_rgalign", "gauc", str(rows), str(ours)])
+    command.apart([python, script, "gauc", rows, theirs], threads=1, cwd=ROOT)
+    command.apart([sys.executable, "-m", "benchmarks.din_rgalign", "gauc", rows, ours], threads=1, cwd=ROOT)
     a, b = json.loads(ours.read_text()), json.loads(theirs.read_text())
     if abs(a["gauc"] - b["gauc"]) > 1e-9:
         raise UserError(f"the metrics differ on the same rows: {a['gauc']} and {b['gauc']}.")
@@ -299,8 +286,4 @@ def _show(name: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(compare)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(compare)

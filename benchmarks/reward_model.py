@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from rgalign_ray import config, progress
 from rgalign_ray.errors import UserError
 from rgalign_ray.ranker.base import Batch
@@ -146,8 +146,4 @@ def _show(found: dict[str, list[float]], sizes: dict[str, int | str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(measure)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(measure)

@@ -20,7 +20,6 @@ import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from rgalign_ray import config, progress
-from rgalign_ray.errors import UserError
 from rgalign_ray.loop import environment
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample
 from rgalign_ray.rollout.worker import Instruction, Unit
@@ -45,7 +44,6 @@ UNIT_SESSIONS = 16
 CPUS_PER_WORKER = 0.01
 LOG_UNITS = 200
 """Work units of the shorter log."""
-DEADLINE_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,14 @@ def _run(out: Path, what: str, workers: int, units: int, seconds: float) -> dict
     folder = out.absolute() / f"{what}-{workers}-{units}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "notes").mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.rollout_pool", "one", what, str(workers), str(units), str(seconds)]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, timeout=DEADLINE_S)
-    if done.returncode:
-        raise UserError(f"'{' '.join(command)}' failed:\n{done.stderr[-3000:]}")
+    task = (what, workers, units, seconds, folder)
+    command.apart([sys.executable, "-m", "benchmarks.rollout_pool", "one", *task])
     return json.loads((folder / "figures.json").read_text())
 
 
-def one(what: str, workers: int, units: int, seconds: float, folder: Path) -> None:
+def one(what: str, *words: str) -> None:
     """One measurement, in this process."""
+    workers, units, seconds, folder = int(words[0]), int(words[1]), float(words[2]), Path(words[3])
     import ray
 
     from rgalign_ray.rollout.pool import RolloutPool
@@ -204,12 +201,4 @@ def _show(found: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        what, workers, units, seconds, folder = sys.argv[2:]
-        one(what, int(workers), int(units), float(seconds), Path(folder))
-    else:
-        try:
-            typer.run(measure)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+    command.run(measure, one)

@@ -1,1 +1,18 @@
 """Entry points of Ray jobs: the command line's verbs, on the cluster that runs the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rgalign_ray.cli import main
+
+
+def run(*verb: str) -> None:
+    """Runs a verb of the command line with this process's arguments.
+
+    A job's driver is told by RAY_ADDRESS which cluster it belongs to; without it Ray is started on this machine.
+    """
+    here = ["--set", "cluster.address=auto"] if "RAY_ADDRESS" in os.environ else []
+    sys.argv[1:] = [*verb, *here, *sys.argv[1:]]
+    main()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rgalign_ray import __version__
-from rgalign_ray.errors import ConfigError, InfrastructureError, UserError
+from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, is_no_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,12 +50,17 @@ class Source(StrEnum):
 
 
 @app.command()
-def loop(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
+def loop(
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+    until: Annotated[str | None, typer.Option(help="Last stage to run, as in rankers_0 or align_1.")] = None,
+) -> None:
     """Run the closed loop; the same command again resumes where it stopped."""
     settings = _prepared(config, override, run_dir)
     from rgalign_ray.loop.controller import run
 
-    _resumable(run, settings)
+    _resumable(lambda it: run(it, until), settings)
 
 
 @app.command()
@@ -130,6 +135,29 @@ def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
+    """Check whether this machine, or the cluster that is named, can hold a run; exits with 4 when it cannot."""
+    settings = _load(config, override)
+    if run_dir is not None:
+        settings = settings.model_copy(update={"run_dir": run_dir})
+    from rich.console import Console
+
+    from rgalign_ray.ops.doctor import examine
+
+    colours = {"ok": "green", "warning": "yellow", "failure": "red"}
+    console, failed = Console(), False
+    for finding in examine(settings):
+        failed |= finding.state == "failure"
+        head = f"[{colours[finding.state]}]{finding.state:7}[/] {finding.check}: "
+        console.print(head, end="", soft_wrap=True)
+        console.print(finding.what, markup=False, highlight=False, soft_wrap=True)
+        if finding.way_out:
+            console.print(f"        → {finding.way_out}", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(InfrastructureError.exit_code)
+
+
+@app.command()
 def lineage(run_dir: Annotated[str, typer.Argument(help="Folder or URI of a run.")]) -> None:
     """Show what every artefact of a run was made of, and the versions of its reasoners and rankers."""
     from rich.console import Console
@@ -185,6 +213,11 @@ def main() -> None:
     except InfrastructureError as error:
         traceback.print_exception(error)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not is_no_space(error):
+            raise
+        print("error: no space is left on the disk; free some, and the same command goes on.", file=sys.stderr)
+        sys.exit(InfrastructureError.exit_code)
 
 
 def _load(name_or_path: str, overrides: list[str] | None) -> Config:

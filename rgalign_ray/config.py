@@ -223,7 +223,15 @@ class Teacher(Settings):
         return self
 
 
-class Rollout(Settings):
+class Placed(Settings):
+    """Workers that may be bound to some of the nodes."""
+
+    node_labels: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]] = {}
+    """Labels that a node must carry to hold them, as in {rgalign: rollout}; {}: any node. Where they are decides no
+    result."""
+
+
+class Rollout(Placed):
     n: Annotated[int, Field(ge=2)] = 4
     """Queries that the policy samples per session."""
     max_new_tokens: Count = 16
@@ -262,7 +270,7 @@ class Rollout(Settings):
         return self.workers if self.min_workers is None else self.min_workers
 
 
-class Encode(Settings):
+class Encode(Placed):
     """The Ray Data pass that reads sessions with the reasoner."""
 
     workers: Count = 2
@@ -299,7 +307,7 @@ Model = Literal["qe_rec", "din_sentence", "cosine", Baseline]
 """Every kind of ranker; those that are no baseline read embeddings of the sessions' texts."""
 
 
-class Ranker(Settings):
+class Ranker(Placed):
     dim: Count = 32
     heads: Count = 4
     autoint_layers: Count = 2
@@ -334,7 +342,7 @@ class Ranker(Settings):
         return Ranker.model_validate(self.model_dump() | changes)
 
 
-class Reward(Settings):
+class Reward(Placed):
     kind: Literal["logprob", "ndcg"] = "logprob"
     k: Count = 3
     """Cut-off of the ndcg reward."""
@@ -400,6 +408,18 @@ class Grpo(Optimisation):
     """Weight of the divergence from the reasoner that the objective starts from."""
     clip: Positive = 0.2
     """How far the ratio to the sampler's probability counts, either way."""
+    sampler: Literal["learner", "pool"] = "learner"
+    """learner: learners sample and judge by themselves, with the policy as it is. pool: `rollout.workers` samplers and
+    a judge do, in processes of their own."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Of the pool: by how many optimiser steps the weights that sample lag those that learn. 0: learning waits for
+    sampling. 1: a step is sampled while the one before is learned from."""
+
+    @model_validator(mode="after")
+    def _stale(self) -> Grpo:
+        if self.staleness and self.sampler == "learner":
+            raise ValueError("staleness needs sampler: pool; learners sample with the policy as it is")
+        return self
 
 
 class Embedding(Optimisation):
@@ -429,7 +449,7 @@ class Latent(Embedding):
 AlignName = Literal["sft", "dpo", "grpo", "contrastive", "gradient", "latent"]
 
 
-class Learner(Settings):
+class Learner(Placed):
     """DeepSpeed engines in Ray Train workers, for every objective."""
 
     workers: Count = 2

@@ -7,6 +7,9 @@ The command line prints a `UserError` as one line and exits with its `exit_code`
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+
 
 class RGAlignError(Exception):
     """Root of every error this package raises on purpose."""
@@ -32,3 +35,22 @@ class InfrastructureError(RGAlignError):
     """A worker, node or deadline that failed, after its retries were used up."""
 
     exit_code = 4
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether a full disk, or a used-up quota, is behind an error, wherever in the cluster it was met."""
+    return any(isinstance(each, OSError) and each.errno in NO_SPACE for each in _behind(error))
+
+
+def _behind(error: BaseException | None, depth: int = 16) -> Iterator[BaseException]:
+    """An error and those that it came from; Ray hangs them on attributes of its own."""
+    if error is None or depth == 0:
+        return
+    yield error
+    failures = getattr(error, "worker_failures", {})  # of ray.train.WorkerGroupError
+    for cause in (error.__cause__, error.__context__, getattr(error, "cause", None), *failures.values()):
+        if isinstance(cause, BaseException):
+            yield from _behind(cause, depth - 1)

@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -81,9 +81,14 @@ def write_bytes(uri: str, data: bytes) -> None:
     fs, path = filesystem(uri)
     fs.create_dir(posixpath.dirname(path), recursive=True)
     partial = f"{path}.tmp-{os.getpid()}"
-    with fs.open_output_stream(partial) as stream:
-        stream.write(data)
-    fs.move(partial, path)
+    try:
+        with fs.open_output_stream(partial) as stream:
+            stream.write(data)
+        fs.move(partial, path)
+    except OSError:  # a full disk, say: what is there of it would only take more room
+        with suppress(OSError):
+            fs.delete_file(partial)
+        raise
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -128,6 +133,14 @@ def delete(uri: str) -> None:
         fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
+
+
+def keep_only(uri: str, name: str) -> None:
+    """Removes what lies in a folder, but for one entry; absent is fine."""
+    fs, path = filesystem(uri)
+    for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+        if posixpath.basename(info.path) != name:
+            delete(join(uri, posixpath.basename(info.path)))
 
 
 def read_manifest(uri: str) -> Manifest | None:

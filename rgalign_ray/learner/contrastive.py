@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from rgalign_ray.learner import embedding, frozen
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     """Runs RG-CL as `embedding.train` says; its measure is `accuracy`, the share of positives above every
     non-positive.
     """
-    return embedding.train(task, advance, Contrast)
+    return embedding.train(task, host, Contrast)
 
 
 class Contrast:

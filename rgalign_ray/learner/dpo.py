@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine, trainer
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
 
@@ -23,12 +23,12 @@ class _Pairs(DPOTrainer):
         return dataset  # token ids already, as they were sampled
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     """Optimises preferences on `pairs` and exports the reasoner.
 
     Args:
         task: data, weights and settings; `task.optimisation` is `config.Dpo`.
-        advance: called after each optimiser step.
+        host: hears of each optimiser step, and keeps the state.
 
     Returns:
         figures: `sessions`, `steps`, and per optimiser step `loss` (nats), `margin` (implicit reward of the chosen
@@ -40,7 +40,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     rows = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
     figures = trainer.run(
         task,
-        advance,
+        host,
         lambda arguments: _Pairs(
             model=engine.trainable(task),
             args=DPOConfig(

@@ -9,6 +9,7 @@ leave the LLM where it was.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.transformers_engine import stop_tokens
 
@@ -57,14 +58,14 @@ class EmbeddingReader(nn.Module):
         return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).float()
 
 
-def train(task: LearnerTask, advance: Advance, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
+def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
     """Aligns embeddings on `positives` and exports the reasoner.
 
     Sessions without a selected query are read at e(x) alone.
 
     Args:
         task: data, weights, ranker and settings; `task.optimisation` is `config.Embedding`.
-        advance: called after each optimiser step.
+        host: hears of each optimiser step, and keeps the state.
         objective: makes the objective from the task and the round's table.
 
     Returns:
@@ -90,7 +91,17 @@ def train(task: LearnerTask, advance: Advance, objective: Callable[[LearnerTask,
         config=engine.deepspeed_config(task),
         dist_init_required=False,
     )
-    curve = [_step(learner, asked, rows, task, step, advance) for step in range(steps)]
+    curve: list[tuple[float, float]] = []
+    if host.resume_from is not None:
+        _, kept = learner.load_checkpoint(host.resume_from, load_module_strict=False)  # frozen weights are not in it
+        curve = kept["curve"]
+    for step in range(len(curve), steps):
+        curve.append(_step(learner, asked, rows, task, step))
+        host.advance(1)
+        if step + 1 < steps and host.due():
+            with tempfile.TemporaryDirectory() as folder:
+                learner.save_checkpoint(folder, client_state={"curve": curve}, exclude_frozen_parameters=True)
+                host.keep(folder, step + 1)
     engine.export(reader.model, task)
     return {
         "sessions": len(rows),
@@ -100,9 +111,7 @@ def train(task: LearnerTask, advance: Advance, objective: Callable[[LearnerTask,
     }
 
 
-def _step(
-    learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int, advance: Advance
-) -> tuple[float, float]:
+def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int) -> tuple[float, float]:
     """One optimiser step; its global mean loss and measure."""
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in range(task.micro_steps):
@@ -116,7 +125,6 @@ def _step(
         learner.step()
         totals += torch.stack([(loss * weight).sum(), (measure * weight).sum(), weight.sum()]).detach().cpu().double()
     dist.all_reduce(totals)
-    advance(1)
     mean = totals[:2] / totals[2]
     return float(mean[0]), float(mean[1])
 

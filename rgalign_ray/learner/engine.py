@@ -6,7 +6,6 @@ No Ray in here: an objective runs wherever torch.distributed has a process group
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,16 @@ class FrozenPair:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """Where judged groups come from, and where the weights go that sample the next."""
+
+    actor: str
+    """Name of the actor, a `rollout.on_policy.OnPolicyStream`."""
+    weights: str
+    """Folder of reasoner artefacts by version."""
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerTask:
     """One objective's work; plain data that travels to the learners."""
 
@@ -59,6 +68,8 @@ class LearnerTask:
     prompt: config.Prompt
     rollout: config.Rollout
     """Of RG-GRPO, which samples as it learns."""
+    stream: Stream | None = None
+    """Of judged groups; None: learners sample and judge by themselves."""
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +89,24 @@ class LearnerTask:
         return self.optimisation.batch_sessions // (self.workers * self.learner.micro_batch)
 
 
-Advance = Callable[[int], None]
+class Host:
+    """What runs an objective: it hears of each optimiser step, and may keep the state from which another try goes on.
+
+    This one does neither.
+    """
+
+    resume_from: str | None = None
+    """Folder of a state that an earlier try left with `keep`; None: there is none."""
+
+    def advance(self, steps: int) -> None:
+        """Hears of optimiser steps, on every rank."""
+
+    def due(self) -> bool:
+        """Whether the state shall be kept now; every rank asks after every step but the last, and hears the same."""
+        return False
+
+    def keep(self, folder: str, step: int) -> None:
+        """Takes a copy of what this rank has written into a folder: its part of the state after `step` steps."""
 
 
 def trainable(task: LearnerTask) -> PreTrainedModel:
@@ -136,12 +164,18 @@ def export(model: PreTrainedModel, task: LearnerTask) -> None:
     parameters = [p for p in model.parameters() if full or p.requires_grad]
     with deepspeed.zero.GatheredParameters(parameters, enabled=task.learner.zero_stage == 3):
         if dist.get_rank() == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                # of the adapters only the trained one: DPO's reference is an adapter as well
-                chosen = {} if full else {"selected_adapters": ["default"]}
-                model.save_pretrained(folder, safe_serialization=True, **chosen)
-                fs, path = storage.filesystem(task.out)
-                fs.create_dir(path, recursive=True)
-                pafs.copy_files(folder, path, destination_filesystem=fs)
-            models.describe(task.out, base=task.reasoner.model, version=task.version, adapter=not full)
+            save(model, task, task.out, task.version)
     dist.barrier()
+
+
+def save(model: PreTrainedModel, task: LearnerTask, out: str, version: str) -> None:
+    """Writes whole weights in memory as a reasoner artefact into folder `out`."""
+    full = task.reasoner.lora is None
+    with tempfile.TemporaryDirectory() as folder:
+        # of the adapters only the trained one: DPO's reference is an adapter as well
+        chosen = {} if full else {"selected_adapters": ["default"]}
+        model.save_pretrained(folder, safe_serialization=True, **chosen)
+        fs, path = storage.filesystem(out)
+        fs.create_dir(path, recursive=True)
+        pafs.copy_files(folder, path, destination_filesystem=fs)
+    models.describe(out, base=task.reasoner.model, version=version, adapter=not full)

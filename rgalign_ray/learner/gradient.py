@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from rgalign_ray.learner import embedding
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.frozen import FrozenRanker
 from rgalign_ray.ranker.losses import masked_log_softmax
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     """Runs the gradient arm as `embedding.train` says; its measure is `reward`, the mean log-probability of the
     clicked intents (nats).
     """
-    return embedding.train(task, advance, RankingLoss)
+    return embedding.train(task, host, RankingLoss)
 
 
 class RankingLoss:

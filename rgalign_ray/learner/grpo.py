@@ -12,10 +12,8 @@ valid ones. A group without any teaches nothing.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,23 +24,20 @@ from trl.models.utils import unwrap_model_for_generation
 
 from rgalign_ray import config
 from rgalign_ray.learner import engine, trainer
-from rgalign_ray.learner.engine import Advance, LearnerTask
-from rgalign_ray.learner.frozen import FrozenRanker
-from rgalign_ray.logs.prompts import Template
+from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.learner.groups import OwnSource, Source, plan
 from rgalign_ray.reasoner import models
-from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
-from rgalign_ray.reasoner.transformers_engine import TransformersEngine
-from rgalign_ray.reward.functions import fault
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host, source: Source | None = None) -> dict[str, Any]:
     """Optimises the policy on the round's sessions and exports the reasoner.
 
     An epoch's last batch is filled up with sessions of its beginning.
 
     Args:
         task: weights, frozen pair and settings; `task.optimisation` is `config.Grpo`.
-        advance: called after each optimiser step.
+        host: hears of each optimiser step, and keeps the state.
+        source: of judged groups; None samples and judges here.
 
     Returns:
         figures: `sessions`, `steps`, and per optimiser step `loss`, `reward` (mean of the valid queries),
@@ -53,18 +48,20 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     assert isinstance(settings, config.Grpo)
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of every use of `rollout_func`,
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)  # and prints queries that are not judged
-    rollouts = Rollouts(task)
-    ids = rollouts.session_ids
-    filled = [ids[i % len(ids)] for i in range(len(ids) + -len(ids) % settings.batch_sessions)]
+    steps = plan(task)
+    ids = {session for sessions in steps for session in sessions}
+    rollouts = Rollouts(source or OwnSource(task, steps), settings.n)
     curves = {"loss": "loss", "reward": "valid_reward", "valid_rate": "valid_rate", "clipped": "clip_ratio/region_mean"}
     figures = trainer.run(
         task,
-        advance,
+        host,
         lambda arguments: _OfOurSampler(
             model=engine.trainable(task),
             reward_funcs=reward,
             args=GRPOConfig(
-                **arguments | {"per_device_train_batch_size": task.learner.micro_batch * settings.n},
+                **arguments
+                | {"per_device_train_batch_size": task.learner.micro_batch * settings.n, "num_train_epochs": 1},
+                shuffle_dataset=False,  # the plan has every epoch in an order of its own
                 num_generations=settings.n,
                 max_completion_length=task.rollout.max_new_tokens,
                 temperature=settings.temperature,
@@ -72,7 +69,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
                 epsilon=settings.clip,
                 scale_rewards="none",
             ),
-            train_dataset=Dataset.from_dict({"prompt": filled}),
+            train_dataset=Dataset.from_dict({"prompt": keys(steps)}),
             processing_class=models.load_tokenizer(task.reasoner.model),
             rollout_func=rollouts,
         ),
@@ -105,67 +102,31 @@ def at_worst(rewards: torch.Tensor) -> torch.Tensor:
     return torch.where(rewards.isnan() & lowest.isfinite(), lowest, rewards)
 
 
-class Rollouts:
-    """Samples with the policy as it is now, and judges by the frozen pair; TRL's `rollout_func`."""
+def keys(steps: list[list[str]]) -> list[str]:
+    """What stands for a prompt in TRL: step and place of a session in the plan."""
+    return [f"{step}/{place}" for step, sessions in enumerate(steps) for place in range(len(sessions))]
 
-    def __init__(self, task: LearnerTask) -> None:
-        assert isinstance(task.optimisation, config.Grpo) and task.pair is not None
-        self.task, self.settings = task, task.optimisation
-        self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, task.pair.encoder)
-        self.policy = copy.copy(self.encoder)  # of the same tokenizer and settings; its weights are the trainer's
-        self.ranker = FrozenRanker(task)
-        self.session_ids: list[str] = self.ranker.table["session_id"].to_pylist()
-        template = Template.load(task.prompt.template)
-        self.prefix, self.suffix = template.prefix, template.suffix
-        self.texts = template.sessions(self.ranker.table)
-        self.place = {session: row for row, session in enumerate(self.session_ids)}
+
+class Rollouts:
+    """TRL's `rollout_func`: judged groups of a source."""
+
+    def __init__(self, source: Source, n: int) -> None:
+        self.source, self.n = source, n
 
     def __call__(self, prompts: list[str], of: GRPOTrainer) -> dict[str, list]:
-        """Of session ids, each n times in a row: prompt_ids, completion_ids, logprobs and judged, one per id."""
-        n = self.settings.n
-        rows = [self.place[session] for session in prompts[::n]]
+        """Of keys, each n times in a row: prompt_ids, completion_ids, logprobs and judged, one per key."""
+        asked = [tuple(map(int, key.split("/"))) for key in prompts[:: self.n]]
+        [step] = {step for step, _ in asked}
+        assert step == of.state.global_step, "a batch of TRL is a step of the plan"
         with unwrap_model_for_generation(of.model_wrapped, of.accelerator) as model:
             training = model.training
             model.eval()
-            groups = self.sample(model, rows, of.state.global_step)
+            groups = self.source.take(model, step, [place for _, place in asked])
             model.train(training)
-        rewards = self.judge(rows, groups)
-        samples = [sample for group in groups for sample in group.samples]
+        rewards = torch.tensor([group.rewards for group in groups])
         return {
-            "prompt_ids": [group.prompt_ids for group in groups for _ in group.samples],
-            "completion_ids": [sample.completion_ids for sample in samples],
-            "logprobs": [sample.logprobs for sample in samples],
+            "prompt_ids": [group.prompt_ids for group in groups for _ in group.rewards],
+            "completion_ids": [ids for group in groups for ids in group.completion_ids],
+            "logprobs": [values for group in groups for values in group.logprobs],
             "judged": torch.stack([rewards, at_worst(rewards)], dim=-1).flatten(0, 1).tolist(),
         }
-
-    def sample(self, model: Any, rows: list[int], step: int) -> list[Group]:
-        """n samples of each session, seeded by session and step."""
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.policy.use(causal, self.task.version)
-        seen: Counter[int] = Counter()
-        seeds = []
-        for row in rows:  # a filled-up batch may hold a session twice
-            first = seen[row] * self.settings.n
-            numbers = range(first, first + self.settings.n)
-            seeds.append([sample_seed(self.task.seed, step, self.session_ids[row], number) for number in numbers])
-            seen[row] += 1
-        return self.policy.sample(
-            self.prompts(rows),
-            seeds,
-            temperature=self.settings.temperature,
-            top_p=1.0,  # the trainer's probabilities know no nucleus
-            max_new_tokens=self.task.rollout.max_new_tokens,
-        )
-
-    def judge(self, rows: list[int], groups: list[Group]) -> torch.Tensor:
-        """float32 [B, n]; nan for queries that must not be judged."""
-        n = self.settings.n
-        completions = [sample.completion_ids for group in groups for sample in group.samples]
-        vectors = self.encoder.embed(self.prompts([row for row in rows for _ in range(n)]), completions)
-        embeddings = torch.from_numpy(vectors.astype(np.float32)).view(len(rows), n, -1)
-        invalid = torch.tensor([[fault(sample) is not None for sample in group.samples] for group in groups])
-        z = self.ranker.model.queries(embeddings.to(self.task.device), invalid.to(self.task.device))
-        return self.ranker.rewards(z, rows).cpu().masked_fill(invalid, torch.nan)
-
-    def prompts(self, rows: list[int]) -> Prompts:
-        return Prompts(self.prefix, [self.texts[row] for row in rows], self.suffix)

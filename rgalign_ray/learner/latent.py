@@ -21,13 +21,13 @@ from torch import Tensor
 
 from rgalign_ray import config
 from rgalign_ray.learner import embedding
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.frozen import FrozenRanker
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     """Runs it as `embedding.train` says; its measure is `reward`, the mean reward of the copies."""
-    return embedding.train(task, advance, NoisyCopies)
+    return embedding.train(task, host, NoisyCopies)
 
 
 class NoisyCopies:

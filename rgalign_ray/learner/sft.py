@@ -13,19 +13,19 @@ from trl import SFTConfig, SFTTrainer
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine, trainer
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
 IGNORE = -100
 """Label of a token without loss: all of the prompt."""
 
 
-def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
+def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     """Fine-tunes on `selected` and exports the reasoner.
 
     Args:
         task: data, weights and settings; `task.optimisation` is `config.Sft`.
-        advance: called after each optimiser step.
+        host: hears of each optimiser step, and keeps the state.
 
     Returns:
         figures: `sessions`, `steps`, and `loss`, the mean loss of each optimiser step (nats per token).
@@ -42,7 +42,7 @@ def train(task: LearnerTask, advance: Advance) -> dict[str, Any]:
     ]
     figures = trainer.run(
         task,
-        advance,
+        host,
         lambda arguments: SFTTrainer(
             model=engine.trainable(task),
             args=SFTConfig(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rgalign_ray.learner import engine
-from rgalign_ray.learner.engine import Advance, LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 
 
 def arguments(task: LearnerTask, scratch: str) -> dict[str, Any]:
-    """Arguments of every trainer: what the task says, nothing saved, nothing reported, a DeepSpeed engine underneath.
+    """Arguments of every trainer: what the task says, saved when its host asks, nothing reported, DeepSpeed underneath.
 
     Args:
-        scratch: folder that the trainer asks for and leaves empty.
+        scratch: folder for a state on its way to the host.
     """
     settings = task.optimisation
     sizes = dict.fromkeys(("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"), "auto")
@@ -45,11 +48,12 @@ def arguments(task: LearnerTask, scratch: str) -> dict[str, Any]:
 
 
 def run(
-    task: LearnerTask, advance: Advance, make: Callable[[dict[str, Any]], Trainer], curves: Mapping[str, str]
+    task: LearnerTask, host: Host, make: Callable[[dict[str, Any]], Trainer], curves: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Trains to the end and exports the reasoner.
+    """Trains to the end, from where an earlier try was if it left a state, and exports the reasoner.
 
     Args:
+        host: hears of each optimiser step, and keeps the state.
         make: the trainer, from the arguments that all share.
         curves: what the trainer logs at each optimiser step, by the name it has in the figures.
 
@@ -57,20 +61,27 @@ def run(
         figures: `steps`, and each curve.
     """
     engine.forbid_compilation()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it finds that DeepSpeed's configuration is ours
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make(arguments(task, scratch))
         trainer.remove_callback(PrinterCallback)  # the curves are in the figures
-        trainer.add_callback(_Progress(advance))
-        trainer.train()
+        trainer.add_callback(_ToldToHost(host))
+        trainer.train(resume_from_checkpoint=host.resume_from)
         engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
     unset_hf_deepspeed_config()  # while it lives under ZeRO-3, this process loads every model in parts
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": len(log)} | {name: [entry[key] for entry in log] for name, key in curves.items()}
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
+class _ToldToHost(TrainerCallback):
+    def __init__(self, host: Host) -> None:
+        self.host = host
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(1)
+        self.host.advance(1)
+        control.should_save = state.global_step < state.max_steps and self.host.due()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        self.host.keep(str(folder), state.global_step)
+        shutil.rmtree(folder)

@@ -1,48 +1,78 @@
-"""Learners as Ray Train workers: each rank one DeepSpeed engine, gloo on CPU and NCCL on GPU, by the same code."""
+"""Learners as Ray Train workers: each rank one DeepSpeed engine, gloo on CPU and NCCL on GPU, by the same code.
+
+fit ──▶ rank 0 … n: objective.train(task, host) ── state, now and then ──▶ Ray Train's checkpoint
+              ▲                                                                   │
+              └──── a rank that died, or the same command again: from there on ───┘
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import ray
+import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayTaskError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers import PreTrainedModel
 
-from rgalign_ray import progress, storage
-from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray import config, progress, storage
+from rgalign_ray.learner.engine import Host, LearnerTask, save
+from rgalign_ray.learner.groups import JudgedGroup
+
+CHECKPOINT_EVERY_S = 30.0
+"""At most one checkpoint in this time,"""
+CHECKPOINT_SHARE = 0.05
+"""and at most this share of the time for writing them."""
+STEP = "step.json"
+"""File of a checkpoint that tells how many optimiser steps it has behind it."""
 
 
-def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str, Any]:
+def fit(
+    task: LearnerTask, steps: int, storage_uri: str, name: str, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+) -> dict[str, Any]:
     """Runs one objective on `task.learner.workers` workers and returns the figures of rank 0.
 
-    A worker that dies is started again with the others, up to `learner.retries` times; an objective then
-    begins anew. With `learner.workers = 0` it runs in this process (for tests).
+    A worker that dies is started again with the others, up to `learner.retries` times; they go on from the last
+    checkpoint, and so does a second call of the same name after this process has died.
+    With `learner.workers = 0` it runs in this process (for tests).
 
     Args:
         task: the objective's work.
         steps: optimiser steps, for the progress display.
         storage_uri: folder for Ray Train's own records; what this run leaves there is removed at its end.
         name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
+        checkpoint_every_s: least time between two checkpoints.
     """
     learner = task.learner
+    fs, path = storage.filesystem(storage_uri)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "steps": steps},
+        train_loop_config={"task": task, "steps": steps, "every_s": checkpoint_every_s},
         torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=learner.workers,
             use_gpu=learner.use_gpu,
+            label_selector=learner.node_labels or None,
             resources_per_worker={"CPU": learner.cpus_per_worker, **({"GPU": 1} if learner.use_gpu else {})},
         ),
         run_config=RunConfig(
             logging_config=LoggingConfig(log_level="ERROR"),
             name=name,
-            storage_path=storage_uri,
+            storage_path=path,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=learner.retries),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     figures = trainer.fit().return_value
@@ -52,14 +82,110 @@ def fit(task: LearnerTask, steps: int, storage_uri: str, name: str) -> dict[str,
 
 def _worker(loop: dict[str, Any]) -> dict[str, Any]:
     task: LearnerTask = loop["task"]
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
     torch.set_num_threads(task.reasoner.threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
     objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
     group_of_one()
+    with _last_checkpoint() as (folder, done), _progress(task, loop["steps"], done) as advance:
+        host = TrainHost(folder, done, advance, loop["every_s"], task.device)
+        more = {"source": StreamSource(task, host)} if task.stream else {}
+        return objective.train(task, host, **more)
+
+
+@contextmanager
+def _last_checkpoint() -> Iterator[tuple[str | None, int]]:
+    """Folder, and optimiser steps, of the state that an earlier try left; None and 0 where there is none."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, 0
+        return
+    with checkpoint.as_directory() as folder:
+        yield folder, storage.read_json(storage.join(folder, STEP))
+
+
+@contextmanager
+def _progress(task: LearnerTask, steps: int, done: int) -> Iterator[progress.Advance]:
     if dist.get_rank() > 0:
-        return objective.train(task, lambda n: None)
-    with progress.track(f"RG-{task.objective}", loop["steps"], "steps") as advance:
-        return objective.train(task, advance)
+        yield lambda n: None
+        return
+    if done:
+        progress.note(f"RG-{task.objective} goes on from step {done}")
+    with progress.track(f"RG-{task.objective}", steps, "steps", before=done) as advance:
+        yield advance
+
+
+class TrainHost(Host):
+    """Shows rank 0's progress, and keeps states as checkpoints of Ray Train.
+
+    Args:
+        folder: of the last checkpoint, if there is one.
+        step: optimiser steps that it has behind it.
+        advance: called after each optimiser step.
+        every_s: least time between two checkpoints.
+        device: where the ranks agree whether one is due.
+    """
+
+    def __init__(
+        self, folder: str | None, step: int, advance: Callable[[int], None], every_s: float, device: torch.device
+    ) -> None:
+        self.resume_from = folder
+        self.kept = step
+        """Optimiser steps of the last checkpoint."""
+        self._advance = advance
+        self.every_s, self.device = every_s, device
+        self._asked = self._last = time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        self._advance(steps)
+
+    def due(self) -> bool:
+        self._asked = time.monotonic()
+        answer = torch.tensor(float(self._asked - self._last >= self.every_s), device=self.device)
+        dist.broadcast(answer, src=0)  # clocks differ, and a checkpoint needs all ranks
+        return bool(answer)
+
+    def keep(self, folder: str, step: int) -> None:
+        if dist.get_rank() == 0:
+            storage.write_json(str(Path(folder, STEP)), step)
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self.kept = step
+        self._last = time.monotonic()
+        self.every_s = max(self.every_s, (self._last - self._asked) / CHECKPOINT_SHARE)
+
+
+class StreamSource:
+    """Judged groups from the actor that `task.stream` names, to which rank 0 tells of new weights.
+
+    Weights after t steps are written as rank 0 asks for the groups of step t: those of step t + S, with staleness S,
+    are sampled with them.
+    """
+
+    def __init__(self, task: LearnerTask, host: TrainHost) -> None:
+        assert task.stream is not None and isinstance(task.optimisation, config.Grpo)
+        self.task, self.host, self.weights = task, host, task.stream.weights
+        self.stream = ray.get_actor(task.stream.actor)
+        if dist.get_rank() == 0:
+            step = host.kept
+            earlier = range(max(step - task.optimisation.staleness, 1), step)
+            restart = self.stream.restart.remote(step, {version: self._weights(version) for version in earlier})
+            ray.get(restart, timeout=task.rollout.deadline_s)
+        dist.barrier()
+
+    def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[JudgedGroup]:
+        patience = self.task.rollout.deadline_s
+        if step > 0 and dist.get_rank() == 0:
+            weights = self._weights(step)
+            save(model, self.task, weights, f"{self.task.version}.{step}")
+            for old in ray.get(self.stream.publish.remote(step, weights, self.host.kept), timeout=patience):
+                storage.delete(old)
+        try:
+            return ray.get(self.stream.take.remote(step, places), timeout=patience * 3)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+
+    def _weights(self, version: int) -> str:
+        return storage.join(self.weights, f"{version:06d}")
 
 
 def group_of_one() -> None:

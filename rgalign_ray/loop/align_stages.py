@@ -18,10 +18,10 @@ from rgalign_ray.learner.engine import PAIRS, POSITIVES, SELECTED, FrozenPair, L
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop import round_sessions
+from rgalign_ray.loop import on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import DECIDES, SCORED
 from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
+from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
 from rgalign_ray.reward.functions import Labels
@@ -278,5 +278,9 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
             f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."
         )
     steps = math.ceil(rows / optimisation.batch_sessions) * optimisation.epochs
-    figures = training.fit(task, steps, run.uri(TRAIN_RECORDS), f"{objective}_{round_}")
+    name, records = f"{objective}_{round_}", run.records
+    if objective == "grpo" and config.grpo.sampler == "pool":
+        figures = on_policy.fit(task, config, steps, records, name)
+    else:
+        figures = training.fit(task, steps, records, name)
     return Outcome({"sessions": figures["sessions"], "steps": figures["steps"]}, figures)

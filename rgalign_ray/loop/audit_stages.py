@@ -22,7 +22,7 @@ from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import SENTENCE_SETTINGS, encode_pass, engine_spec, sentence_engine, sentence_items
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage
+from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
@@ -186,7 +186,7 @@ def train(run: Run, out: str) -> Outcome:
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=run.config.ranker,
-        storage_uri=run.uri(TRAIN_RECORDS),
+        storage_uri=run.records,
         run_name=AUDITOR,
         embeddings_uri=run.uri("embeddings_audit"),
         item_embeddings_uri=run.uri("items_sentence"),

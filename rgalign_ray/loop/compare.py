@@ -35,7 +35,7 @@ from rgalign_ray.loop import (
     rank_stages,
 )
 from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
+from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=config.ranker,
-        storage_uri=run.uri(TRAIN_RECORDS),
+        storage_uri=run.records,
         run_name=RANKER,
         embeddings_uri=run.uri(*embeddings) if embeddings else None,
         item_embeddings_uri=run.uri(items),

@@ -19,13 +19,13 @@ from operator import getitem
 from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
-from rgalign_ray.config import Config
+from rgalign_ray.config import Config, Placed
 from rgalign_ray.errors import ConfigError, InfrastructureError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import audit_stages, environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Run, Stage
+from rgalign_ray.loop.stage import RECORDS, Run, Stage
 from rgalign_ray.loop.stages import stages
 from rgalign_ray.reasoner import models
 
@@ -34,18 +34,40 @@ TABLE_WIDTH = 128
 """Columns that the headline needs; a narrower terminal wraps its lines rather than losing figures."""
 
 
-def run(config: Config) -> Run:
+def run(config: Config, until: str | None = None) -> Run:
     """Runs the closed loop to its end; what an earlier run finished under equal settings is skipped.
 
+    Args:
+        config: the run.
+        until: last stage to run, or the name that several begin with, as in `align_1`; None: all, and the report.
+
     Raises:
-        ConfigError: when the cluster cannot hold the plan, or the model is not there.
+        ConfigError: when the cluster cannot hold the plan, the model is not there, or no stage is named so.
         DataError: when the log has a structural fault.
     """
+    count = through(stages(config), until) if until else None
     console.print(plan.table(config))
-    job = ended(Run(settle(config)))
+    job = Run(settle(config))
+    if count is not None:
+        run_stages(job, stages(job.config), until=count)
+        return job
+    job = ended(job)
     run_stages(job, stages(job.config))
     show(job)
     return job
+
+
+def through(sequence: list[Stage], name: str) -> int:
+    """How many stages there are up to the last of a name, or of those that begin with it.
+
+    Raises:
+        ConfigError: when none does.
+    """
+    names = [stage.name for stage in sequence]
+    found = [number for number, stage in enumerate(names, 1) if stage == name or stage.startswith(f"{name}_")]
+    if not found:
+        raise ConfigError(f"--until {name}: no such stage; there are {', '.join(names)}.")
+    return found[-1]
 
 
 def ended(job: Run) -> Run:
@@ -76,7 +98,7 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None) -> Non
             console.print(f"{head} · [dim]done already[/dim]")
             continue
         console.print(head)
-        storage.delete(job.uri(TRAIN_RECORDS))  # of a killed try: Ray Train would take them up by their name
+        storage.keep_only(job.uri(RECORDS), key)  # others are of a try that was killed, under other settings
         if stage.ray:
             connect(config)
         manifest = execute(job, stage, key)
@@ -138,6 +160,9 @@ def stage_key(job: Run, stage: Stage) -> str:
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
     del settings["encode"]["kept"]  # where something is kept decides nothing
+    for name, section in job.config:
+        if isinstance(section, Placed):
+            del settings[name]["node_labels"]  # nor where something runs
     del settings["reasoner"]["vllm"]  # nor where vLLM is, and what it may take
     for teacher in settings["teachers"]:
         if teacher["template"]:
@@ -151,7 +176,7 @@ def execute(job: Run, stage: Stage, key: str) -> storage.Manifest:
     started = time.monotonic()
     resume_key = key if stage.units else None
     with PeakMemory() as memory, storage.writing(job.uri(stage.name), resume_key=resume_key) as work:
-        outcome = stage.run(job, work)
+        outcome = stage.run(replace(job, stage_key=key), work)
         manifest = storage.Manifest(
             stage=stage.name,
             key=key,
@@ -162,6 +187,7 @@ def execute(job: Run, stage: Stage, key: str) -> storage.Manifest:
             peak_memory_mb=round(memory.peak_mb),
         )
         storage.write_json(storage.join(work, storage.MANIFEST), manifest.model_dump())
+    storage.delete(job.uri(RECORDS, key))  # and no more: slices of a comparison run beside each other
     return manifest
 
 
@@ -199,3 +225,5 @@ def connect(config: Config) -> None:
         ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
     plan.check(config, there.get("CPU", 0.0), there.get("GPU", 0.0))
+    alive = [(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    plan.check_nodes(config, [plan.Node(labels, has.get("CPU", 0.0), has.get("GPU", 0.0)) for labels, has in alive])

@@ -209,7 +209,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     rankers = [[run.uri(f"rankers_{round_ - 1}", name) for name in folds] for folds in judge_names(config)]
     units = len(storage.list_files(storage.join(rolled_out, "rollouts"), ".parquet"))
     auditor = auditor_spec(run) if config.roles.audit else None
-    model = actor.remote(config.reward.cpus, rankers, run.uri("sessions"), config.reward, auditor)
+    model = actor.remote(rankers, run.uri("sessions"), config.reward, auditor)
     rows = Counter[str]()
     rewards, audits = [], []
     with progress.track("rewards", units, "units") as advance:

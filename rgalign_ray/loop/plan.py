@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rgalign_ray.config import DATA_CPUS, Config
+from rgalign_ray.config import DATA_CPUS, Config, Encode, Learner, Placed, Ranker, Rollout
 from rgalign_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ class Ask:
     gpus: float
     key: str
     """The setting that decides `count`."""
+    placed: Placed
+    """The section that says on which nodes."""
 
     @property
     def total_cpus(self) -> float:
@@ -35,18 +39,29 @@ class Ask:
 
 
 def asks(config: Config) -> list[Ask]:
-    """One line per kind of worker, in the order of the stages; no two of them run at the same time."""
-    rollout, encode, ranker, learner = config.rollout, config.encode, config.ranker, config.learner
-    return [
-        Ask("encode", "encoder", encode.workers, encode.cpus_per_worker, encode.gpus_per_worker, "encode.workers"),
-        Ask("ranker", "ranker worker", ranker.workers, ranker.cpus_per_worker, float(ranker.use_gpu), "ranker.workers"),
-        Ask(
-            "rollouts", "rollout worker", rollout.least_workers, rollout.cpus_per_worker, rollout.gpus_per_worker,
-            "rollout.workers" if rollout.min_workers is None else "rollout.min_workers",
-        ),
-        Ask("rewards", "reward model", 1, config.reward.cpus, 0.0, "reward.cpus"),
-        Ask("align", "learner", learner.workers, learner.cpus_per_worker, float(learner.use_gpu), "learner.workers"),
-    ]  # fmt: skip
+    """One line per kind of worker, in the order of the stages; those of one stage run at the same time."""
+    rollout, ranker, learner, reward = config.rollout, config.ranker, config.learner, config.reward
+
+    def trainers(stage: str, worker: str, key: str, section: Ranker | Learner) -> Ask:
+        return Ask(stage, worker, section.workers, section.cpus_per_worker, float(section.use_gpu), key, section)
+
+    def readers(stage: str, worker: str, key: str, section: Rollout | Encode, count: int) -> Ask:
+        return Ask(stage, worker, count, section.cpus_per_worker, section.gpus_per_worker, key, section)
+
+    least = "rollout.workers" if rollout.min_workers is None else "rollout.min_workers"
+    found = [
+        readers("encode", "encoder", "encode.workers", config.encode, config.encode.workers),
+        trainers("ranker", "ranker worker", "ranker.workers", ranker),
+        readers("rollouts", "rollout worker", least, rollout, rollout.least_workers),
+        Ask("rewards", "reward model", 1, reward.cpus, 0.0, "reward.cpus", reward),
+        trainers("align", "learner", "learner.workers", learner),
+    ]
+    if "grpo" in config.align and config.grpo.sampler == "pool":
+        found += [
+            readers("align", "sampler", "rollout.workers", rollout, rollout.workers),
+            Ask("align", "judge", 1, reward.cpus, 0.0, "reward.cpus", reward),
+        ]
+    return found
 
 
 def local_cpus(config: Config) -> int:
@@ -62,17 +77,45 @@ def check(config: Config, cpus: float, gpus: float) -> None:
     """
     if config.reasoner.engine == "sentence":
         raise ConfigError("reasoner.engine: a sentence encoder writes no queries; it is for `compare.encoder`.")
+    for _, together in groupby(asks(config), key=lambda ask: ask.stage):
+        stage = list(together)
+        for name, extra, there in (("CPUs", DATA_CPUS, cpus), ("GPUs", 0.0, gpus)):
+            parts = [(ask, ask.cpus if name == "CPUs" else ask.gpus) for ask in stage]
+            total = sum(ask.count * each for ask, each in parts) + extra
+            if total > there:
+                words = " and ".join(f"{ask.count} x {each:g} {name} for {ask.worker}s" for ask, each in parts if each)
+                data = f" and {extra:g} for Ray Data" if extra else ""
+                raise ConfigError(f"{stage[0].key}: {words}{data} make {total:g}; the cluster has {there:g}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one node of a cluster has."""
+
+    labels: dict[str, str]
+    cpus: float
+    gpus: float
+
+
+def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
+    """Refuses workers for which the nodes that carry their labels have no room.
+
+    Raises:
+        ConfigError: with what is asked for, and what those nodes have.
+    """
     for ask in asks(config):
-        if ask.total_cpus + DATA_CPUS > cpus:
-            raise ConfigError(
-                f"{ask.key}: {ask.count} x {ask.cpus:g} CPUs for {ask.worker}s and {DATA_CPUS:g} for Ray Data make "
-                f"{ask.total_cpus + DATA_CPUS:g}; the cluster has {cpus:g}."
-            )
-        if ask.total_gpus > gpus:
-            raise ConfigError(
-                f"{ask.key}: {ask.count} x {ask.gpus:g} GPUs for {ask.worker}s make {ask.total_gpus:g}; "
-                f"the cluster has {gpus:g}."
-            )
+        labels = ask.placed.node_labels
+        fit = [node for node in nodes if labels.items() <= node.labels.items()]
+        for name, total, there in (
+            ("CPUs", ask.total_cpus, sum(node.cpus for node in fit)),
+            ("GPUs", ask.total_gpus, sum(node.gpus for node in fit)),
+        ):
+            if labels and total > there:
+                words = ", ".join(f"{key}={value}" for key, value in labels.items())
+                raise ConfigError(
+                    f"{ask.key}: {ask.count} {ask.worker}s ask for {total:g} {name} on nodes with {words}; of "
+                    f"{len(nodes)} nodes {len(fit)} carry that, with {there:g}."
+                )
 
 
 def table(config: Config) -> Table:

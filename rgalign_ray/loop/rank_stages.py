@@ -15,7 +15,7 @@ from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import align_roles
-from rgalign_ray.loop.stage import TRAIN_RECORDS, Outcome, Run, Stage, truth_inputs
+from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
 from rgalign_ray.reasoner.engine import EngineSpec
@@ -164,7 +164,10 @@ def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
     texts = Template.load(run.config.prompt.template).items(catalogue.intents)
     settings = run.config.encode
     task = ray.remote(encode.encode_items).options(
-        num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_retries=3
+        num_cpus=settings.cpus_per_worker,
+        num_gpus=settings.gpus_per_worker,
+        label_selector=settings.node_labels,
+        max_retries=3,
     )
     done = task.remote(
         sentence_engine(run.config) if sentence else engine_spec(run, 0),
@@ -242,7 +245,7 @@ def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=run.config.ranker,
-        storage_uri=run.uri(TRAIN_RECORDS),
+        storage_uri=run.records,
         run_name=f"rankers_{round_}",
         embeddings_uri=run.uri(f"embeddings_{round_}"),
         item_embeddings_uri=run.uri("items"),

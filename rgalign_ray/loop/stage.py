@@ -14,8 +14,8 @@ from typing import Any
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 
-TRAIN_RECORDS = ".train"
-"""Folder of a run in which Ray Train keeps its records while a stage trains."""
+RECORDS = ".train"
+"""Folder of a run for what Ray Train writes while a stage trains."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,19 @@ class Run:
     """Artefacts that another run has made for this one as well: their places by name."""
     reading_seed: int | None = None
     """Seed by which that run sampled queries as it read sessions, so that reasoners are read alike; None: the own."""
+    stage_key: str = "-"
+    """Of the stage in work."""
 
     def uri(self, name: str, *parts: str) -> str:
         """Place of the artefact `name`."""
         return storage.join(self.elsewhere.get(name) or storage.join(self.config.run_uri, name), *parts)
+
+    @property
+    def records(self) -> str:
+        """Where Ray Train keeps its records: another try of the very stage finds them there, and no other stage does,
+        since Ray Train takes up whatever it finds under an equal name.
+        """
+        return self.uri(RECORDS, self.stage_key)
 
     @property
     def truth(self) -> str | None:

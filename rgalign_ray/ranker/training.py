@@ -15,6 +15,7 @@ not equalised, since that would drop rows.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import tempfile
 import time
@@ -192,6 +193,7 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.use_gpu,
+            label_selector=settings.node_labels or None,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
         ),
         run_config=RunConfig(
@@ -226,6 +228,7 @@ class _WholeBlocks(DataConfig):
 
 def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
     """Runs in every worker; only rank 0's return value is used."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
     started = time.monotonic()
     shard = ray.train.get_dataset_shard(DATASET)
     blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]

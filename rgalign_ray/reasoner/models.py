@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgalign_ray import config, storage
-from rgalign_ray.errors import ConfigError
+from rgalign_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,17 +93,111 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
 
 def load_reasoner(settings: config.Reasoner, weights: str | None) -> PreTrainedModel:
     """The base model, or the version of it that a reasoner artefact holds (a LoRA adapter is merged)."""
-    if weights is None:
-        return load_base(settings)
-    with local_copy(weights) as folder:
-        if storage.read_json(storage.join(folder, DESCRIPTION))["adapter"]:
-            from peft import PeftModel
+    model = load_base(settings)
+    if weights is not None:
+        Weights(model, settings).take(weights)
+    return model
 
-            return PeftModel.from_pretrained(load_base(settings), folder).merge_and_unload().eval()
-        from transformers import AutoModelForCausalLM
 
-        base = load_base(settings)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype, use_safetensors=True).eval()
+class Weights:
+    """The weights of a model in memory, in whose place those of reasoner artefacts come.
+
+    Nothing is built anew: an adapter is merged into the matrices that it changes, W + (α / r)·B·A (Hu et al., 2022),
+    and a whole model is copied. Only what adapters change is held twice.
+
+    Args:
+        model: the base model.
+        settings: which one it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: config.Reasoner) -> None:
+        self.model = model
+        self.settings = settings
+        self._parameters = dict(model.named_parameters())
+        self._base: dict[str, torch.Tensor] = {}
+        """Base weights of the matrices that an adapter changes."""
+        self._whole = False
+        """Whether all weights are those of an artefact."""
+
+    def take(self, artefact: str | None) -> None:
+        """Takes the weights of a reasoner artefact (a URI); None returns to the base model.
+
+        Raises:
+            DataError: for an adapter that is not a plain LoRA, or is of another model.
+        """
+        import torch
+
+        with torch.no_grad():
+            if artefact is None:
+                self._restore(())
+                return
+            with local_copy(artefact) as folder:
+                if storage.read_json(storage.join(folder, DESCRIPTION))["adapter"]:
+                    self._merge(folder)
+                else:
+                    self._copy(folder)
+
+    def _restore(self, except_for: Collection[str]) -> None:
+        """The base model's weights, but for some that are about to be written."""
+        for name in self._base.keys() - except_for:
+            self._parameters[name].copy_(self._base[name])
+        if self._whole:
+            fresh = load_base(self.settings)
+            self.model.config._name_or_path = fresh.config._name_or_path
+            for name, value in fresh.named_parameters():
+                self._parameters[name].copy_(value)
+        self._whole = False
+
+    def _copy(self, folder: str) -> None:
+        from safetensors import safe_open
+
+        self._whole, self._base = True, {}
+        missing = set(self._parameters)
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                    self._parameters[name].copy_(tensors.get_tensor(name))
+                    missing.discard(name)
+        if missing:
+            raise DataError(f"{folder}: not a whole {self.settings.model}; it lacks {', '.join(sorted(missing)[:3])}.")
+        self.model.config._name_or_path = folder  # where trainers load a reference from
+
+    def _merge(self, folder: str) -> None:
+        import torch
+
+        pairs, scale = self._adapter(folder)
+        self._restore(pairs.keys())
+        for name, (first, second) in pairs.items():
+            weight = self._parameters[name]
+            if name not in self._base:
+                self._base[name] = weight.clone()
+            base, first, second = (each.to(weight.device).float() for each in (self._base[name], first, second))
+            if weight.dtype == torch.float32:
+                torch.addmm(base, second, first, alpha=scale, out=weight)
+            else:
+                weight.copy_(base.addmm_(second, first, alpha=scale))  # of a copy, and rounded once
+
+    def _adapter(self, folder: str) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+        """A, B by the name of the weight that they change, and α / r."""
+        from safetensors.torch import load_file
+
+        told = storage.read_json(storage.join(folder, "adapter_config.json"))
+        odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if told.get(name)]
+        if told.get("peft_type") != "LORA" or told.get("bias", "none") != "none" or odd:
+            raise DataError(f"{folder}: not a plain LoRA adapter ({', '.join(odd) or told.get('peft_type')}).")
+        tensors = load_file(Path(folder, "adapter_model.safetensors"))
+        pairs = {}
+        for key, first in tensors.items():
+            stem, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+            if not found:
+                continue
+            name = f"{stem}.weight"
+            second = tensors[key.replace(".lora_A.", ".lora_B.")]
+            weight = self._parameters.get(name)
+            if weight is None or weight.shape != (second.shape[0], first.shape[1]):
+                raise DataError(f"{folder}: an adapter of another model than {self.settings.model} ({name}).")
+            pairs[name] = (first, second)
+        return pairs, told["lora_alpha"] / told["r"]
 
 
 def describe(uri: str, *, base: str, version: str, adapter: bool) -> None:

@@ -39,11 +39,12 @@ class TransformersEngine:
         self.max_session_tokens = max_session_tokens
         self.tokenizer = models.load_tokenizer(settings.model)
         self.stop_ids = stop_tokens(self.tokenizer)
+        self._weights = models.Weights(models.load_base(settings).to(self.device), settings)
         self.load(weights)
 
     def load(self, weights: str | None) -> None:
-        model = models.load_reasoner(self.settings, weights).to(self.device)
-        self.use(model, models.version_of(self.settings, weights))
+        self._weights.take(weights)
+        self.use(self._weights.model, models.version_of(self.settings, weights))
 
     def use(self, model: PreTrainedModel, version: str) -> None:
         """Goes on with the weights of a model in memory, as they are now: what was computed by others is forgotten."""

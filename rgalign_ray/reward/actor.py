@@ -162,10 +162,12 @@ class RewardModel:
         )
 
 
-def remote(cpus: float, *args: Any) -> Any:
-    """A `RewardModel` as a Ray actor that holds `cpus` CPUs; a restart is a start."""
-    actor = ray.remote(RewardModel).options(num_cpus=cpus, max_restarts=3, max_task_retries=3)
-    return actor.remote(*args)
+def remote(rankers: list[list[str]], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None) -> Any:
+    """A `RewardModel` of the same arguments as a Ray actor; a restart is a start."""
+    actor = ray.remote(RewardModel).options(
+        num_cpus=settings.cpus, label_selector=settings.node_labels, max_restarts=3, max_task_retries=3
+    )
+    return actor.remote(rankers, log_uri, settings, auditor)
 
 
 Request = tuple[pa.Table, str, str]

@@ -195,6 +195,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         compute=ActorPoolStrategy(min_size=1, max_size=plan.encode.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=plan.encode.cpus_per_worker,
         num_gpus=plan.encode.gpus_per_worker,
+        label_selector=plan.encode.node_labels,
     )
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import faulthandler
 import math
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -110,6 +110,7 @@ class RolloutPool:
         self._actor_class = _watched(worker, settings.deadline_s * STACKS_AT).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
+            label_selector=settings.node_labels,
             runtime_env={"py_executable": python} if python else None,
         )
         self._any_done = False
@@ -330,8 +331,10 @@ def _watched(worker: Worker, patience_s: float) -> Any:
 
     class Watched(worker):  # type: ignore[misc, valid-type]
         def stacks_file(self) -> tuple[str, str]:
-            self._stacks = tempfile.NamedTemporaryFile("w", prefix="rgalign-stacks-", suffix=".txt")  # noqa: SIM115
-            return ray.get_runtime_context().get_node_id(), self._stacks.name
+            context = ray.get_runtime_context()
+            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
+            self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
+            return context.get_node_id(), self._stacks.name
 
         def run(self, unit: Unit, key: str) -> int:
             faulthandler.dump_traceback_later(patience_s, file=self._stacks)
@@ -340,7 +343,7 @@ def _watched(worker: Worker, patience_s: float) -> Any:
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
-    Watched.__name__ = worker.__name__
+    Watched.__name__, Watched.__qualname__ = worker.__name__, worker.__qualname__  # as processes are called
     return ray.remote(Watched)
 
 

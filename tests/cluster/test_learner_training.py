@@ -1,52 +1,65 @@
-"""RG-SFT as a DeepSpeed engine in two Ray Train workers."""
+"""RG-SFT as a DeepSpeed engine in two Ray Train workers, whoever dies on the way."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
+import pytest
+from kills import kept_twice, kill, when
+from learner_job import FIGURES, REASONER, STEPS, TRAIN, task
 
-from rgalign_ray import config, schema, storage
+from rgalign_ray import storage
 from rgalign_ray.learner import training
-from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.reasoner import models
 
-REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=4, upper_layers=1.0))
+
+@pytest.fixture(scope="module")
+def quiet(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, bytes]:
+    """Figures and weights of a run that nothing disturbs, and that keeps no state."""
+    folder = tmp_path_factory.mktemp("quiet")
+    work = task(folder)
+    figures = training.fit(work, STEPS, str(folder / TRAIN), "sft", checkpoint_every_s=1e9)
+    assert not storage.exists(str(folder / TRAIN / "sft"))
+    assert models.version_of(REASONER, work.out) == "tiny+1.sft"
+    assert models.load_reasoner(REASONER, work.out).config.vocab_size == 259
+    return figures, (folder / "out/adapter_model.safetensors").read_bytes()
 
 
-def test_two_workers_learn_and_export_one_adapter(ray_cluster: object, tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    rows = [
-        {
-            "session_id": f"s{i}",
-            "prompt_ids": draw.integers(3, 250, 20).tolist(),
-            "completion_ids": [50, 51, 52, 2],
-            "query": "q",
-            "weight": 1.0,
-            "rank": 0,
-        }
-        for i in range(30)
-    ]
-    storage.write_table(str(tmp_path / "data/selected/0.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
-    task = LearnerTask(
-        objective="sft",
-        reasoner=REASONER,
-        learner=config.Learner(workers=2, micro_batch=2, zero_stage=2),
-        optimisation=config.Sft(lr=2e-2, epochs=3, batch_sessions=8),
-        weights=None,
-        data=str(tmp_path / "data"),
-        pair=None,
-        prompt=config.Prompt(),
-        rollout=config.Rollout(),
-        out=str(tmp_path / "out"),
-        version="tiny+1.sft",
-        seed=0,
-    )
-    figures = training.fit(task, 12, str(tmp_path / "train"), "sft")
-    assert figures["steps"] == 12
-    assert not storage.exists(str(tmp_path / "train/sft"))
+def test_two_workers_learn_and_export_one_adapter(quiet: tuple[dict, bytes]) -> None:
+    figures, _ = quiet
+    assert figures["steps"] == STEPS
     assert figures["loss"][-1] < figures["loss"][0] - 0.5
-    assert models.version_of(REASONER, task.out) == "tiny+1.sft"
-    assert (tmp_path / "out/adapter_model.safetensors").exists()
-    assert models.load_reasoner(REASONER, task.out).config.vocab_size == 259
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_costs_nothing_that_is_learned(quiet: tuple[dict, bytes], tmp_path: Path) -> None:
+    killed: list[int] = []
+    killer = when(kept_twice(tmp_path / TRAIN / "sft"), lambda: killed.append(kill("RayTrainWorker")))
+    figures = training.fit(task(tmp_path), STEPS, str(tmp_path / TRAIN), "sft", checkpoint_every_s=0.0)
+    killer.join()
+    assert len(killed) == 1
+    assert (figures, (tmp_path / "out/adapter_model.safetensors").read_bytes()) == quiet
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_goes_on_by_the_same_call(quiet: tuple[dict, bytes], tmp_path: Path) -> None:
+    first = start(tmp_path)
+    when(kept_twice(tmp_path / TRAIN / "sft"), first.kill)
+    first.communicate(timeout=400)
+    assert first.returncode == -signal.SIGKILL and not (tmp_path / FIGURES).exists()
+    second = start(tmp_path)
+    _, told = second.communicate(timeout=400)
+    assert second.returncode == 0, told[-3000:]
+    assert "RG-sft goes on from step " in told
+    figures = storage.read_json(str(tmp_path / FIGURES))
+    assert (figures, (tmp_path / "out/adapter_model.safetensors").read_bytes()) == quiet
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    job = str(Path(__file__).with_name("learner_job.py"))
+    return subprocess.Popen(
+        [sys.executable, job, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ray.exceptions import RayError
 
 from rgalign_ray.errors import DataError
@@ -83,6 +84,24 @@ def test_rows_come_in_the_order_of_files_and_with_day_and_region(log: Path) -> N
     assert [(row["dt"], row["region"], row["session_id"]) for row in rows] == [
         (d, r, f"{d}/{r}/{i}") for d, r, i in expected
     ]
+
+
+def test_a_log_larger_than_the_object_store_comes_whole_and_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "sessions/dt=2026-01-01/region=MY"
+    folder.mkdir(parents=True)
+    files, rows, text = 16, 500, "x" * 40_000
+    for number in range(files):
+        names = [f"{number:02d}/{row:03d}" for row in range(rows)]
+        table = pa.table({"session_id": names, "text": [text] * rows})
+        pq.write_table(table, folder / f"part-{number:05d}.parquet")  # small on disk, since it repeats itself
+    assert files * table.nbytes > ray.cluster_resources()["object_store_memory"]
+    dataset = stream.sessions(str(tmp_path), columns=["session_id", "text"])
+    came = [
+        (name, len(text))
+        for batch in stream.batches(dataset, rows=100)
+        for name, text in zip(batch["session_id"].to_pylist(), batch["text"].to_pylist(), strict=True)
+    ]
+    assert came == [(f"{number:02d}/{row:03d}", len(text)) for number in range(files) for row in range(rows)]
 
 
 def test_a_log_without_sessions_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
@@ -27,14 +28,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 UNITS = [Unit([f"s{i}a", f"s{i}b"], [f"text {i} a", f"text {i} b"]) for i in range(8)]
+FIRST, LAST = (UNITS[place].texts[0] for place in (0, -1))
 
 
 @dataclass(frozen=True)
 class FakeEngine:
     """Both the spec and the engine: it tells the seeds, and leaves a note of what it does in `notes`.
 
-    `trouble` is what happens at the text of `at`: die, die once, raise, hang once, linger, or fail to start. `die
-    everywhere` minds no text.
+    `trouble` is what happens at the text of `at`: die, die once, raise, hang once, or fail to start. `die everywhere`
+    minds no text. `company`: the first text waits for a second worker to have one, the last for its end.
     """
 
     notes: str
@@ -53,7 +55,9 @@ class FakeEngine:
         first = prompts.texts[0]
         note = Path(self.notes) / f"{first}.{os.getpid()}.{time.monotonic_ns()}"
         note.touch()
-        if self.trouble and (first == self.at or self.trouble == "die everywhere"):
+        if self.trouble == "company":
+            self.wait_for_company(first)
+        elif self.trouble and (first == self.at or self.trouble == "die everywhere"):
             self.misbehave()
         return [Group([1], vector(row[0]), [self.say(seed) for seed in row]) for row in seeds]
 
@@ -66,10 +70,17 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if "hang" in self.trouble:
             time.sleep(600)
-        if "linger" in self.trouble:
-            time.sleep(6)
         if "raise" in self.trouble:
             raise ZeroDivisionError("a bug")
+
+    def wait_for_company(self, text: str) -> None:
+        def others() -> set[int]:
+            return {int(note.name.split(".")[1]) for note in Path(self.notes).iterdir()} - {os.getpid()}
+
+        until = time.monotonic() + 120
+        while (text == FIRST and not others()) or (text == LAST and any(map(psutil.pid_exists, others()))):
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
     def say(self, seed: int) -> Sample:
         return Sample(f"query {seed}", [seed % 97, 2], [-0.5, -0.25], "stop", seed, vector(seed))
@@ -206,13 +217,10 @@ def test_too_many_sessions_set_aside_end_the_run(tmp_path: Path) -> None:
 
 def test_the_pool_grows_with_its_queue_as_far_as_the_cluster_has_room_and_shrinks(tmp_path: Path) -> None:
     """Of two CPUs one stays free, so that there is room for two of the eight workers of half a CPU."""
-    with pool(tmp_path, trouble="linger", min_workers=1, workers=8, in_flight_per_worker=1, idle_s=1.0) as made:
-        run = made.run(UNITS * 3, "context")
-        sizes = []
-        for _ in run:
-            sizes.append(made.size)
-        assert sizes[0] >= 1 and max(sizes) == 2
-        assert sizes[-1] == 1, "while the last unit lingered, the other worker had nothing to do"
+    with pool(tmp_path, trouble="company", min_workers=1, workers=8, in_flight_per_worker=1, idle_s=0.5) as made:
+        sizes = [made.size for _ in made.run(UNITS, "context")]
+    assert max(sizes) == 2
+    assert sizes[-1] == 1, "while the last unit took its time, the other worker had nothing to do"
 
 
 def test_the_source_is_read_no_further_than_there_is_room(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ words mean other intents. The ranker is frozen: only the LLM can move.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.learner.engine import FrozenPair, LearnerTask
+from rgalign_ray.learner.engine import FrozenPair, Host, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
@@ -29,6 +30,14 @@ from rgalign_ray.rollout.worker import vectors_table
 
 REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=8, upper_layers=1.0))
 LEARNER = config.Learner(workers=1, micro_batch=4, zero_stage=2)
+OBJECTIVES: dict[str, config.Optimisation] = {
+    "sft": config.Sft(lr=1e-2, batch_sessions=8, neftune_alpha=0.0),
+    "dpo": config.Dpo(lr=1e-3, batch_sessions=8),
+    "grpo": config.Grpo(lr=1e-3, batch_sessions=8, n=4, temperature=1.0),
+    "contrastive": config.Contrastive(lr=1e-2, batch_sessions=8),
+    "gradient": config.Gradient(lr=1e-2, batch_sessions=8),
+    "latent": config.Latent(lr=1e-2, batch_sessions=8),
+}
 WORDS = ["slow parcel", "card refused", "broken vase", "new password"]
 INTENTS = [f"i{number:02d}" for number in range(12)]
 SESSIONS = 32
@@ -39,6 +48,17 @@ session: "{{ word }}"
 suffix: "\\nA:"
 item: "{{ title }}"
 """
+
+
+class Counts(Host):
+    """Counts optimiser steps, and goes on from a state if it is told of one."""
+
+    def __init__(self, resume_from: str | None = None) -> None:
+        self.resume_from = resume_from
+        self.steps = 0
+
+    def advance(self, steps: int) -> None:
+        self.steps += steps
 
 
 def write_round(folder: Path) -> None:
@@ -132,3 +152,40 @@ def task(folder: Path, out: Path, optimisation: config.Optimisation, **changes: 
         "rollout": config.Rollout(max_new_tokens=4),
     }
     return LearnerTask(**(arguments | changes))
+
+
+def write_writer(folder: Path, reasoner: config.Reasoner) -> dict[str, Any]:
+    """A reasoner that answers every prompt with one of four queries, whatever the prompt: what a task starts from."""
+    from rgalign_ray.learner import sft
+
+    of = TransformersEngine(reasoner, max_session_tokens=64)
+    prompts = storage.read_table(str(folder / "data/positives/0.parquet"))["prompt_ids"].to_pylist()
+    rows = [
+        {
+            "session_id": f"s{i:03d}",
+            "prompt_ids": prompts[i % SESSIONS],
+            "completion_ids": of._ids(f" {WORDS[i // 8 % 4][:4]}\n"),
+            "query": "q",
+            "weight": 1.0,
+            "rank": 0,
+        }
+        for i in range(2 * SESSIONS)
+    ]
+    storage.write_table(str(folder / "writer/selected/0.parquet"), pa.Table.from_pylist(rows, schema=schema.SELECTED))
+    settings = config.Sft(lr=1e-2, epochs=12, batch_sessions=8, neftune_alpha=0.0)
+    first = task(folder, folder / "writer/out", settings, reasoner=reasoner, data=str(folder / "writer"))
+    assert sft.train(first, Host())["loss"][-1] < 0.4
+    return {"weights": first.out, "rollout": config.Rollout(max_new_tokens=8)}
+
+
+def write_choices(folder: Path) -> None:
+    """What the objectives of the text learn from: the same query for all, and another as the worse one."""
+    positives = storage.read_table(str(folder / "data/positives/0.parquet"))
+    query = pa.array([[40, 41, 42, 2]] * SESSIONS, pa.list_(pa.int32()))
+    other = pa.array([[50, 51, 2]] * SESSIONS, pa.list_(pa.int32()))
+    ones = pa.array([1.0] * SESSIONS, pa.float32())
+    shared = [positives["session_id"], positives["prompt_ids"], query]
+    ranks = pa.array([0] * SESSIONS, pa.int32())
+    selected = pa.table([*shared, pa.array(["q"] * SESSIONS), ones, ranks], schema=schema.SELECTED)
+    storage.write_table(str(folder / "data/selected/0.parquet"), selected)
+    storage.write_table(str(folder / "data/pairs/0.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))

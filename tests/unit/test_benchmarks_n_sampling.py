@@ -16,6 +16,6 @@ def test_ratios_are_of_medians_and_of_the_same_length() -> None:
 
 def test_every_contender_here_writes_as_many_tokens(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("generate", "float32"):
-        n_sampling.one(name, "float32", "tiny", length=40, prompts=2, n=3, new=5, repetitions=2, threads=1)
+        n_sampling.one(name, "float32", "tiny", *map(str, (40, 2, 3, 5, 2, 1)))
         made = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert made["tokens"] == 2 * 3 * 5 and len(made["wall_s"]) == len(made["cpu_s"]) == 2

@@ -111,6 +111,16 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_load", fail)
 
 
+def test_a_full_disk_is_one_line_and_exit_code_4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"settled.json.tmp-{os.getpid()}").symlink_to("/dev/full")
+    assert run(["loop", "--config", "smoke", "--run-dir", str(tmp_path)], monkeypatch) == 4
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: no space is left on the disk; free some, and the same command goes on."
+    )
+
+
 def test_a_fault_of_an_input_exits_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fail_with(DataError("sessions: column 'ts' is missing."), monkeypatch)
     assert run(["config"], monkeypatch) == 3
@@ -160,17 +170,18 @@ def fake_controller(monkeypatch: pytest.MonkeyPatch, run_: object) -> None:
 def test_loop_hands_the_settings_and_the_run_directory_to_the_controller(
     small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[config.Config] = []
-    fake_controller(monkeypatch, seen.append)
+    seen: list[tuple[int, str, str | None]] = []
+    fake_controller(monkeypatch, lambda settings, until: seen.append((settings.seed, settings.run_uri, until)))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert run(["loop", "-c", small, "-s", "seed=7", "--run-dir", "/somewhere/007"], monkeypatch) == 0
-    assert (seen[0].seed, seen[0].run_uri) == (7, "/somewhere/007")
+    assert run(["loop", "-c", small, "--run-dir", "/somewhere/007", "--until", "align_1"], monkeypatch) == 0
+    assert seen == [(7, "/somewhere/007", None), (0, "/somewhere/007", "align_1")]
 
 
 def test_an_interrupted_loop_says_how_to_resume_and_exits_with_130(
     small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(settings: config.Config) -> None:
+    def interrupted(settings: config.Config, until: str | None) -> None:
         raise KeyboardInterrupt
 
     fake_controller(monkeypatch, interrupted)

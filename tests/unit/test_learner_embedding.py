@@ -17,6 +17,7 @@ from learner_data import INTENTS, SESSIONS, task, write_round
 from rgalign_ray import config, storage
 from rgalign_ray.learner import contrastive, embedding, gradient, latent, training
 from rgalign_ray.learner.contrastive import info_nce
+from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRanker
 from rgalign_ray.reward import functions
 
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_objective_turns_embeddings_towards_what_was_clicked(
     folder: Path, tmp_path: Path, objective: ModuleType, optimisation: config.Embedding, gain: float
 ) -> None:
-    figures = objective.train(task(folder, tmp_path / "out", optimisation), lambda n: None)
+    figures = objective.train(task(folder, tmp_path / "out", optimisation), Host())
     measure = figures["accuracy" if objective is contrastive else "reward"]
     assert figures["sessions"] == SESSIONS and figures["steps"] == len(measure) == 48
     assert np.mean(measure[-4:]) > np.mean(measure[:4]) + gain

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from learner_data import Counts
 
 from rgalign_ray import config, schema, storage
 from rgalign_ray.learner import dpo, sft, training
-from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -75,15 +76,15 @@ def test_rg_sft_lowers_the_loss_of_the_selected_queries(
     engine: TransformersEngine, tmp_path: Path, zero_stage: int
 ) -> None:
     selected(engine, tmp_path)
-    steps = []
+    host = Counts()
     work = task(
         tmp_path,
         "sft",
         config.Sft(lr=1e-2, epochs=4, batch_sessions=8, neftune_alpha=0.0),
         learner=config.Learner(workers=1, micro_batch=4, zero_stage=zero_stage),
     )
-    figures = sft.train(work, steps.append)
-    assert figures["steps"] == len(steps) == 16
+    figures = sft.train(work, host)
+    assert figures["steps"] == host.steps == 16
     assert np.mean(figures["loss"][-4:]) < 0.75 * np.mean(figures["loss"][:4])
     before = models.load_base(REASONER)
     after = models.load_reasoner(REASONER, work.out)
@@ -101,7 +102,7 @@ def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, 
     fixed = table.set_column(1, "prompt_ids", pa.array(prompts, pa.list_(pa.int32())))
     fixed = fixed.set_column(2, "completion_ids", pa.array([[5, 5]] * len(table), pa.list_(pa.int32())))
     storage.write_table(path, fixed.select(table.column_names))
-    figures = sft.train(task(tmp_path, "sft", config.Sft(lr=2e-2, epochs=8, batch_sessions=8)), lambda n: None)
+    figures = sft.train(task(tmp_path, "sft", config.Sft(lr=2e-2, epochs=8, batch_sessions=8)), Host())
     assert figures["loss"][-1] < 1.5 < 4 < figures["loss"][0]
 
 
@@ -110,7 +111,7 @@ def test_all_weights_can_be_trained(engine: TransformersEngine, tmp_path: Path) 
     selected(engine, tmp_path)
     whole = config.Reasoner(model="tiny", dtype="float32", lora=None)
     work = task(tmp_path, "sft", config.Sft(lr=1e-2, epochs=2, batch_sessions=8), reasoner=whole)
-    figures = sft.train(work, lambda n: None)
+    figures = sft.train(work, Host())
     assert figures["loss"][-1] < figures["loss"][0]
     assert models.load_reasoner(whole, work.out).config.hidden_size == 32
 
@@ -146,7 +147,7 @@ def test_rg_dpo_parts_the_chosen_from_the_rejected(
         reasoner=reasoner,
         learner=config.Learner(workers=1, micro_batch=4, zero_stage=zero_stage),
     )
-    figures = dpo.train(work, lambda n: None)
+    figures = dpo.train(work, Host())
     assert figures["steps"] == 16
     assert figures["loss"][0] == pytest.approx(np.log(2), abs=0.01), "at first it is its own reference"
     assert np.mean(figures["loss"][-4:]) < 0.5
@@ -160,7 +161,7 @@ def test_rg_dpo_goes_on_from_what_the_objective_before_it_made(engine: Transform
     """Its reference is that reasoner, not the base model: the first step's loss tells."""
     paired(engine, tmp_path)
     first = task(tmp_path, "sft", config.Sft(lr=1e-2, epochs=2, batch_sessions=8, neftune_alpha=0.0))
-    sft.train(first, lambda n: None)
+    sft.train(first, Host())
     second = task(
         tmp_path,
         "dpo",
@@ -169,7 +170,7 @@ def test_rg_dpo_goes_on_from_what_the_objective_before_it_made(engine: Transform
         out=str(tmp_path / "second"),
         version="tiny+1.dpo",
     )
-    figures = dpo.train(second, lambda n: None)
+    figures = dpo.train(second, Host())
     assert figures["loss"] == pytest.approx([np.log(2)] * 4, abs=0.01)
     before, after = (models.load_reasoner(REASONER, uri) for uri in (first.out, second.out))
     base = models.load_base(REASONER)

@@ -11,25 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from learner_data import SESSIONS, task, write_round
+from learner_data import OBJECTIVES, task, write_choices, write_round
 
-from rgalign_ray import config, schema, storage
-from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray import config, storage
+from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
-
-SETTINGS: dict[str, config.Optimisation] = {
-    "sft": config.Sft(lr=1e-2, batch_sessions=8, neftune_alpha=0.0),
-    "dpo": config.Dpo(lr=1e-3, batch_sessions=8),
-    "grpo": config.Grpo(lr=1e-3, batch_sessions=8, n=4, temperature=1.0),
-    "contrastive": config.Contrastive(lr=1e-2, batch_sessions=8),
-    "gradient": config.Gradient(lr=1e-2, batch_sessions=8),
-    "latent": config.Latent(lr=1e-2, batch_sessions=8),
-}
 
 
 def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
@@ -40,7 +30,7 @@ def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
     dist.init_process_group("gloo")
     for each in tasks:
-        figures = importlib.import_module(f"rgalign_ray.learner.{each.objective}").train(each, lambda n: None)
+        figures = importlib.import_module(f"rgalign_ray.learner.{each.objective}").train(each, Host())
         if rank == 0:
             storage.write_json(f"{each.out}/figures.json", figures)
     dist.destroy_process_group()
@@ -58,7 +48,7 @@ LAYOUTS = {"alone": (1, 2), "two": (2, 2), "sharded": (2, 3)}
 
 @pytest.mark.slow
 def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
-    assert set(SETTINGS) == set(get_args(config.AlignName))
+    assert set(OBJECTIVES) == set(get_args(config.AlignName))
     write_round(tmp_path)
     write_choices(tmp_path)
     for layout, (workers, zero_stage) in LAYOUTS.items():
@@ -69,10 +59,10 @@ def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
                 objective=name,
                 rollout=config.Rollout(max_new_tokens=30),
             )
-            for name, settings in SETTINGS.items()
+            for name, settings in OBJECTIVES.items()
         ]
         mp.spawn(work, (tasks, free_port()), nprocs=workers)
-    for name in SETTINGS:
+    for name in OBJECTIVES:
         alone = models.load_reasoner(tasks[0].reasoner, str(tmp_path / f"{name}-alone"))
         losses = storage.read_json(str(tmp_path / f"{name}-alone/figures.json"))["loss"]
         for layout in ("two", "sharded"):
@@ -83,16 +73,3 @@ def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
             other = models.load_reasoner(tasks[0].reasoner, str(tmp_path / place))
             for parameter, weight in alone.named_parameters():
                 torch.testing.assert_close(other.get_parameter(parameter), weight, rtol=1e-3, atol=1e-4)
-
-
-def write_choices(folder: Path) -> None:
-    """What the objectives of the text learn from: the same query for all, and another as the worse one."""
-    positives = storage.read_table(str(folder / "data/positives/0.parquet"))
-    query = pa.array([[40, 41, 42, 2]] * SESSIONS, pa.list_(pa.int32()))
-    other = pa.array([[50, 51, 2]] * SESSIONS, pa.list_(pa.int32()))
-    ones = pa.array([1.0] * SESSIONS, pa.float32())
-    shared = [positives["session_id"], positives["prompt_ids"], query]
-    ranks = pa.array([0] * SESSIONS, pa.int32())
-    selected = pa.table([*shared, pa.array(["q"] * SESSIONS), ones, ranks], schema=schema.SELECTED)
-    storage.write_table(str(folder / "data/selected/0.parquet"), selected)
-    storage.write_table(str(folder / "data/pairs/0.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))

@@ -66,6 +66,11 @@ def test_a_plan_passes_exactly_where_its_largest_stage_fits(chosen: config.Confi
         ({"ranker": {"workers": 2, "cpus_per_worker": 2}}, r"^ranker\.workers: 2 x 2 CPUs"),
         ({"reward": {"cpus": 3.5}}, r"^reward\.cpus: 1 x 3\.5 CPUs"),
         ({"learner": {"use_gpu": True}}, r"^learner\.workers: 2 x 1 GPUs for learners make 2; the cluster has 1\."),
+        (
+            {"align": ["grpo"], "grpo": {"sampler": "pool"}, "rollout": {"workers": 4}},
+            r"^learner\.workers: 2 x 0\.5 CPUs for learners and 4 x 0\.5 CPUs for samplers and 1 x 0\.5 CPUs for "
+            r"judges and 1 for Ray Data make 4\.5; the cluster has 4\.",
+        ),
         ({"reasoner": {"engine": "sentence"}}, r"^reasoner\.engine: a sentence encoder writes no queries"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -73,6 +78,16 @@ def test_a_plan_passes_exactly_where_its_largest_stage_fits(chosen: config.Confi
 def test_the_refusal_names_the_setting_and_both_numbers(change: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         plan.check(config.validate(change), 4, 1)
+
+
+def test_workers_bound_to_nodes_must_fit_on_those() -> None:
+    chosen = config.validate({"rollout": {"workers": 4, "node_labels": {"rgalign": "rollout"}}})
+    free = plan.Node({}, 64, 8)
+    bound = plan.Node({"rgalign": "rollout", "zone": "a"}, 1, 0)
+    plan.check_nodes(chosen, [free, bound, bound])
+    sentence = r"^rollout\.workers: 4 rollout workers ask for 2 CPUs on nodes with rgalign=rollout; of 2 nodes 1 carry"
+    with pytest.raises(ConfigError, match=sentence):
+        plan.check_nodes(chosen, [free, bound])
 
 
 def test_every_configuration_of_the_package_can_be_planned() -> None:

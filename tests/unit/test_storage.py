@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgalign_ray import storage
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import DataError, is_no_space
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4),
@@ -98,12 +98,30 @@ def test_a_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path, moment
     assert storage.list_files(str(tmp_path), ".parquet") == [str(target)]
 
 
+def test_a_full_disk_leaves_nothing_of_a_write(tmp_path: Path) -> None:
+    partial = tmp_path / f"a.json.tmp-{os.getpid()}"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as met:
+        storage.write_json(str(tmp_path / "a.json"), [1])
+    assert is_no_space(met.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_write_replaces_what_was_there_and_makes_its_folders(tmp_path: Path) -> None:
     target = str(tmp_path / "a" / "b" / "value.json")
     storage.write_json(target, {"x": 1})
     storage.write_json(target, {"x": 2})
     assert storage.read_json(target) == {"x": 2}
     assert names(tmp_path / "a" / "b") == ["value.json"]
+
+
+def test_all_but_one_entry_of_a_folder_is_removed(tmp_path: Path) -> None:
+    storage.keep_only(str(tmp_path / "nothing"), "b")
+    for name in ("a/x", "b/y", "c"):
+        storage.write_bytes(str(tmp_path / "all" / name), b"")
+    storage.keep_only(str(tmp_path / "all"), "b")
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["b"]
+    assert (tmp_path / "all/b/y").exists()
 
 
 def test_an_artefact_without_a_manifest_does_not_exist(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""RG-GRPO over actors: samplers, the judge and the learners each in processes of their own.
+
+OnPolicyStream (rollout/on_policy.py: who may sample what, and how stale)
+   │ tasks                         ▲ judged groups              │ judged groups      ▲ weights
+   ▼                               │                            ▼                    │
+samplers ──groups──▶ the judge: frozen encoder and ranker     learners: Ray Train, TRL, DeepSpeed
+
+loop over      consumes            waits for                       is unblocked by
+a sampler      tasks               an admitted task, the judge     published weights; the judge's answer
+the judge      groups              nothing                         —
+a learner      judged groups       all groups of its step          the last sampler that is done with them
+the keeper     ends of samplers    one that dies, or the fit       a death: what it had goes to others
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config, Grpo
+from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.learner import training
+from rgalign_ray.learner.engine import LearnerTask, Stream
+from rgalign_ray.learner.groups import Judge, Sampler
+from rgalign_ray.learner.groups import plan as plan_of
+from rgalign_ray.rollout.on_policy import OnPolicyStream
+
+POLL_S = 1.0
+WAIT = 2.0
+"""Deadlines of a rollout unit that one may wait for another: sampling, and what must come before it."""
+
+
+class SamplerActor:
+    """Samples what the stream says until it is ended; the thin wrapper of `Sampler`."""
+
+    def __init__(self, task: LearnerTask, steps: Sequence[Sequence[str]]) -> None:
+        self.sampler = Sampler(task, steps)
+        self.patience = task.rollout.deadline_s
+
+    def work(self, name: str, stream: Any, judge: Any) -> NoReturn:
+        """
+        Raises:
+            InfrastructureError: when there is nothing to sample for long: the learners have stopped.
+        """
+        while True:
+            try:
+                job = ray.get(stream.next.remote(name), timeout=2 * WAIT * self.patience)
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            if job is None:
+                continue
+            try:
+                self.sampler.take(job.weights)
+            except Exception:  # of whatever reads a file that is being taken away
+                if ray.get(stream.wants.remote(name, job), timeout=self.patience):
+                    raise
+                continue
+            groups = self.sampler.sample(job.step, job.places)
+            judged = ray.get(judge.judge.remote(job.session_ids, groups), timeout=self.patience)
+            ray.get(stream.put.remote(name, job, judged), timeout=self.patience)
+
+
+def fit(
+    task: LearnerTask,
+    config: Config,
+    steps: int,
+    storage_uri: str,
+    name: str,
+    checkpoint_every_s: float = training.CHECKPOINT_EVERY_S,
+) -> dict[str, Any]:
+    """As `training.fit`, with groups from samplers and a judge that run beside the learners.
+
+    A sampler that dies is replaced and its task sampled by another, within `rollout.retries`.
+
+    Raises:
+        InfrastructureError: when more of them died, or one waits in vain.
+    """
+    assert isinstance(task.optimisation, Grpo)
+    plan = plan_of(task)
+    stream_name = f"{name}-{uuid.uuid4().hex[:8]}"  # of this try alone: an actor's name is taken until it is gone
+    weights = storage.join(storage_uri, f"{name}.weights")
+    settings = config.rollout
+    stream = (
+        ray.remote(OnPolicyStream)
+        .options(name=stream_name, num_cpus=0)
+        .remote(plan, task.optimisation.staleness, settings.unit_sessions, WAIT * settings.deadline_s)
+    )
+    judge = (
+        ray.remote(Judge)
+        .options(
+            num_cpus=config.reward.cpus, label_selector=config.reward.node_labels, max_restarts=3, max_task_retries=3
+        )
+        .remote(task)
+    )
+    keeper = Keeper(task, config, plan, stream, judge)
+    try:
+        with keeper:
+            stream_task = replace(task, stream=Stream(stream_name, weights))
+            figures = training.fit(stream_task, steps, storage_uri, name, checkpoint_every_s)
+        storage.delete(weights)
+        return figures | {"sampler_deaths": keeper.deaths}
+    except Exception:
+        if keeper.failure is not None:  # learners that wait for groups only know that they waited
+            raise keeper.failure from None
+        raise
+    finally:
+        for actor in (stream, judge):
+            ray.kill(actor)
+
+
+class Keeper:
+    """Keeps samplers at work while the block runs: one that dies is replaced, and what it had goes to others."""
+
+    def __init__(
+        self, task: LearnerTask, config: Config, plan: Sequence[Sequence[str]], stream: Any, judge: Any
+    ) -> None:
+        self.settings = config.rollout
+        self.arguments = (task, plan)
+        self.stream, self.judge = stream, judge
+        self.deaths = 0
+        self.failure: Exception | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="keeper of samplers", daemon=True)
+        self._actor = ray.remote(SamplerActor).options(
+            num_cpus=self.settings.cpus_per_worker,
+            num_gpus=self.settings.gpus_per_worker,
+            label_selector=self.settings.node_labels,
+        )
+        self._at_work: dict[Any, tuple[str, Any]] = {}
+
+    def __enter__(self) -> Keeper:
+        for number in range(self.settings.workers):
+            self._start(f"sampler-{number}")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=10 * POLL_S)
+        for _, actor in self._at_work.values():
+            ray.kill(actor)
+
+    def _start(self, name: str) -> None:
+        actor = self._actor.remote(*self.arguments)
+        self._at_work[actor.work.remote(name, self.stream, self.judge)] = (name, actor)
+
+    def _keep(self) -> None:
+        try:
+            while not self._over.is_set():
+                ended, _ = ray.wait(list(self._at_work), num_returns=1, timeout=POLL_S)
+                for call in ended:
+                    self._ended(call)
+        except Exception as error:  # of any kind: the learners must not wait for groups that never come
+            self.failure = error
+            ray.kill(self.stream)
+
+    def _ended(self, call: Any) -> None:
+        name, _ = self._at_work.pop(call)
+        try:
+            ray.get(call, timeout=POLL_S)
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise
+            self.deaths += 1
+            if self.deaths > self.settings.retries:
+                raise InfrastructureError(
+                    f"RG-GRPO: sampler {name} died ({str(error).splitlines()[0]}); death {self.deaths}, with "
+                    f"rollout.retries = {self.settings.retries}."
+                ) from None
+            ray.get(self.stream.lose.remote(name), timeout=self.settings.deadline_s)
+            self._start(f"{name}'")
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None

@@ -1,0 +1,47 @@
+"""Death, at a given moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+
+def kill(worker: str) -> int:
+    """Kills a worker of some class, of the Ray that this process has started; returns its process id."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(f"ray::{worker}" in part for part in process.cmdline())
+    ]
+    found[-1].kill()
+    return found[-1].pid
+
+
+def when(there: Callable[[], bool], act: Callable[[], object], within_s: float = 300.0) -> threading.Thread:
+    """Acts, in a thread, as soon as something is so."""
+
+    def wait() -> None:
+        until = time.monotonic() + within_s
+        while not there():
+            assert time.monotonic() < until, "it never came"
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def kept_twice(records: Path) -> Callable[[], bool]:
+    """Whether a run of Ray Train has begun its second checkpoint, so that the first is whole."""
+    seen: set[Path] = set()
+
+    def there() -> bool:
+        seen.update(records.glob("checkpoint_*"))
+        return len(seen) > 1
+
+    return there

@@ -1,0 +1,66 @@
+"""What a stage takes up: its own records of training, and artefacts that its key stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.loop import controller
+from rgalign_ray.loop.stage import RECORDS, Outcome, Run, Stage
+
+
+class Training:
+    """A stage that dies once in the middle; `found` is what each try found."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def __call__(self, run: Run, out: str) -> Outcome:
+        state = storage.join(run.records, "state")
+        self.found.append(storage.exists(state))
+        storage.write_bytes(state, b"half")
+        if len(self.found) == 1:
+            raise InterruptedError
+        return Outcome()
+
+
+def test_a_try_goes_on_from_the_records_of_the_last(tmp_path: Path) -> None:
+    training = Training()
+    job = Run(config.validate({"run_dir": str(tmp_path)}))
+    stage = Stage("training", "learn", training, ("seed",), ())
+    with pytest.raises(InterruptedError):
+        controller.run_stages(job, [stage])
+    controller.run_stages(job, [stage])
+    assert training.found == [False, True]
+    assert not list((tmp_path / RECORDS).iterdir()), "nothing is left when all is done"
+
+
+def test_records_of_other_settings_are_not_taken_up(tmp_path: Path) -> None:
+    training = Training()
+    stage = Stage("training", "learn", training, ("seed",), ())
+    with pytest.raises(InterruptedError):
+        controller.run_stages(Run(config.validate({"run_dir": str(tmp_path)})), [stage])
+    controller.run_stages(Run(config.validate({"run_dir": str(tmp_path), "seed": 1})), [stage])
+    assert training.found == [False, False]
+    assert not list((tmp_path / RECORDS).iterdir())
+
+
+def test_a_stage_leaves_the_records_of_one_that_runs_beside_it(tmp_path: Path) -> None:
+    job = Run(config.validate({"run_dir": str(tmp_path)}))
+    storage.write_bytes(job.uri(RECORDS, "of-another", "state"), b"")
+    controller.execute(job, Stage("short", "learn", lambda run, out: Outcome(), (), ()), "its-key")
+    assert storage.exists(job.uri(RECORDS, "of-another", "state"))
+
+
+def test_where_workers_run_decides_no_key(tmp_path: Path) -> None:
+    sections = ("rollout", "encode", "ranker", "reward", "learner")
+    stage = Stage("any", "do", lambda run, out: Outcome(), sections, ())
+
+    def key(**settings: object) -> str:
+        return controller.stage_key(Run(config.validate({"run_dir": str(tmp_path), **settings})), stage)
+
+    bound = {"node_labels": {"rgalign": "here"}}
+    assert key(**dict.fromkeys(sections, bound)) == key()
+    assert key(learner=bound | {"micro_batch": 2}) != key()
