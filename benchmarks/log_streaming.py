@@ -46,7 +46,7 @@ from rgalign_ray.loop import environment, log_stages, meter
 from rgalign_ray.loop.stage import Run
 
 SIZES = (100_000, 300_000, 1_000_000)
-ROLES = "roles={rank: 0.8, align: 0.01, valid: 0.1, audit: 0.09, test: 0.0, test_days: 0}"
+ROLES = "roles={rank: 0.8, align: 0.01, valid: 0.1, audit: 0.08, test: 0.01, test_days: 0}"
 READ = ("rank", "valid")
 PATHS = ("examples", "scan", "fit", "fit_scan", "hold")
 RAY_PATHS = ("examples", "fit", "hold")
@@ -201,7 +201,7 @@ def _examples(path: str, log: str, space: dict[str, Any]) -> dict[str, Any]:
         return watch.figures()
     features = FeatureSpace.from_dict(space)
     sizes = Sizes.of(features, num_intents=catalogue[0].num_rows, embedding_dim=0, item_dim=0)
-    rows = from_tables(list(watch.passes(blocks)), sizes)
+    rows = from_tables(training.held(watch.passes(blocks)), sizes)
     arrays = (part for it in rows.values() for part in ((it.values, it.counts) if isinstance(it, Ragged) else (it,)))
     held = sum(array.nbytes for array in arrays)
     return watch.figures() | {"held_bytes_per_session": held / len(rows["fields"])}

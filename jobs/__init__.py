@@ -6,13 +6,14 @@ import os
 import sys
 
 from rgalign_ray.cli import main
+from rgalign_ray.ops.verbs import VERBS
 
 
-def run(*verb: str) -> None:
-    """Runs a verb of the command line with this process's arguments.
+def run(job: str) -> None:
+    """Runs a job's verb of the command line with this process's arguments.
 
     A job's driver is told by RAY_ADDRESS which cluster it belongs to; without it Ray is started on this machine.
     """
     here = ["--set", "cluster.address=auto"] if "RAY_ADDRESS" in os.environ else []
-    sys.argv[1:] = [*verb, *here, *sys.argv[1:]]
+    sys.argv[1:] = [*VERBS[job], *here, *sys.argv[1:]]
     main()

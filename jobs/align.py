@@ -10,4 +10,4 @@ from __future__ import annotations
 from jobs import run
 
 if __name__ == "__main__":
-    run("loop", "--until", "align_1")
+    run("align")

@@ -10,4 +10,4 @@ from __future__ import annotations
 from jobs import run
 
 if __name__ == "__main__":
-    run("loop", "--until", "rollouts_1")
+    run("rollout")

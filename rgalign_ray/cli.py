@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rgalign_ray import __version__
-from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, is_no_space
+from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, is_no_space, refused_by_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rgalign_ray.config import Config
+    from rgalign_ray.ops.jobs import Client
 
 INTERRUPTED = 130
 
@@ -32,12 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cluster = typer.Typer(help="A Ray cluster on this machine, for jobs to be submitted to.", no_args_is_help=True)
+app.add_typer(cluster, name="cluster")
+
 ConfigName = Annotated[str, typer.Option("--config", "-c", help="A configuration of the package, or a .yaml file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, as in ranker.dim=64; repeatable."),
 ]
 RunDir = Annotated[str | None, typer.Option(help="Folder or URI of the run; overrides run_dir.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Job server, as in http://127.0.0.1:8265; else $RAY_API_SERVER_ADDRESS, else this machine's cluster."
+    ),
+]
+RunName = Annotated[str, typer.Argument(help="Name of the run, as `rgalign status` shows it.")]
 Scale = Annotated[float, typer.Option(help="Times as many sessions and users of the simulated shop as configured.")]
 
 
@@ -104,15 +115,21 @@ def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: Run
 
 def _prepared(config: str, override: list[str] | None, run_dir: str | None, scale: float = 1.0) -> Config:
     """The settings of a run, with this process ready for what reads its environment at import."""
-    settings = _load(config, override)
-    if scale != 1.0:
-        settings = settings.scaled(scale)
-    if run_dir is not None:
-        settings = settings.model_copy(update={"run_dir": run_dir})
+    settings = _scaled(_load(config, override), run_dir, scale)
     from rgalign_ray.loop import environment
 
     environment.prepare(settings)
     return settings
+
+
+def _scaled(settings: Config, run_dir: str | None, scale: float) -> Config:
+    if scale != 1.0:
+        settings = settings.scaled(scale)
+    if run_dir is None:
+        return settings
+    from rgalign_ray.config import changed
+
+    return changed(settings, {"run_dir": run_dir})
 
 
 def _resumable(run: Callable[[Config], object], settings: Config) -> None:
@@ -137,9 +154,7 @@ def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
 @app.command()
 def doctor(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
     """Check whether this machine, or the cluster that is named, can hold a run; exits with 4 when it cannot."""
-    settings = _load(config, override)
-    if run_dir is not None:
-        settings = settings.model_copy(update={"run_dir": run_dir})
+    settings = _scaled(_load(config, override), run_dir, scale=1.0)
     from rich.console import Console
 
     from rgalign_ray.ops.doctor import examine
@@ -197,6 +212,135 @@ def show_config(config: ConfigName = "demo", override: Overrides = None) -> None
     print(yaml.safe_dump(_load(config, override).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
 
 
+@cluster.command()
+def up(
+    nodes: Annotated[int, typer.Option(min=1, help="The head and so many less one beside it.")] = 1,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Of each node; else an even share of the machine's.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address of this machine that nodes of other machines may join.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the head.")] = 6379,
+    dashboard_port: Annotated[int, typer.Option(help="Where jobs are submitted.")] = 8265,
+) -> None:
+    """Start a Ray cluster on this machine, and keep it until `rgalign cluster down`."""
+    from rgalign_ray.ops import local_cluster
+
+    if host != local_cluster.LOOPBACK:
+        print(f"warning: whoever reaches {host} and knows the token can run code here.", file=sys.stderr)
+    started = local_cluster.up(nodes, cpus, host, port, dashboard_port)
+    print(f"{len(started.nodes)} node(s) at {started.address}; jobs are submitted to {started.dashboard}")
+    print("rgalign submit loop --config smoke     then: rgalign status, logs, stop, resume; rgalign cluster down")
+
+
+@cluster.command()
+def down() -> None:
+    """End what `rgalign cluster up` has started, and no other Ray."""
+    from rgalign_ray.ops import local_cluster
+
+    print(f"{local_cluster.down()} node(s) ended")
+
+
+@app.command()
+def submit(
+    verb: Annotated[str, typer.Argument(help="prepare, train_ranker, rollout, align, evaluate, loop or compare.")],
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+    scale: Scale = 1.0,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Show its logs, and end with its exit status.")] = True,
+) -> None:
+    """Run a verb as a job of a Ray cluster; the same command again resumes where it stopped."""
+    settings = _scaled(_load(config, override), run_dir, scale)
+    _with_token()
+    from rgalign_ray.ops import jobs
+
+    if verb not in jobs.VERBS:
+        raise ConfigError(f"submit {verb}: not one of {', '.join(jobs.VERBS)}.")
+    client = jobs.connect(address)
+    jobs.check(client, settings)
+    _follow(client, jobs.submit(client, verb, settings, say=_tell), wait)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="Of one run; else all are shown.")] = None, address: Address = None
+) -> None:
+    """Show the jobs of a cluster."""
+    _with_token()
+    from rich.console import Console
+
+    from rgalign_ray.ops import jobs
+
+    Console().print(jobs.table(jobs.listed(jobs.connect(address), name)))
+
+
+@app.command()
+def logs(name: RunName, address: Address = None) -> None:
+    """Show the logs of a run's last job, and go on until it ends."""
+    _with_token()
+    from rgalign_ray.ops import jobs
+
+    client = jobs.connect(address)
+    _follow(client, jobs.latest(client, name).id, wait=True)
+
+
+@app.command()
+def stop(name: RunName, address: Address = None) -> None:
+    """End a run's job; what it has finished stays, and `rgalign resume` goes on."""
+    _with_token()
+    from rgalign_ray.ops import jobs
+
+    client = jobs.connect(address)
+    job = jobs.latest(client, name)
+    print(f"{job.id}: {'stopped' if jobs.stop(client, job) else f'was over ({job.status.lower()})'}")
+
+
+@app.command()
+def resume(
+    name: RunName,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Show its logs, and end with its exit status.")] = True,
+) -> None:
+    """Submit a run's last job again, with its settings; it goes on where that one stopped."""
+    _with_token()
+    from rgalign_ray.ops import jobs
+
+    client = jobs.connect(address)
+    _follow(client, jobs.resume(client, jobs.latest(client, name), say=_tell), wait)
+
+
+def _with_token() -> None:
+    """Has the user's token at hand for clusters; before ray is imported, which reads the mode as it is."""
+    from rgalign_ray.loop import environment
+
+    environment.join_with_token()
+
+
+def _follow(client: Client, job_id: str, wait: bool) -> None:
+    """Shows a job's logs until it ends and exits with its status; an interrupt may end the job, or leave it."""
+    from rgalign_ray.ops import jobs
+
+    _tell(f"job {job_id}")
+    if not wait:
+        return
+    try:
+        code = jobs.follow(client, job_id, sys.stdout.write)
+    except KeyboardInterrupt:
+        _tell("")
+        if sys.stdin.isatty() and typer.confirm(f"Stop {job_id} as well?", err=True):
+            client.stop_job(job_id)
+            _tell(f"{job_id} is stopped; `rgalign resume` goes on where it was.")
+        else:
+            _tell(f"{job_id} goes on; `rgalign logs` shows it again.")
+        raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(code)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -211,12 +355,19 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except InfrastructureError as error:
-        traceback.print_exception(error)
+        if error.__cause__ is not None:  # what a worker met, with where it was
+            traceback.print_exception(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
-        if not is_no_space(error):
+        if is_no_space(error):
+            told = "no space is left on the disk; free some, and the same command goes on."
+        elif said := refused_by_storage(error):
+            told = f"storage: {said} Its keys and its address come from the environment; the same command goes on."
+        else:
             raise
-        print("error: no space is left on the disk; free some, and the same command goes on.", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(InfrastructureError.exit_code)
 
 

@@ -12,9 +12,10 @@ import os
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rgalign_ray.errors import ConfigError
 
@@ -23,6 +24,16 @@ DATA_CPUS = 1.0
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def _without_credentials(place: str) -> str:
+    if "@" in urlsplit(place).netloc:
+        raise ValueError("an address is written into manifests and logs; keys belong in the environment, not in it")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_credentials)]
+"""A path, or the URI of a filesystem or a server, without keys."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -63,12 +74,12 @@ class Log(Settings):
     """Where sessions come from."""
 
     source: Literal["shop", "movielens", "tau_retail", "parquet"] = "shop"
-    uri: str | None = None
+    uri: Place | None = None
     """parquet: folder of the `sessions` table (partitioned by dt and region). movielens: folder of the
     ml-100k files; by default they come from a pinned package, downloaded into the cache. tau_retail: folder
     of users.json and orders.json."""
     tau_retail: TauRetail = TauRetail()
-    intents: str | None = None
+    intents: Place | None = None
     """parquet: the `intents` table."""
     candidate_sets: str | None = None
     """parquet: the `candidate_sets` table, where sessions name a set instead of listing candidates."""
@@ -178,7 +189,7 @@ class Reasoner(Settings):
 class Endpoint(Settings):
     """An HTTP endpoint that speaks OpenAI's protocol, and how it is treated."""
 
-    base_url: str | None = None
+    base_url: Place | None = None
     """As in https://api.openai.com/v1."""
     api: Literal["chat", "completions"] = "chat"
     """chat: the instruction as the system's message, the session as the user's. completions: the prompt as it is."""
@@ -227,8 +238,22 @@ class Placed(Settings):
     """Workers that may be bound to some of the nodes."""
 
     node_labels: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]] = {}
-    """Labels that a node must carry to hold them, as in {rgalign: rollout}; {}: any node. Where they are decides no
-    result."""
+    """Labels that a node must carry to hold them, as in {rgalign: rollout}; {}: any node."""
+
+    ASIDE: ClassVar[tuple[str, ...]] = ("node_labels",)
+    """Settings that decide no result."""
+
+
+class Trained(Placed):
+    """Workers that train together, as one run of Ray Train."""
+
+    workers: Count = 2
+    cpus_per_worker: Positive = 0.5
+    use_gpu: bool = False
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often workers may die; all start again then, from their last checkpoint."""
+
+    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries")
 
 
 class Rollout(Placed):
@@ -284,7 +309,7 @@ class Encode(Placed):
     unclicked: bool = True
     """Read sessions of roles rank and audit that clicked nothing as well. Else they train on the null query, and what
     no loss reads of them is passed over: less to read and to train, the rarer clicks are."""
-    kept: str | None = None
+    kept: Place | None = None
     """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
 
 
@@ -307,7 +332,7 @@ Model = Literal["qe_rec", "din_sentence", "cosine", Baseline]
 """Every kind of ranker; those that are no baseline read embeddings of the sessions' texts."""
 
 
-class Ranker(Placed):
+class Ranker(Trained):
     dim: Count = 32
     heads: Count = 4
     autoint_layers: Count = 2
@@ -333,9 +358,6 @@ class Ranker(Placed):
     epochs: Count = 20
     patience: Count = 4
     """Epochs without a better validation GAUC before training stops."""
-    workers: Count = 2
-    cpus_per_worker: Positive = 0.5
-    use_gpu: bool = False
 
     def changed(self, changes: dict[str, Any]) -> Ranker:
         """These settings with some of them replaced, and checked."""
@@ -449,18 +471,14 @@ class Latent(Embedding):
 AlignName = Literal["sft", "dpo", "grpo", "contrastive", "gradient", "latent"]
 
 
-class Learner(Placed):
+class Learner(Trained):
     """DeepSpeed engines in Ray Train workers, for every objective."""
 
-    workers: Count = 2
-    cpus_per_worker: Positive = 0.5
-    use_gpu: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 2
     bf16: bool | Literal["auto"] = "auto"
     """auto: where `reasoner.dtype` comes out as bfloat16. Master weights and optimiser are float32 either way."""
     micro_batch: Count = 4
     """Sessions of one forward pass on one worker."""
-    retries: Annotated[int, Field(ge=0)] = 2
 
 
 class Evaluate(Settings):
@@ -554,14 +572,16 @@ class Cluster(Settings):
     num_cpus: Count | None = None
     """CPUs that a Ray started here declares; None declares the machine's."""
     object_store_mb: Count = 512
-    start_deadline_s: Positive = 120.0
+    grows: bool = False
+    """Nodes are added as they are asked for, by an autoscaler: workers for which there is no room yet are waited for,
+    not refused."""
 
 
 class Config(Settings):
     """One run of the closed loop."""
 
     name: str = "run"
-    run_dir: str = "runs/{name}"
+    run_dir: Place = "runs/{name}"
     """Folder or URI of the run; {name} is filled in."""
     seed: int = 0
     world: World = World()

@@ -8,6 +8,7 @@ The command line prints a `UserError` as one line and exits with its `exit_code`
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 
 
@@ -37,12 +38,21 @@ class InfrastructureError(RGAlignError):
     exit_code = 4
 
 
+STORE_ERROR = re.compile(r"\bAWS Error\b|\bgoogle::cloud::Status\b")
+"""pyarrow gives errors of object stores no class of their own."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_no_space(error: BaseException) -> bool:
     """Whether a full disk, or a used-up quota, is behind an error, wherever in the cluster it was met."""
     return any(isinstance(each, OSError) and each.errno in NO_SPACE for each in _behind(error))
+
+
+def refused_by_storage(error: BaseException) -> str | None:
+    """What an object store said, in one line, if it is behind an error: it refused, or did not answer in spite of
+    retries."""
+    told = [str(each) for each in _behind(error) if isinstance(each, OSError) and STORE_ERROR.search(str(each))]
+    return " ".join(told[-1].split()) if told else None
 
 
 def _behind(error: BaseException | None, depth: int = 16) -> Iterator[BaseException]:

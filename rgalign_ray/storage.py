@@ -77,8 +77,15 @@ def read_json(uri: str) -> Any:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes `data` beside its target and renames it: a reader sees the old file or the new one."""
+    """Writes `data` beside its target and renames it: a reader sees the old file or the new one.
+
+    An object store shows an object once it is whole, and is written in place.
+    """
     fs, path = filesystem(uri)
+    if not _renames(fs):
+        with fs.open_output_stream(path) as stream:
+            stream.write(data)
+        return
     fs.create_dir(posixpath.dirname(path), recursive=True)
     partial = f"{path}.tmp-{os.getpid()}"
     try:
@@ -89,6 +96,11 @@ def write_bytes(uri: str, data: bytes) -> None:
         with suppress(OSError):
             fs.delete_file(partial)
         raise
+
+
+def _renames(fs: pafs.FileSystem) -> bool:
+    """Whether a filesystem moves a file or a folder in one step."""
+    return fs.type_name in ("local", "hdfs")
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -162,7 +174,7 @@ def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     """
     fs, path = filesystem(uri)
     prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
-    if fs.type_name not in ("local", "hdfs"):
+    if not _renames(fs):
         delete(join(uri, MANIFEST))
         yield uri
         return

@@ -22,11 +22,10 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from transformers import PreTrainedModel
 
-from rgalign_ray import config, progress, storage
+from rgalign_ray import config, progress, ray_train, storage
 from rgalign_ray.learner.engine import Host, LearnerTask, save
 from rgalign_ray.learner.groups import JudgedGroup
 
@@ -53,29 +52,20 @@ def fit(
         storage_uri: folder for Ray Train's own records; what this run leaves there is removed at its end.
         name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
         checkpoint_every_s: least time between two checkpoints.
+
+    Raises:
+        InfrastructureError: when workers died more often than that.
     """
     learner = task.learner
-    fs, path = storage.filesystem(storage_uri)
-    trainer = TorchTrainer(
+    figures: dict[str, Any] = ray_train.run(
         _worker,
-        train_loop_config={"task": task, "steps": steps, "every_s": checkpoint_every_s},
+        {"task": task, "steps": steps, "every_s": checkpoint_every_s},
+        learner,
+        section="learner",
         torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=learner.workers,
-            use_gpu=learner.use_gpu,
-            label_selector=learner.node_labels or None,
-            resources_per_worker={"CPU": learner.cpus_per_worker, **({"GPU": 1} if learner.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            logging_config=LoggingConfig(log_level="ERROR"),
-            name=name,
-            storage_path=path,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=learner.retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
+        storage_uri=storage_uri,
+        name=name,
     )
-    figures = trainer.fit().return_value
     storage.delete(storage.join(storage_uri, name))
     return figures
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
 from rgalign_ray.config import Config, Placed
-from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.errors import ConfigError, InfrastructureError, is_no_space
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import audit_stages, environment, plan, summary
@@ -116,7 +116,8 @@ def settle(config: Config) -> Config:
     """The configuration with what depends on the machine decided: once for a run, wherever it is resumed.
 
     Raises:
-        ConfigError: when the package that holds the model, or vLLM, is not installed, before a worker finds that out.
+        ConfigError: when the package that holds the model, or vLLM, is not installed, before a worker finds that out;
+            when the run directory cannot be written.
     """
     models.resolve(config.reasoner.model)
     if config.evaluate.hit_rate_sessions or config.roles.audit:
@@ -129,8 +130,13 @@ def settle(config: Config) -> Config:
             "has it by reasoner.vllm.python."
         )
     place = storage.join(config.run_uri, "settled.json")
-    if not storage.exists(place):
-        storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})
+    try:
+        if not storage.exists(place):
+            storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})
+    except OSError as error:
+        if is_no_space(error):
+            raise
+        raise ConfigError(f"run_dir: {config.run_uri} cannot be written ({' '.join(str(error).split())})") from None
     reasoner, learner = config.reasoner, config.learner
     if reasoner.dtype == "auto":
         reasoner = reasoner.model_copy(update={"dtype": storage.read_json(place)["dtype"]})
@@ -161,8 +167,8 @@ def stage_key(job: Run, stage: Stage) -> str:
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
     del settings["encode"]["kept"]  # where something is kept decides nothing
     for name, section in job.config:
-        if isinstance(section, Placed):
-            del settings[name]["node_labels"]  # nor where something runs
+        for aside in section.ASIDE if isinstance(section, Placed) else ():
+            del settings[name][aside]  # nor where something runs, and how often it may die
     del settings["reasoner"]["vllm"]  # nor where vLLM is, and what it may take
     for teacher in settings["teachers"]:
         if teacher["template"]:
@@ -223,7 +229,5 @@ def connect(config: Config) -> None:
             except ConnectionError as error:
                 raise InfrastructureError(f"cluster.address: {cluster.address} does not answer ({error}).") from None
         ray.data.DataContext.get_current().enable_progress_bars = False
-    there = ray.cluster_resources()
-    plan.check(config, there.get("CPU", 0.0), there.get("GPU", 0.0))
     alive = [(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    plan.check_nodes(config, [plan.Node(labels, has.get("CPU", 0.0), has.get("GPU", 0.0)) for labels, has in alive])
+    plan.check_cluster(config, [plan.Node(labels, has.get("CPU", 0.0), has.get("GPU", 0.0)) for labels, has in alive])

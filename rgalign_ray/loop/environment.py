@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from importlib import resources
+from pathlib import Path
 
 from rgalign_ray.config import Config
 
@@ -53,6 +54,32 @@ def prepare(config: Config) -> None:
                 defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def token() -> None:
+    """Sets token mode for this process and those it starts, with the user's token, which is made when there is none.
+
+    It lies where Ray looks for it, in $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; made here, only the
+    user may read it.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    place = _token_path()
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def join_with_token() -> None:
+    """Shows the user's token, where there is one, to clusters that this process talks to."""
+    if "RAY_AUTH_TOKEN" in os.environ or _token_path().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _token_path() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def for_workers() -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rgalign_ray.config import DATA_CPUS, Config, Encode, Learner, Placed, Ranker, Rollout
+from rgalign_ray.config import DATA_CPUS, Config, Encode, Placed, Rollout, Trained
 from rgalign_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def asks(config: Config) -> list[Ask]:
     """One line per kind of worker, in the order of the stages; those of one stage run at the same time."""
     rollout, ranker, learner, reward = config.rollout, config.ranker, config.learner, config.reward
 
-    def trainers(stage: str, worker: str, key: str, section: Ranker | Learner) -> Ask:
+    def trainers(stage: str, worker: str, key: str, section: Trained) -> Ask:
         return Ask(stage, worker, section.workers, section.cpus_per_worker, float(section.use_gpu), key, section)
 
     def readers(stage: str, worker: str, key: str, section: Rollout | Encode, count: int) -> Ask:
@@ -116,6 +116,17 @@ def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
                     f"{ask.key}: {ask.count} {ask.worker}s ask for {total:g} {name} on nodes with {words}; of "
                     f"{len(nodes)} nodes {len(fit)} carry that, with {there:g}."
                 )
+
+
+def check_cluster(config: Config, nodes: Sequence[Node]) -> None:
+    """Refuses a plan that the nodes could never hold; one that adds nodes as they are asked for is not asked.
+
+    Raises:
+        ConfigError: as `check` and `check_nodes`.
+    """
+    if not config.cluster.grows:
+        check(config, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+        check_nodes(config, nodes)
 
 
 def table(config: Config) -> Table:

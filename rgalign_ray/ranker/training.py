@@ -19,7 +19,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,10 +33,10 @@ import pyarrow.dataset as ds
 import ray.data
 import ray.train
 import torch
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import DataConfig
+from ray.train.torch import TorchConfig
 
-from rgalign_ray import config, storage
+from rgalign_ray import config, ray_train, storage
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalogue
@@ -53,11 +53,13 @@ from rgalign_ray.ranker.sizes import Sizes
 VALID_ROLE = "valid"
 DATASET = "sessions"
 MAX_BLOCK_ROWS = 4096
+"""Rows of a block, where blocks are cut."""
+MAX_BLOCK_BYTES = 8 * 2**20
+"""Of a large log; some thousand rows, so that workers' loads stay near each other."""
 BLOCKS_PER_WORKER = 4
 """Blocks are dealt whole, so that workers' loads differ by at most one of this many."""
 CHECKPOINT_EVERY_S = 30.0
 """At most one checkpoint in this time; a killed worker costs no more than that."""
-MAX_FAILURES = 2
 COLLECTIVE_DEADLINE_S = 600
 STATE = "state.pt"
 
@@ -132,7 +134,7 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
     Raises:
         ConfigError: for a QE-Rec without embeddings.
         DataError: for a log without clicks in those roles or valid, or embeddings that do not belong to it.
-        ray.train.TrainingFailedError: when workers failed more than `MAX_FAILURES` times.
+        InfrastructureError: when workers died more than `settings.retries` times.
     """
     reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
     if reading and job.embeddings_uri is None:
@@ -181,31 +183,19 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
 
 def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, Any]:
     settings = job.settings
-    fs, path = storage.filesystem(job.storage_uri)
-    trainer = TorchTrainer(
+    outcome = ray_train.run(
         _worker,
-        train_loop_config=worker_config,
-        datasets={DATASET: dataset},
-        dataset_config=_WholeBlocks(),
+        worker_config,
+        settings,
+        section="ranker",
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo", timeout_s=COLLECTIVE_DEADLINE_S
         ),
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers,
-            use_gpu=settings.use_gpu,
-            label_selector=settings.node_labels or None,
-            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            logging_config=LoggingConfig(log_level="ERROR"),
-            name=job.run_name,
-            storage_path=path,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
+        storage_uri=job.storage_uri,
+        name=job.run_name,
+        datasets={DATASET: dataset},
+        dataset_config=_WholeBlocks(),
     )
-    outcome = trainer.fit().return_value
     assert isinstance(outcome, dict), "rank 0 returns weights and figures, or a failure"
     return outcome
 
@@ -231,8 +221,23 @@ def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
     started = time.monotonic()
     shard = ray.train.get_dataset_shard(DATASET)
-    blocks = [block for block in shard.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
+    blocks = held(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
     return _train_all(blocks, worker_config, _checkpoint(), partial(_Reporter, started))
+
+
+def held(batches: Iterable[pa.Table]) -> list[pa.Table]:
+    """The batches in memory of this process, but for empty ones.
+
+    What Ray hands out lies in the object store: kept there, it would fill the store and have the rest spilt to disk.
+    """
+    found = []
+    for batch in batches:
+        if batch.num_rows:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_table(batch)
+            found.append(pa.ipc.open_stream(sink.getvalue()).read_all())
+    return found
 
 
 def _train_all(
@@ -338,11 +343,13 @@ def _dataset(
 ) -> ray.data.Dataset:
     sessions = stream.sessions(job.log_uri, columns=_columns(job), roles=[*job.train_roles, VALID_ROLE])
     sessions.context.enable_progress_bars = False  # one line an epoch is this stage's progress
-    return sessions.repartition(target_num_rows_per_block=_block_rows(job)).map_batches(
-        training_table,
-        fn_kwargs=_reading(job, catalogue, embeddings),
-        batch_size=None,
-        batch_format="pyarrow",
+    sessions.context.target_max_block_size = MAX_BLOCK_BYTES
+    rows = _block_rows(job)
+    if rows < MAX_BLOCK_ROWS:  # a small log may be one block, which one worker would get
+        sessions = sessions.repartition(target_num_rows_per_block=rows)
+    # without it, and with no batch size, reading and encoding are one task, and no block goes between them
+    return sessions.map_batches(
+        training_table, fn_kwargs=_reading(job, catalogue, embeddings), batch_size=None, batch_format="pyarrow"
     )
 
 

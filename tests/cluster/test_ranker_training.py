@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from safetensors.numpy import load_file
 
 from rgalign_ray import config, schema, storage
@@ -200,3 +201,37 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
     assert not (tmp_path / "epoch-1").exists()
     assert resumed.version == whole.version
     assert resumed.figures == whole.figures
+
+
+def test_a_long_log_comes_in_larger_blocks_and_to_the_same_ranker(
+    ray_cluster: object, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a small log are cut to be dealt evenly; those of a long one stay as its files have them."""
+    cut = _train(log, tmp_path / "cut")
+    monkeypatch.setattr(training, "MAX_BLOCK_ROWS", 16)
+    whole = _train(log, tmp_path / "whole")
+    assert whole.figures["sessions"] == cut.figures["sessions"]
+    expected = _weights(cut)
+    for name, values in _weights(whole).items():
+        np.testing.assert_allclose(values, expected[name], atol=2e-4, err_msg=name)
+
+
+def test_what_a_worker_holds_is_its_own(ray_cluster: object) -> None:
+    """Rows that stayed in the object store would fill it, and be spilt to disk and read back."""
+    table = pa.table({"a": pa.array(range(100_000)), "b": pa.array([[1.0, 2.0]] * 100_000)})
+    lent = ray.get(ray.put(table))
+    kept, *others = training.held([lent, lent.slice(0, 0)])
+    assert not others and kept == table
+    buffers = {
+        name: {
+            buffer.address
+            for column in it.columns
+            for chunk in column.chunks
+            for buffer in chunk.buffers()
+            if buffer is not None
+        }
+        for name, it in (("lent", lent), ("kept", kept))
+    }
+    assert buffers["kept"] and not buffers["kept"] & buffers["lent"]
+    start = min(buffers["lent"])
+    assert all(not start <= address < start + lent.nbytes for address in buffers["kept"])

@@ -28,7 +28,8 @@ EVALUATION = "evaluation/evaluation.json"
 COMMAND = [
     *(sys.executable, "-m", "rgalign_ray.cli", "loop", "--config", "smoke"),
     *("--set", "world.sessions=900", "--set", "ranker.epochs=2"),
-    *("--set", "rollout.retries=1000", "--set", "rollout.quarantine=0", "--set", "learner.retries=1000"),
+    *("--set", "rollout.retries=1000", "--set", "rollout.quarantine=0"),
+    *("--set", "ranker.retries=1000", "--set", "learner.retries=1000"),
 ]
 INFRASTRUCTURE = 4
 """Exit status of a run that gave up: the same command goes on."""

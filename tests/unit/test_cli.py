@@ -127,14 +127,27 @@ def test_a_fault_of_an_input_exits_with_3(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "error: sessions: column 'ts' is missing.\n"
 
 
-def test_infrastructure_that_failed_for_good_exits_with_4_and_keeps_its_traceback(
+def test_infrastructure_that_failed_for_good_exits_with_4(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fail_with(InfrastructureError("no worker answered"), monkeypatch)
+    fail_with(InfrastructureError("no cluster answered"), monkeypatch)
+    assert run(["config"], monkeypatch) == 4
+    assert capsys.readouterr().err == "error: no cluster answered\n"
+    met = InfrastructureError("no worker answered")
+    met.__cause__ = ZeroDivisionError("in the worker")
+    fail_with(met, monkeypatch)
     assert run(["config"], monkeypatch) == 4
     err = capsys.readouterr().err
-    assert "Traceback" in err
-    assert "no worker answered" in err
+    assert "Traceback" in err and "in the worker" in err and "no worker answered" in err
+
+
+def test_a_store_that_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(OSError("When reading 'x':\nAWS Error ACCESS_DENIED during GetObject operation: no."), monkeypatch)
+    assert run(["config"], monkeypatch) == 4
+    err = capsys.readouterr().err
+    assert err.startswith("error: storage: When reading 'x': AWS Error ACCESS_DENIED") and err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,3 +180,11 @@ def test_a_ladder_without_alignment_needs_no_queries() -> None:
     assert settings.encode.query_share == 0 and not settings.align
     with pytest.raises(ConfigError, match=r"never saw e\(x,q\)"):
         config.load("ladder", ["align=[sft]"])
+
+
+@pytest.mark.parametrize("key", ["run_dir", "log.uri", "encode.kept"])
+def test_keys_in_an_address_are_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: an address is written into manifests") as met:
+        config.load("demo", [f"{key}=s3://name:planted@bucket/x"])
+    assert "planted" not in str(met.value)
+    config.load("demo", [f"{key}=s3://bucket/a@b"])

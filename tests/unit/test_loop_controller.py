@@ -54,7 +54,7 @@ def test_a_stage_leaves_the_records_of_one_that_runs_beside_it(tmp_path: Path) -
     assert storage.exists(job.uri(RECORDS, "of-another", "state"))
 
 
-def test_where_workers_run_decides_no_key(tmp_path: Path) -> None:
+def test_where_workers_run_and_how_often_they_may_die_decides_no_key(tmp_path: Path) -> None:
     sections = ("rollout", "encode", "ranker", "reward", "learner")
     stage = Stage("any", "do", lambda run, out: Outcome(), sections, ())
 
@@ -63,4 +63,5 @@ def test_where_workers_run_decides_no_key(tmp_path: Path) -> None:
 
     bound = {"node_labels": {"rgalign": "here"}}
     assert key(**dict.fromkeys(sections, bound)) == key()
+    assert key(ranker={"retries": 9}, learner={"retries": 9}) == key()
     assert key(learner=bound | {"micro_batch": 2}) != key()

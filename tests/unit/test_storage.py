@@ -207,6 +207,10 @@ def test_a_folder_that_cannot_be_renamed_is_written_in_place(tmp_path: Path, mon
         def __getattr__(self, name: str) -> object:
             return getattr(self.fs, name)
 
+        def open_output_stream(self, path: str) -> object:
+            self.fs.create_dir(posixpath.dirname(path))
+            return self.fs.open_output_stream(path)
+
     real = storage.filesystem
     monkeypatch.setattr(storage, "filesystem", lambda uri: (ObjectStore(real(uri)[0]), real(uri)[1]))
     monkeypatch.setattr(storage.pafs, "FileSelector", lambda *args, **kwargs: pytest.fail("nothing to look for"))

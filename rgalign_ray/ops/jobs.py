@@ -1,0 +1,329 @@
+"""Verbs of the command line as jobs of a Ray cluster: packed here, run there, followed and stopped from anywhere.
+
+submit ─ check the plan ─ pack settings and code ─▶ job server ─▶ head: `rgalign VERB --config run.json`
+   ▲                                                                  │ logs, exit status
+   └──────────────────────────────────────────────────────────────────┘
+
+A run is known by its run directory: a job that is submitted again for it goes on where the last one ended, also on
+another cluster. What a job cannot have done twice, two jobs may not do at once: while one is at work on a run
+directory, the cluster is not given another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+import rgalign_ray
+from rgalign_ray import config as configuration
+from rgalign_ray import storage
+from rgalign_ray.config import Config
+from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop import plan
+from rgalign_ray.ops import local_cluster
+from rgalign_ray.ops.verbs import VERBS
+from rgalign_ray.progress import clock
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_PACKAGE_MB = 50.0
+"""Code and settings are a few; more is a file that was not meant."""
+SETTINGS = "run.json"
+RUN, VERB, RUN_DIR, ARGUMENTS, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "rgalign_arguments", "rgalign"
+"""Metadata of a job."""
+MAX_NODES = 10_000
+"""That Ray's state API lists."""
+ENDED_DEADLINE_S = 30.0
+"""For a job's exit status, after its logs have ended."""
+ASK_EVERY_S = 0.5
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of Ray's that tell of every file and socket."""
+Client = JobSubmissionClient
+REFUSALS = (ConnectionError, RuntimeError, AuthenticationError)
+"""What Ray's client raises when it is not answered, or not served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a cluster that this package has submitted."""
+
+    id: str
+    name: str
+    verb: str
+    run_dir: str
+    status: str
+    message: str
+    exit_code: int | None
+    started: float
+    """Seconds since 1970."""
+    ended: float | None
+
+    @property
+    def over(self) -> bool:
+        return JobStatus(self.status).is_terminal()
+
+
+def connect(address: str | None) -> Client:
+    """A client of the job server at `address`, else of $RAY_API_SERVER_ADDRESS, else of this machine's cluster.
+
+    Raises:
+        ConfigError: when there is none to talk to.
+        InfrastructureError: when it does not answer, or refuses the token.
+    """
+    here = local_cluster.running()
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or (here.dashboard if here else None)
+    if address is None:
+        raise ConfigError("--address: no cluster is named, and none is up here; `rgalign cluster up` starts one.")
+    for chatty in CHATTY:  # `submit` tells what travels
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(address)
+    except REFUSALS as error:
+        raise InfrastructureError(f"--address {address}: {_sentence(error)}") from None
+
+
+def check(client: Client, config: Config) -> None:
+    """Refuses a plan that the cluster could never place, before anything is sent.
+
+    Raises:
+        ConfigError: with what is asked for and what is there.
+        InfrastructureError: when the cluster does not say what it has.
+    """
+    try:
+        found = list_nodes(address=client.get_address(), limit=MAX_NODES, detail=True, raise_on_missing_output=False)
+    except RayStateApiException as error:
+        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+    nodes = [
+        plan.Node(node.labels or {}, node.resources_total.get("CPU", 0.0), node.resources_total.get("GPU", 0.0))
+        for node in found
+        if node.state == "ALIVE"
+    ]
+    plan.check_cluster(config, nodes)
+
+
+def submit(
+    client: Client,
+    verb: str,
+    config: Config,
+    arguments: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+) -> str:
+    """Packs a run and hands it to the cluster.
+
+    What travels: this package's code, the settings, and the files that they name; nothing else of this machine.
+
+    Args:
+        client: of the cluster.
+        verb: one of `VERBS`.
+        config: whole; its run directory must be one that the cluster's nodes see.
+        arguments: more for the verb.
+        say: told what travels.
+
+    Returns:
+        the job's id.
+
+    Raises:
+        ConfigError: when a job of this run directory is at work there, or what would travel is too large.
+        InfrastructureError: when the cluster does not take it.
+    """
+    busy = [job for job in listed(client) if job.run_dir == config.run_uri and not job.over]
+    if busy:
+        raise ConfigError(
+            f"run_dir: {busy[0].id} is at work on {config.run_uri}; `rgalign logs {config.name}` shows it, and "
+            f"`rgalign stop {config.name}` ends it."
+        )
+    with tempfile.TemporaryDirectory(prefix="rgalign-submit-") as folder:
+        files = pack(config, Path(folder))
+        size = sum(file.stat().st_size for file in files) / 1e6
+        say(f"sending {len(files)} files, {size:.1f} MB: rgalign_ray {rgalign_ray.__version__}, {SETTINGS}")
+        if size > MAX_PACKAGE_MB:
+            largest = max(files, key=lambda file: file.stat().st_size)
+            raise ConfigError(
+                f"submit: {size:.0f} MB would travel, above {MAX_PACKAGE_MB:.0f}; the largest file is "
+                f"{largest.relative_to(folder)} ({largest.stat().st_size / 1e6:.0f} MB)."
+            )
+        try:
+            return client.submit_job(
+                entrypoint=" ".join(
+                    [
+                        "python -m rgalign_ray.cli",
+                        *VERBS[verb],
+                        "--config",
+                        SETTINGS,
+                        "--set cluster.address=auto",
+                        *arguments,
+                    ]
+                ),
+                submission_id=f"{config.name}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+                runtime_env={"working_dir": folder},
+                metadata={
+                    RUN: config.name,
+                    VERB: verb,
+                    RUN_DIR: config.run_uri,
+                    ARGUMENTS: json.dumps(arguments),
+                    CONFIG: config.model_dump_json(),
+                },
+            )
+        except REFUSALS as error:
+            raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+
+
+def pack(config: Config, folder: Path) -> list[Path]:
+    """Lays out what travels in `folder` and returns its files.
+
+    Files that the settings name come along under `files/`, and are named there in the settings that travel.
+
+    Raises:
+        ConfigError: for one that is missing or cannot be read.
+    """
+    FeatureSpec.load(config.features.spec)
+    for named in (config.prompt.template, *(teacher.template for teacher in config.teachers if teacher.template)):
+        Template.load(named)
+    package = Path(rgalign_ray.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    data = config.model_dump(mode="json") | {"run_dir": config.run_uri}
+    for section, key in [
+        (data["features"], "spec"),
+        *((each, "template") for each in [data["prompt"], *data["teachers"]]),
+    ]:
+        named = section[key]
+        if named and named.endswith((".yaml", ".yml")):
+            target = Path("files", f"{storage.content_key(str(Path(named).resolve()))}-{Path(named).name}")
+            (folder / target.parent).mkdir(exist_ok=True)
+            shutil.copyfile(named, folder / target)
+            section[key] = str(target)
+    (folder / SETTINGS).write_text(json.dumps(data, indent=2))
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def listed(client: Client, name: str | None = None) -> list[Job]:
+    """The jobs of this package that the cluster knows, of one run if named, the latest last."""
+    try:
+        found = [_job(details) for details in client.list_jobs() if RUN in (details.metadata or {})]
+    except REFUSALS as error:
+        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+    return sorted((job for job in found if name in (None, job.name)), key=lambda job: job.started)
+
+
+def latest(client: Client, name: str) -> Job:
+    """The last job of a run.
+
+    Raises:
+        ConfigError: when the cluster knows none.
+    """
+    found = listed(client, name)
+    if not found:
+        known = ", ".join(sorted({job.name for job in listed(client)})) or "none"
+        raise ConfigError(
+            f"{name}: no run of that name on {client.get_address()} (there: {known}). One of another cluster goes on "
+            "by `rgalign submit` with its run directory."
+        )
+    return found[-1]
+
+
+def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:
+    """Passes a job's logs on until it ends.
+
+    Returns:
+        the exit status of its driver; that of `InfrastructureError` where it has none.
+
+    Raises:
+        InfrastructureError: when the cluster stops answering.
+    """
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job_id):
+            out(text)
+
+    try:
+        asyncio.run(tail())
+        until = time.monotonic() + ENDED_DEADLINE_S
+        while not (job := _job(client.get_job_info(job_id))).over and time.monotonic() < until:
+            time.sleep(ASK_EVERY_S)
+    except (aiohttp.ClientError, *REFUSALS) as error:
+        raise InfrastructureError(
+            f"--address {client.get_address()}: the cluster does not answer ({_sentence(error)}); the run goes on, "
+            "or is taken up by the same command."
+        ) from None
+    if job.exit_code is None and job.status != JobStatus.SUCCEEDED:
+        out(f"{job.id}: {job.status.lower()}. {job.message}\n")
+    return (
+        job.exit_code
+        if job.exit_code is not None
+        else 0
+        if job.status == JobStatus.SUCCEEDED
+        else InfrastructureError.exit_code
+    )
+
+
+def stop(client: Client, job: Job) -> bool:
+    """Ends a job; what its run has finished stays. Returns whether it was running."""
+    try:
+        return bool(client.stop_job(job.id))
+    except REFUSALS as error:
+        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+
+
+def resume(client: Client, job: Job, say: Callable[[str], None] = print) -> str:
+    """Submits a job's run again, with the settings that it had and this machine's code."""
+    metadata = client.get_job_info(job.id).metadata or {}
+    config = configuration.validate(json.loads(metadata[CONFIG]))
+    return submit(client, job.verb, config, tuple(json.loads(metadata[ARGUMENTS])), say)
+
+
+def table(found: list[Job]) -> Table:
+    """Jobs for the terminal, the latest last."""
+    from rich.table import Table
+
+    shown = Table(title=f"{len(found)} jobs", title_justify="left")
+    for column in ("run", "verb", "state", "started", "took"):
+        shown.add_column(column, no_wrap=True)
+    shown.add_column("run directory, job", overflow="fold")
+    for job in found:
+        state = job.status.lower() + (f" ({job.exit_code})" if job.exit_code else "")
+        took = clock((job.ended or time.time()) - job.started)
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+        shown.add_row(job.name, job.verb, state, began, took, f"{job.run_dir}\n{job.id}")
+    return shown
+
+
+def _job(details: JobDetails) -> Job:
+    metadata = details.metadata or {}
+    return Job(
+        id=details.submission_id or "",
+        name=metadata.get(RUN, ""),
+        verb=metadata.get(VERB, ""),
+        run_dir=metadata.get(RUN_DIR, ""),
+        status=details.status.value,
+        message=details.message or "",
+        exit_code=details.driver_exit_code,
+        started=(details.start_time or 0) / 1000,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

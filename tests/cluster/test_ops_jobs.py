@@ -1,0 +1,130 @@
+"""A run submitted to a cluster of this machine, with its run directory in an object store; the head dies on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.fs as pafs
+import pytest
+import s3_server
+
+from rgalign_ray import storage
+from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.ops import local_cluster
+
+pytestmark = [pytest.mark.slow]
+
+RUN = f"s3://{s3_server.BUCKET}/submitted"
+SETTINGS = ["--config", "smoke", "--set", "world.sessions=900", "--set", "name=shop"]
+PLANTED = "a-key-that-must-stand-nowhere"
+EVALUATION = "evaluation/evaluation.json"
+DEADLINE_S = 600.0
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An object store, an own token, and a key in the environment, as a user has them."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("OPENAI_API_KEY", PLANTED)
+    with s3_server.serving() as port:
+        for name, value in s3_server.environment(port).items():
+            monkeypatch.setenv(name, value)
+        yield
+        rgalign("cluster", "down")
+
+
+def rgalign(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rgalign_ray.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+
+
+def done(*arguments: str) -> str:
+    ended = rgalign(*arguments)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    return ended.stdout + ended.stderr
+
+
+def until_there(artefact: str) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while storage.read_manifest(storage.join(RUN, artefact)) is None:
+        assert time.monotonic() < until, rgalign("status").stdout
+        time.sleep(0.5)
+
+
+def kill_the_head() -> None:
+    """Every process of the cluster at once, as a machine that loses its power."""
+    cluster = local_cluster.running()
+    assert cluster is not None
+    head = psutil.Process(cluster.nodes[0].pid)
+    for process in [head, *head.children(recursive=True)]:
+        process.kill()
+    psutil.wait_procs([head], timeout=30)
+
+
+def test_a_run_survives_its_cluster(store: None, tmp_path: Path) -> None:
+    done("loop", *SETTINGS, "--run-dir", str(tmp_path / "quiet"))
+    told = done("cluster", "up")
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    refused = rgalign("cluster", "up")
+    assert refused.returncode == ConfigError.exit_code and "one is up already" in refused.stderr
+
+    told += done("submit", "loop", *SETTINGS, "--run-dir", RUN, "--no-wait")
+    twice = rgalign("submit", "align", *SETTINGS, "--run-dir", RUN)
+    assert twice.returncode == ConfigError.exit_code and "is at work on" in twice.stderr
+    too_large = rgalign("submit", "loop", *SETTINGS, "--run-dir", f"{RUN}-2", "--set", "ranker.workers=99")
+    assert too_large.returncode == ConfigError.exit_code and too_large.stderr.startswith("error: ranker.workers: 99 x")
+    stranger = subprocess.run(
+        [sys.executable, "-m", "rgalign_ray.cli", "status"],
+        env=os.environ | {"RAY_AUTH_TOKEN": "of another"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stranger.returncode == InfrastructureError.exit_code and stranger.stderr.count("\n") == 1
+
+    until_there("rankers_0")
+    assert "running" in done("status", "shop")
+    kill_the_head()
+    gone = rgalign("status")
+    assert gone.returncode == ConfigError.exit_code and "`rgalign cluster up` starts one" in gone.stderr
+
+    told += done("cluster", "up")
+    unknown = rgalign("resume", "shop")
+    assert unknown.returncode == ConfigError.exit_code and "no run of that name" in unknown.stderr
+    told += done("submit", "align", *SETTINGS, "--run-dir", RUN)
+    assert "done already" in told
+    done("submit", "loop", *SETTINGS, "--run-dir", RUN, "--no-wait")
+    assert "stopped" in done("stop", "shop")
+    told += done("resume", "shop")
+    assert "RGAlign-Rec over QE-Rec" in done("logs", "shop")
+    assert "succeeded" in done("status", "shop")
+
+    fs, path = storage.filesystem(storage.join(RUN, EVALUATION))
+    with fs.open_input_stream(path) as stream:
+        assert stream.read() == (tmp_path / "quiet" / EVALUATION).read_bytes()
+    stands_nowhere(fs, PLANTED, s3_server.SECRET, (tmp_path / "token").read_text())
+    assert PLANTED not in told and s3_server.SECRET not in told
+    done("cluster", "down")
+    assert local_cluster.running() is None
+
+
+def stands_nowhere(fs: pafs.FileSystem, *secrets: str) -> None:
+    files = storage.list_files(f"s3://{s3_server.BUCKET}")
+    assert len(files) > 100
+    for file in files:
+        with fs.open_input_stream(storage.filesystem(file)[1]) as stream:
+            content = stream.read()
+        assert not [secret for secret in secrets if secret.encode() in content], file

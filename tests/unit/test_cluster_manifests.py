@@ -1,0 +1,242 @@
+"""What cluster/ asks of a cloud is what the plan of configs/qwen3_4b.yaml asks for; nothing in it is misspelt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import kubernetes_validate
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+
+from rgalign_ray import config
+from rgalign_ray.config import DATA_CPUS
+from rgalign_ray.loop import plan
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+RAY = importlib.metadata.version("ray")
+KUBERNETES = "1.33"
+SHARED_MEMORY = "/dev/shm"
+PLAN = config.load("qwen3_4b")
+
+
+class Strict(BaseModel):
+    """A part of KubeRay's API (ray.io/v1, KubeRay 1.6), with the fields that are used here; any other is refused."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
+
+
+class Auth(Strict):
+    mode: Literal["token"]
+
+
+class Autoscaler(Strict):
+    version: Literal["v2"]
+    idle_timeout_seconds: int
+
+
+class SecretKey(Strict):
+    name: str
+    key: str
+
+
+class Secret(Strict):
+    secret_key_ref: SecretKey
+
+
+class Password(Strict):
+    value_from: Secret
+
+
+class GcsFaultTolerance(Strict):
+    redis_address: str
+    redis_password: Password
+
+
+class Head(Strict):
+    ray_start_params: dict[str, str]
+    template: dict[str, Any]
+
+
+class Group(Head):
+    group_name: str
+    min_replicas: Annotated[int, Field(ge=0)]
+    replicas: Annotated[int, Field(ge=0)]
+    max_replicas: Annotated[int, Field(ge=1)]
+    labels: dict[str, str]
+
+
+class RayCluster(Strict):
+    ray_version: str
+    auth_options: Auth
+    enable_in_tree_autoscaling: Literal[True]
+    autoscaler_options: Autoscaler
+    gcs_fault_tolerance_options: GcsFaultTolerance
+    head_group_spec: Head
+    worker_group_specs: list[Group]
+
+
+class DeletionCondition(Strict):
+    job_status: Literal["SUCCEEDED", "FAILED"]
+    ttl_seconds: int
+
+
+class DeletionRule(Strict):
+    policy: Literal["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]
+    condition: DeletionCondition
+
+
+class DeletionStrategy(Strict):
+    deletion_rules: list[DeletionRule]
+
+
+class RayJob(Strict):
+    entrypoint: str
+    submission_mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"]
+    backoff_limit: int
+    active_deadline_seconds: int
+    deletion_strategy: DeletionStrategy
+    runtime_env_yaml: Annotated[str, Field(alias="runtimeEnvYAML")] = ""
+    ray_cluster_spec: RayCluster
+
+
+class Metadata(Strict):
+    name: str
+
+
+class Manifest(Strict):
+    api_version: Literal["ray.io/v1"]
+    metadata: Metadata
+
+
+class ClusterManifest(Manifest):
+    kind: Literal["RayCluster"]
+    spec: RayCluster
+
+
+class JobManifest(Manifest):
+    kind: Literal["RayJob"]
+    spec: RayJob
+
+
+def read(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
+    return data
+
+
+def cluster() -> RayCluster:
+    return ClusterManifest.model_validate(read("kuberay/raycluster.yaml")).spec
+
+
+def pods(spec: RayCluster) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "head", spec.head_group_spec.template
+    yield from ((group.group_name, group.template) for group in spec.worker_group_specs)
+
+
+def container(template: dict[str, Any]) -> dict[str, Any]:
+    (only,) = template["spec"]["containers"]
+    return dict(only)
+
+
+def asked(label: str) -> list[plan.Ask]:
+    """The workers that run on nodes of a label."""
+    found = [ask for ask in plan.asks(PLAN) if ask.placed.node_labels == {"rgalign": label}]
+    assert found
+    return found
+
+
+def test_every_worker_of_the_plan_has_nodes() -> None:
+    labels = {group.labels["rgalign"] for group in cluster().worker_group_specs}
+    assert labels == {ask.placed.node_labels["rgalign"] for ask in plan.asks(PLAN)}
+    assert PLAN.cluster.grows, "else a run is refused before its nodes have come"
+
+
+@pytest.mark.parametrize("label", ["rollout", "learner"])
+def test_a_pod_holds_one_worker_and_there_may_be_as_many_as_workers(label: str) -> None:
+    (group,) = [each for each in cluster().worker_group_specs if each.labels == {"rgalign": label}]
+    for ask in asked(label):
+        resources = container(group.template)["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert (float(resources["limits"]["cpu"]), float(resources["limits"]["nvidia.com/gpu"])) == (ask.cpus, ask.gpus)
+        assert group.max_replicas == ask.count
+        assert group.min_replicas == 0, "nothing is paid for while nothing is asked for"
+
+
+def test_the_reward_model_leaves_room_for_ray_data() -> None:
+    (group,) = [each for each in cluster().worker_group_specs if each.labels == {"rgalign": "reward"}]
+    (ask,) = asked("reward")
+    assert float(container(group.template)["resources"]["limits"]["cpu"]) == ask.total_cpus + DATA_CPUS
+    assert group.min_replicas == 1
+
+
+def test_the_job_has_the_same_cluster() -> None:
+    job = JobManifest.model_validate(read("kuberay/rayjob.yaml")).spec
+    assert job.ray_cluster_spec == cluster()
+    assert "--config qwen3_4b" in job.entrypoint and "--set cluster.address=auto" in job.entrypoint
+    RuntimeEnv(**(yaml.safe_load(job.runtime_env_yaml) or {}))
+
+
+def test_pods_are_valid_and_safe() -> None:
+    for name, template in pods(cluster()):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **template}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        only = container(template)
+        assert only["securityContext"]["runAsNonRoot"] and not only["securityContext"]["allowPrivilegeEscalation"]
+        assert {"mountPath": SHARED_MEMORY, "name": "shared-memory"} in only["volumeMounts"]
+        assert only["lifecycle"]["preStop"] and only["readinessProbe"]
+        assert "env" not in only, "what is secret comes from a Secret"
+
+
+def test_the_head_runs_no_worker() -> None:
+    assert cluster().head_group_spec.ray_start_params["num-cpus"] == "0"
+    assert read("aws.yaml")["available_node_types"]["head"]["resources"] == {"CPU": 0}
+
+
+def test_one_version_of_ray_everywhere() -> None:
+    pinned = re.search(r"^ray==(.+)$", (CLUSTER.parent / "constraints.txt").read_text(), re.MULTILINE)
+    docker = (CLUSTER / "Dockerfile").read_text()
+    assert pinned is not None and pinned[1] == RAY
+    assert f"ARG RAY_VERSION={RAY}\n" in docker
+    assert cluster().ray_version == RAY
+    images = [container(template)["image"] for _, template in pods(cluster())]
+    images += [read("aws.yaml")["docker"]["image"], *re.findall(r"-t (\S+)", docker)]
+    assert {image.rpartition(":")[2] for image in images} == {f"{RAY}-cpu", f"{RAY}-gpu"}
+    torch = re.search(r"^TORCH := (\S+)$", (CLUSTER.parent / "Makefile").read_text(), re.MULTILINE)
+    assert torch is not None and f"ARG TORCH={torch[1]}\n" in docker
+
+
+def test_rays_launcher_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("token")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the file that is mounted lies
+    data = read("aws.yaml")
+    validate_config(prepare_config(json.loads(json.dumps(data))))
+    with pytest.raises(Exception, match="idle_timeout"):
+        validate_config(prepare_config(data | {"idle_timeout": 3}))
+    nodes = data["available_node_types"]
+    for label in ("rollout", "learner"):
+        node = nodes[label]
+        assert node["labels"] == {"rgalign": label}
+        for ask in asked(label):
+            assert node["max_workers"] == ask.count and node["resources"]["GPU"] == ask.gpus
+            assert node["resources"]["CPU"] >= ask.cpus
+    assert nodes["reward"]["resources"]["CPU"] >= asked("reward")[0].total_cpus + DATA_CPUS
+    assert data["max_workers"] == sum(node.get("max_workers", 0) for node in nodes.values())
+    started = " ".join(data["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in started and "0.0.0.0" not in started
+    assert "--env RAY_AUTH_MODE=token" in data["docker"]["run_options"]
+
+
+def test_a_field_that_there_is_not_is_refused() -> None:
+    data = read("kuberay/raycluster.yaml")
+    data["spec"]["workerGroupSpecs"][0]["maxReplica"] = 9
+    with pytest.raises(ValidationError, match="maxReplica"):
+        ClusterManifest.model_validate(data)

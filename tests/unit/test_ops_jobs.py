@@ -1,0 +1,191 @@
+"""What travels to a cluster, and what is refused before it does; against a client that only takes notes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobType
+from typer.testing import CliRunner
+
+from rgalign_ray import cli, config
+from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.ops import jobs, local_cluster
+
+TEMPLATE = "short.yaml"
+
+
+@dataclass
+class Client:
+    """As `JobSubmissionClient`."""
+
+    known: list[JobDetails] = field(default_factory=list)
+    taken: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    fails: Exception | None = None
+
+    def get_address(self) -> str:
+        return "http://there"
+
+    def list_jobs(self) -> list[JobDetails]:
+        return self.known
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return next(job for job in self.known if job.submission_id == job_id)
+
+    def submit_job(self, **request: Any) -> str:
+        if self.fails:
+            raise self.fails
+        folder = Path(request["runtime_env"]["working_dir"])
+        self.files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        self.taken.append(request)
+        self.known.append(details(request["submission_id"], metadata=request["metadata"]))
+        return str(request["submission_id"])
+
+
+def details(name: str, status: JobStatus = JobStatus.RUNNING, **more: Any) -> JobDetails:
+    given = {"type": JobType.SUBMISSION, "entrypoint": "", "status": status, "submission_id": name, "start_time": 5000}
+    return JobDetails(**(given | more))
+
+
+def settings(folder: Path, **more: Any) -> config.Config:
+    return config.validate({"name": "shop", "run_dir": str(folder / "run")} | more)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_the_package_the_settings_and_the_files_they_name_travel_and_nothing_else(tmp_path: Path) -> None:
+    own = tmp_path / TEMPLATE
+    template = Template.load("shop")
+    own.write_text(template.model_dump_json())
+    (tmp_path / "secret.txt").write_text("not this")
+    client = Client()
+    chosen = settings(tmp_path, prompt={"template": str(own)})
+    jobs.submit(client, "align", chosen, say=quiet)
+    request = client.taken[0]
+    assert request["entrypoint"] == (
+        "python -m rgalign_ray.cli loop --until align_1 --config run.json --set cluster.address=auto"
+    )
+    rest = {name for name in client.files if not name.startswith("rgalign_ray/")}
+    sent = json.loads(client.files["run.json"])
+    assert rest == {"run.json", sent["prompt"]["template"]}
+    assert client.files[sent["prompt"]["template"]] == own.read_bytes()
+    assert sent["run_dir"] == str(tmp_path / "run")
+    assert "rgalign_ray/configs/smoke.yaml" in client.files
+    assert not [name for name in client.files if name.endswith(".pyc")]
+    sent["prompt"]["template"] = str(own)
+    assert config.validate(sent) == chosen.model_copy(update={"run_dir": chosen.run_uri})
+
+
+def test_a_file_that_is_missing_is_refused_here(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^features\.spec: no\.yaml"):
+        jobs.submit(Client(), "loop", settings(tmp_path, features={"spec": "no.yaml"}), say=quiet)
+
+
+def test_what_is_too_large_is_refused_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_PACKAGE_MB", 0.1)
+    with pytest.raises(ConfigError, match=r"above 0; the largest file is rgalign_ray/\S+ \(0 MB\)"):
+        jobs.submit(Client(), "loop", settings(tmp_path), say=quiet)
+
+
+def test_two_jobs_are_not_given_one_run_directory(tmp_path: Path) -> None:
+    client = Client()
+    first = jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    with pytest.raises(ConfigError, match=rf"^run_dir: {first} is at work on {tmp_path}/run; "):
+        jobs.submit(client, "evaluate", settings(tmp_path), say=quiet)
+    jobs.submit(client, "loop", settings(tmp_path / "other"), say=quiet)
+    client.known[0] = client.known[0].model_copy(update={"status": JobStatus.FAILED})
+    assert jobs.submit(client, "loop", settings(tmp_path), say=quiet) != first
+
+
+def test_a_run_goes_on_with_the_settings_it_had(tmp_path: Path) -> None:
+    client = Client()
+    jobs.submit(client, "rollout", settings(tmp_path, seed=3), say=quiet)
+    before = client.files["run.json"]
+    client.known[0] = client.known[0].model_copy(update={"status": JobStatus.STOPPED})
+    client.known.append(details("another's", metadata={}))
+    again = jobs.resume(client, jobs.latest(client, "shop"), say=quiet)
+    assert again == client.known[-1].submission_id
+    assert client.files["run.json"] == before
+    assert client.taken[1]["entrypoint"] == client.taken[0]["entrypoint"]
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    client = Client()
+    with pytest.raises(ConfigError, match=r"^tea: no run of that name on http://there \(there: none\)"):
+        jobs.latest(client, "tea")
+    jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    with pytest.raises(ConfigError, match=r"\(there: shop\)"):
+        jobs.latest(client, "tea")
+
+
+@pytest.mark.parametrize("failure", [ConnectionError("gone\nfar"), RuntimeError("500"), AuthenticationError("no")])
+def test_a_cluster_that_does_not_take_it_is_one_sentence(tmp_path: Path, failure: Exception) -> None:
+    with pytest.raises(InfrastructureError, match=r"^--address http://there: (gone|500|no)") as met:
+        jobs.submit(Client(fails=failure), "loop", settings(tmp_path), say=quiet)
+    assert "\n" not in str(met.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 3, 3),
+        (JobStatus.STOPPED, None, InfrastructureError.exit_code),
+        (JobStatus.FAILED, None, InfrastructureError.exit_code),
+    ],
+)
+def test_the_exit_status_is_the_drivers(status: JobStatus, code: int | None, expected: int) -> None:
+    class Told(Client):
+        async def tail_job_logs(self, job_id: str) -> Any:
+            for line in ("one\n", "two\n"):
+                yield line
+
+    told: list[str] = []
+    client = Told([details("job", status, driver_exit_code=code, message="it fell")])
+    assert jobs.follow(client, "job", told.append) == expected
+    assert told[:2] == ["one\n", "two\n"]
+    assert (told[2:] == []) == (code is not None)
+
+
+def test_the_command_line_names_the_verbs_and_the_cluster_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
+    met = CliRunner().invoke(cli.app, ["submit", "dance"]).exception
+    assert isinstance(met, ConfigError) and str(met).startswith("submit dance: not one of prepare, train_ranker, ")
+    met = CliRunner().invoke(cli.app, ["status"]).exception
+    assert isinstance(met, ConfigError) and "`rgalign cluster up` starts one" in str(met)
+
+
+def test_a_cluster_whose_head_died_is_not_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
+    assert local_cluster.running() is None
+    assert local_cluster.down() == 0
+    local_cluster.record().parent.mkdir()
+    gone = {"address": "a", "dashboard": "b", "nodes": [{"pid": 1, "created": 0.5}]}
+    local_cluster.record().write_text(json.dumps(gone))
+    assert local_cluster.running() is None, "another process has the id by now"
+    assert local_cluster.down() == 0, "and is left alone"
+    assert not local_cluster.record().exists()
+
+
+def test_table_of_jobs() -> None:
+    from rich.console import Console
+
+    client = Client(
+        [details("shop-1", JobStatus.FAILED, driver_exit_code=3, end_time=65_000, metadata={jobs.RUN: "shop"})]
+    )
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(jobs.table(jobs.listed(client)))
+    assert "failed (3)" in shown.get() and "1 min" in shown.get()
