@@ -49,9 +49,10 @@ def prepare(config: Config) -> None:
         if config.learner.use_gpu:
             defaults["DS_ACCELERATOR"] = "cuda"
         if "RAY_AUTH_MODE" not in os.environ:
-            defaults["RAY_AUTH_MODE"] = "token"
-            if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-                defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            if "RAY_AUTH_TOKEN_PATH" in os.environ:
+                token()
+            else:
+                defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

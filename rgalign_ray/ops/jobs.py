@@ -1,6 +1,6 @@
 """Verbs of the command line as jobs of a Ray cluster: packed here, run there, followed and stopped from anywhere.
 
-submit ─ check the plan ─ pack settings and code ─▶ job server ─▶ head: `rgalign VERB --config run.json`
+submit ─ check the plan ─ pack settings and code ─▶ job server ─▶ head: `rgalign VERB --config run.yaml`
    ▲                                                                  │ logs, exit status
    └──────────────────────────────────────────────────────────────────┘
 
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 MAX_PACKAGE_MB = 50.0
 """Code and settings are a few; more is a file that was not meant."""
-SETTINGS = "run.json"
+SETTINGS = "run.yaml"
 RUN, VERB, RUN_DIR, ARGUMENTS, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "rgalign_arguments", "rgalign"
 """Metadata of a job."""
 MAX_NODES = 10_000
@@ -60,7 +60,7 @@ CHATTY = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers of Ray's that tell of every file and socket."""
-Client = JobSubmissionClient
+Client: TypeAlias = JobSubmissionClient
 REFUSALS = (ConnectionError, RuntimeError, AuthenticationError)
 """What Ray's client raises when it is not answered, or not served."""
 

@@ -71,11 +71,11 @@ def test_the_package_the_settings_and_the_files_they_name_travel_and_nothing_els
     jobs.submit(client, "align", chosen, say=quiet)
     request = client.taken[0]
     assert request["entrypoint"] == (
-        "python -m rgalign_ray.cli loop --until align_1 --config run.json --set cluster.address=auto"
+        "python -m rgalign_ray.cli loop --until align_1 --config run.yaml --set cluster.address=auto"
     )
     rest = {name for name in client.files if not name.startswith("rgalign_ray/")}
-    sent = json.loads(client.files["run.json"])
-    assert rest == {"run.json", sent["prompt"]["template"]}
+    sent = json.loads(client.files["run.yaml"])
+    assert rest == {"run.yaml", sent["prompt"]["template"]}
     assert client.files[sent["prompt"]["template"]] == own.read_bytes()
     assert sent["run_dir"] == str(tmp_path / "run")
     assert "rgalign_ray/configs/smoke.yaml" in client.files
@@ -108,12 +108,12 @@ def test_two_jobs_are_not_given_one_run_directory(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_the_settings_it_had(tmp_path: Path) -> None:
     client = Client()
     jobs.submit(client, "rollout", settings(tmp_path, seed=3), say=quiet)
-    before = client.files["run.json"]
+    before = client.files["run.yaml"]
     client.known[0] = client.known[0].model_copy(update={"status": JobStatus.STOPPED})
     client.known.append(details("another's", metadata={}))
     again = jobs.resume(client, jobs.latest(client, "shop"), say=quiet)
     assert again == client.known[-1].submission_id
-    assert client.files["run.json"] == before
+    assert client.files["run.yaml"] == before
     assert client.taken[1]["entrypoint"] == client.taken[0]["entrypoint"]
 
 
