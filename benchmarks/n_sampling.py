@@ -37,6 +37,7 @@ from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 LENGTHS = (100, 512, 1024)
 TEXT = "order waits in To Receive, 7 days; opened the tracking page; typed where is my parcel; "
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+TABLE_WIDTH = 100
 CONTENDERS = ("generate", "float32", "ours", "vllm")
 
 
@@ -178,7 +179,7 @@ def _show(found: list[dict[str, Any]], n: int, new: int) -> None:
             f"{cpu[place]:.1f}",
             f"{min(row['wall_s']):.1f} … {max(row['wall_s']):.1f}",
         )
-    Console().print(table)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rgalign_ray.learner.engine import PAIRS, POSITIVES, SELECTED, FrozenPair, L
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop import on_policy, round_sessions
+from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import DECIDES, SCORED
 from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
@@ -283,4 +283,5 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         figures = on_policy.fit(task, config, steps, records, name)
     else:
         figures = training.fit(task, steps, records, name)
+    model_card.write(run, out, f"align_{round_}_{objective}", round_, objective, weights, figures)
     return Outcome({"sessions": figures["sessions"], "steps": figures["steps"]}, figures)
