@@ -36,6 +36,10 @@ app = typer.Typer(
 cluster = typer.Typer(help="A Ray cluster on this machine, for jobs to be submitted to.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
 
+runs = typer.Typer(help="Run directories: which there are, and which to let go.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
+Folder = Annotated[str, typer.Argument(help="Folder or URI that holds run directories.")]
+
 ConfigName = Annotated[str, typer.Option("--config", "-c", help="A configuration of the package, or a .yaml file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -339,6 +343,40 @@ def _follow(client: Client, job_id: str, wait: bool) -> None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+@runs.command("list")
+def list_runs(folder: Folder = "runs") -> None:
+    """Show the runs in a folder, the latest last."""
+    from rich.console import Console
+
+    from rgalign_ray.ops import runs as folders
+
+    there = folders.found(folder)
+    Console().print(folders.table(there, f"{len(there)} runs in {folder}"))
+
+
+@runs.command()
+def prune(
+    folder: Folder = "runs",
+    keep: Annotated[int, typer.Option(min=0, help="So many of the latest stay, however old.")] = 5,
+    older_than_days: Annotated[float, typer.Option(min=0.0, help="What has changed since stays.")] = 30.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; else they are only shown.")] = False,
+) -> None:
+    """Remove whole runs that are old and not among the latest."""
+    import datetime
+
+    from rich.console import Console
+
+    from rgalign_ray import storage
+    from rgalign_ray.ops import runs as folders
+
+    there = folders.found(folder)
+    stale = folders.stale(there, keep, older_than_days, datetime.datetime.now(datetime.UTC))
+    what = "removed" if yes else "to remove; --yes does it"
+    Console().print(folders.table(stale, f"{len(stale)} of {len(there)} runs in {folder} {what}"))
+    for run in stale if yes else ():
+        storage.delete(run.uri)
 
 
 @app.command()

@@ -1,0 +1,71 @@
+"""Runs are found by their settings, and only old ones that are not among the latest go."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rgalign_ray import cli, storage
+from rgalign_ray.ops import runs
+
+NOW = datetime.datetime(2026, 6, 30, tzinfo=datetime.UTC)
+
+
+def make(folder: Path, name: str, days: float, *stages: str) -> None:
+    """A run whose files are so many days old, each stage a minute younger than the one before."""
+    files = [runs.SETTINGS, *(f"{stage}/{storage.MANIFEST}" for stage in stages)]
+    for minute, file in enumerate(files):
+        path = folder / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        when = (NOW - datetime.timedelta(days=days)).timestamp() + 60 * minute
+        os.utime(path, (when, when))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make(tmp_path, "old", 90, "log", "sessions", "seed_0/row_din", ".sessions.half")
+    make(tmp_path, "older", 100)
+    make(tmp_path, "new", 2, "log")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("no run")
+    return tmp_path
+
+
+def test_what_there_is(folder: Path) -> None:
+    there = runs.found(str(folder))
+    assert [run.name for run in there] == ["older", "old", "new"]
+    assert [(run.artefacts, run.last) for run in there] == [(0, ""), (3, "seed_0/row_din"), (1, "log")]
+    assert there[1].size == 10 and there[1].changed == NOW - datetime.timedelta(days=90) + datetime.timedelta(minutes=4)
+    assert runs.found(str(folder / "nowhere")) == []
+    assert [run.uri for run in runs.found(f"file://{folder}")] == [
+        f"file://{folder}/{n}" for n in ("older", "old", "new")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keep", "days", "expected"),
+    [
+        (0, 30, ["older", "old"]),
+        (2, 30, ["older"]),
+        (3, 0, []),
+        (0, 95, ["older"]),
+        (0, 0, ["older", "old", "new"]),
+        (9, 0, []),
+    ],
+)
+def test_old_ones_that_are_not_among_the_latest_go(folder: Path, keep: int, days: float, expected: list[str]) -> None:
+    assert [run.name for run in runs.stale(runs.found(str(folder)), keep, days, NOW)] == expected
+
+
+def test_nothing_is_removed_before_it_is_asked_for(folder: Path) -> None:
+    run = CliRunner().invoke
+    assert "older" in run(cli.app, ["runs", "list", str(folder)]).stdout
+    shown = run(cli.app, ["runs", "prune", str(folder), "--keep", "1"])
+    assert "2 of 3 runs" in shown.stdout and (folder / "old").exists()
+    run(cli.app, ["runs", "prune", str(folder), "--keep", "1", "--yes"])
+    assert sorted(path.name for path in folder.iterdir()) == ["new", "notes"]
