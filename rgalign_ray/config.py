@@ -539,6 +539,8 @@ class Compare(Settings):
     """None: every row that the log allows and that needs no alignment."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    """The seeds are this one and those after it; a study may be run in parts, in one run directory."""
     tuned: dict[Model, dict[str, Any]] = {}
     """Ranker settings of one model that differ from `ranker`, as `rgalign tune` found them."""
     trials: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=8)] = [{}]
@@ -561,9 +563,13 @@ class Compare(Settings):
                 Ranker().changed(changes)
             except ValidationError as error:
                 raise ValueError(f"tuned and trials hold settings of ranker; {_sentence(error).rstrip('.')}") from None
-        if 0 <= self.tuning_seed < self.seeds:
+        if self.tuning_seed in self.judged_seeds:
             raise ValueError(f"tuning_seed ({self.tuning_seed}) is one of the {self.seeds} seeds that are judged")
         return self
+
+    @property
+    def judged_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 class Cluster(Settings):

@@ -69,7 +69,7 @@ def run(config: Config) -> report.Report:
 
 def runs(config: Config, rows: list[RowName]) -> list[Run]:
     """A run a seed. A real log is the same under every seed, hence read once: the first run lends what it prepares."""
-    first, *others = (Run(of_seed(config, seed)) for seed in range(config.compare.seeds))
+    first, *others = (Run(of_seed(config, seed)) for seed in config.compare.judged_seeds)
     if truth_inputs(config):
         return [first, *others]
     lent = {stage.name: first.uri(stage.name) for stage in preparation(first.config, rows)}

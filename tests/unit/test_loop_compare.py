@@ -157,6 +157,16 @@ def test_models_with_nothing_to_train_are_not_tuned() -> None:
     assert len({ROWS[name].kind for name in tuned}) == len(tuned), "a model is tuned once"
 
 
+def test_a_study_in_parts_has_the_seeds_of_the_whole() -> None:
+    def of(**chosen: int) -> list[tuple[int, int, str]]:
+        found = compare.runs(config.validate({"compare": chosen}), ["lr"])
+        return [(run.config.seed, run.config.world.seed, run.config.run_uri) for run in found]
+
+    assert of(seeds=1) + of(seeds=2, first_seed=1) == of(seeds=3)
+    with pytest.raises(ConfigError, match=r"tuning_seed \(1000\) is one of the 2 seeds"):
+        of(seeds=2, first_seed=999)
+
+
 def test_seeds_draw_their_own_world_and_keep_apart() -> None:
     settings = config.validate({"run_dir": "/runs/x"})
     runs = [compare.of_seed(settings, seed) for seed in range(3)]
