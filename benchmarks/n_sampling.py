@@ -9,7 +9,8 @@
     vllm      vLLM's own `LLM.generate` with n=N in the same precision, prompts in one call, prefix caching on
 
 All write the same number of tokens, whatever they say. Prompts are different from their first token on. Ours gives
-log-probabilities and the embeddings e(x) and e(x,q) as well; the others tokens alone.
+log-probabilities and the embeddings e(x) and e(x,q) as well; the others tokens alone. The same command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import command
-from rgalign_ray import config, progress
+from rgalign_ray import config, progress, storage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -64,8 +65,11 @@ def measure(
                 python = str(vllm_python) if name == "vllm" else sys.executable
                 precision = dtype if name in ("ours", "vllm") else "float32"
                 task = (name, precision, model, tokens, prompts, n, new, repetitions, threads)
-                told = command.apart([python, "-m", "benchmarks.n_sampling", "one", *task], threads=threads)
-                measured = json.loads(told.splitlines()[-1])
+                result = out / "measured" / f"{'-'.join(str(word).replace('/', '_') for word in task)}.json"
+                if not result.exists():
+                    told = command.apart([python, "-m", "benchmarks.n_sampling", "one", *task], threads=threads)
+                    storage.write_bytes(str(result), told.splitlines()[-1].encode())
+                measured = json.loads(result.read_text())
                 found.append({"contender": name, "length": tokens, "dtype": precision} | measured)
                 advance(1)
     (out / "n_sampling.json").write_text(

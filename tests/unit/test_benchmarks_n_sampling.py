@@ -19,3 +19,20 @@ def test_every_contender_here_writes_as_many_tokens(tmp_path: Path, capsys: pyte
         n_sampling.one(name, "float32", "tiny", *map(str, (40, 2, 3, 5, 2, 1)))
         made = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert made["tokens"] == 2 * 3 * 5 and len(made["wall_s"]) == len(made["cpu_s"]) == 2
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[object]] = []
+
+    def apart(words: list[object], threads: int) -> str:
+        asked.append(words)
+        if len(asked) == 2:
+            raise RuntimeError("interrupted")
+        return json.dumps({"tokens": 6, "wall_s": [1.0], "cpu_s": [1.0]})
+
+    monkeypatch.setattr(n_sampling.command, "apart", apart)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        n_sampling.measure(tmp_path, length=[40])
+    n_sampling.measure(tmp_path, length=[40])
+    assert [words[4] for words in asked] == ["generate", "float32", "float32", "ours"]
+    assert len(json.loads((tmp_path / "n_sampling.json").read_text())["measured"]) == 3
