@@ -22,7 +22,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from rgalign_ray import config, schema, storage
+from rgalign_ray import config, ray_metrics, schema, storage
 from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
@@ -194,10 +194,12 @@ def score_all(
 
 def _result(call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:
     try:
-        return ray.get(call, timeout=deadline_s)
+        scored, judged = ray.get(call, timeout=deadline_s)
     except GetTimeoutError:
         raise InfrastructureError(
             f"rewards: the reward model gave no answer for {deadline_s:.0f} s; the same command tries again."
         ) from None
     except RayTaskError as error:
         raise error.as_instanceof_cause() from None
+    ray_metrics.counter("reward_queries").inc(scored.num_rows)
+    return scored, judged

@@ -36,7 +36,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rgalign_ray import config, schema, storage
+from rgalign_ray import config, ray_metrics, schema, storage
 from rgalign_ray.errors import DataError, InfrastructureError, UserError
 from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
 
@@ -143,6 +143,8 @@ class RolloutPool:
             self._resize()
             self._hand_out()
             for task in self._collect():
+                ray_metrics.counter("rollout_units").inc()
+                ray_metrics.counter("rollout_sessions").inc(len(task.unit.session_ids))
                 yield task.key, len(task.unit.session_ids)
 
     def close(self) -> None:
@@ -151,6 +153,8 @@ class RolloutPool:
             ray.kill(member.actor)
         self._members = []
         self._queue.clear()
+        ray_metrics.gauge("rollout_workers").set(0)
+        ray_metrics.gauge("rollout_queue").set(0)
 
     @property
     def size(self) -> int:
@@ -187,6 +191,8 @@ class RolloutPool:
             if idle and not self._queue and len(self._members) > settings.least_workers:
                 ray.kill(member.actor)
                 self._members.remove(member)
+        ray_metrics.gauge("rollout_workers").set(len(self._members))
+        ray_metrics.gauge("rollout_queue").set(len(self._queue))
 
     @property
     def _asked(self) -> dict[str, float]:
@@ -257,6 +263,7 @@ class RolloutPool:
     def _lose(self, member: _Member, why: str, finished: list[_Task]) -> None:
         """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue."""
         self.deaths += 1
+        ray_metrics.counter("rollout_deaths").inc()
         self._members.remove(member)
         ray.kill(member.actor)
         tasks = list(member.calls.values())
@@ -290,6 +297,7 @@ class RolloutPool:
     def _set_aside(self, task: _Task, why: str) -> None:
         [session], [text] = task.unit.session_ids, task.unit.texts
         self.quarantined.append(session)
+        ray_metrics.counter("rollout_quarantined").inc()
         row = {"session_id": session, "text": text, "reason": f"over it, a worker {why}"}
         place = storage.join(self.out_uri, QUARANTINE, f"{task.key}.parquet")
         storage.write_table(place, pa.Table.from_pylist([row], schema=schema.SET_ASIDE))
