@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 MAX_PACKAGE_MB = 50.0
 """Code and settings are a few; more is a file that was not meant."""
 SETTINGS = "run.yaml"
-RUN, VERB, RUN_DIR, ARGUMENTS, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "rgalign_arguments", "rgalign"
+ENTRY = ("python", "-m", "rgalign_ray.cli")
+RUN, VERB, RUN_DIR, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "rgalign_config"
 """Metadata of a job."""
 MAX_NODES = 10_000
 """That Ray's state API lists."""
@@ -127,7 +129,6 @@ def submit(
     client: Client,
     verb: str,
     config: Config,
-    arguments: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> str:
     """Packs a run and hands it to the cluster.
@@ -138,7 +139,6 @@ def submit(
         client: of the cluster.
         verb: one of `VERBS`.
         config: whole; its run directory must be one that the cluster's nodes see.
-        arguments: more for the verb.
         say: told what travels.
 
     Returns:
@@ -154,6 +154,7 @@ def submit(
             f"run_dir: {busy[0].id} is at work on {config.run_uri}; `rgalign logs {config.name}` shows it, and "
             f"`rgalign stop {config.name}` ends it."
         )
+    named = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)  # a job's id is part of addresses
     with tempfile.TemporaryDirectory(prefix="rgalign-submit-") as folder:
         files = pack(config, Path(folder))
         size = sum(file.stat().st_size for file in files) / 1e6
@@ -166,23 +167,13 @@ def submit(
             )
         try:
             return client.submit_job(
-                entrypoint=" ".join(
-                    [
-                        "python -m rgalign_ray.cli",
-                        *VERBS[verb],
-                        "--config",
-                        SETTINGS,
-                        "--set cluster.address=auto",
-                        *arguments,
-                    ]
-                ),
-                submission_id=f"{config.name}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+                entrypoint=" ".join([*ENTRY, *VERBS[verb], "--config", SETTINGS, "--set", "cluster.address=auto"]),
+                submission_id=f"{named}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
                 runtime_env={"working_dir": folder},
                 metadata={
                     RUN: config.name,
                     VERB: verb,
                     RUN_DIR: config.run_uri,
-                    ARGUMENTS: json.dumps(arguments),
                     CONFIG: config.model_dump_json(),
                 },
             )
@@ -290,7 +281,7 @@ def resume(client: Client, job: Job, say: Callable[[str], None] = print) -> str:
     """Submits a job's run again, with the settings that it had and this machine's code."""
     metadata = client.get_job_info(job.id).metadata or {}
     config = configuration.validate(json.loads(metadata[CONFIG]))
-    return submit(client, job.verb, config, tuple(json.loads(metadata[ARGUMENTS])), say)
+    return submit(client, job.verb, config, say)
 
 
 def table(found: list[Job]) -> Table:

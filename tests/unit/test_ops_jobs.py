@@ -117,6 +117,11 @@ def test_a_run_goes_on_with_the_settings_it_had(tmp_path: Path) -> None:
     assert client.taken[1]["entrypoint"] == client.taken[0]["entrypoint"]
 
 
+def test_a_jobs_id_can_stand_in_an_address(tmp_path: Path) -> None:
+    made = jobs.submit(Client(), "loop", settings(tmp_path, name="week 3/shop?"), say=quiet)
+    assert made.startswith("week-3-shop--loop-")
+
+
 def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     client = Client()
     with pytest.raises(ConfigError, match=r"^tea: no run of that name on http://there \(there: none\)"):
