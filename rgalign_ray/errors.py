@@ -43,6 +43,11 @@ STORE_ERROR = re.compile(r"\bAWS Error\b|\bgoogle::cloud::Status\b")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_no_space(error: BaseException) -> bool:
     """Whether a full disk, or a used-up quota, is behind an error, wherever in the cluster it was met."""
     return any(isinstance(each, OSError) and each.errno in NO_SPACE for each in _behind(error))

@@ -39,7 +39,7 @@ def run(
     """Runs `worker(argument)` in `settings.workers` processes and returns what rank 0 returns.
 
     When a process dies, all start again, up to `settings.retries` times; `ray.train.get_checkpoint` gives them what
-    was last reported, also to a later run of the same name.
+    was last reported, also to a later run of the same name. What a worker raises ends the run at once.
 
     Args:
         worker: a function of a module.
@@ -53,7 +53,7 @@ def run(
 
     Raises:
         InfrastructureError: when processes died more often than that.
-        ray.train.TrainingFailedError: when the worker raised, in every try.
+        ray.train.TrainingFailedError: when the worker raised.
     """
     fs, path = storage.filesystem(storage_uri)
 
@@ -73,34 +73,29 @@ def run(
                 name=name,
                 storage_path=path,
                 storage_filesystem=fs,
-                failure_config=FailureConfig(max_failures=settings.retries),
+                # deaths are counted here: Ray Train counts none of those that happen while the workers start
+                failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
             **trainer,
         ).fit()
 
-    deaths_at_start = 0
+    deaths = 0
     while True:
         try:
             return attempt().return_value
-        except ControllerError as error:  # Ray Train gives up at once when a worker dies as it starts
-            if not _died(error.controller_failure):
+        except (ControllerError, WorkerGroupError) as error:
+            met = [error.controller_failure] if isinstance(error, ControllerError) else error.worker_failures.values()
+            if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise
-            deaths_at_start += 1
-            if deaths_at_start > settings.retries:
-                raise _gave_up(section, settings) from error
-        except WorkerGroupError as error:
-            met = error.worker_failures.values()
-            if not any(map(_died, met)) or not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
-                raise
-            raise _gave_up(section, settings) from error
-
-
-def _gave_up(section: str, settings: config.Trained) -> InfrastructureError:
-    return InfrastructureError(
-        f"{section}: a training process died {settings.retries + 1} times, with {section}.retries = "
-        f"{settings.retries}; the same command goes on from the last checkpoint."
-    )
+            deaths += 1
+            if deaths > settings.retries:
+                if not any(map(_died, met)):
+                    raise
+                raise InfrastructureError(
+                    f"{section}: a training process died {deaths} times, with {section}.retries = {settings.retries}; "
+                    "the same command goes on from the last checkpoint."
+                ) from error
 
 
 def _died(failure: BaseException) -> bool:

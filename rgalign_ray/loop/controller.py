@@ -27,6 +27,7 @@ from rgalign_ray.loop import audit_stages, environment, plan, summary
 from rgalign_ray.loop.meter import PeakMemory
 from rgalign_ray.loop.stage import RECORDS, Run, Stage
 from rgalign_ray.loop.stages import stages
+from rgalign_ray.loop.tracking import Tracker
 from rgalign_ray.reasoner import models
 
 console = Console(stderr=True)
@@ -48,12 +49,14 @@ def run(config: Config, until: str | None = None) -> Run:
     count = through(stages(config), until) if until else None
     console.print(plan.table(config))
     job = Run(settle(config))
+    tracker = Tracker(job.config)
     if count is not None:
-        run_stages(job, stages(job.config), until=count)
-        return job
-    job = ended(job)
-    run_stages(job, stages(job.config))
-    show(job)
+        run_stages(job, stages(job.config), until=count, tracker=tracker)
+    else:
+        job = ended(job, tracker)
+        run_stages(job, stages(job.config), tracker=tracker)
+        show(job)
+    tracker.end()
     return job
 
 
@@ -70,14 +73,14 @@ def through(sequence: list[Stage], name: str) -> int:
     return found[-1]
 
 
-def ended(job: Run) -> Run:
+def ended(job: Run, tracker: Tracker | None = None) -> Run:
     """The run as it ends, with the rounds that it has; with `early_stop` those are run as far as it takes to know."""
     config = job.config
     for round_ in range(1, config.rounds) if config.early_stop else ():
         sequence = stages(config)
         names = [stage.name for stage in sequence]
         known = names.index(audit_stages.queries_of(round_)) + 1
-        run_stages(job, sequence, until=known)
+        run_stages(job, sequence, until=known, tracker=tracker)
         gain = audit_stages.gain(job, round_).mean
         if gain <= 0:
             console.print(f"[bold]round {round_} is the last[/bold]: the auditor sees {gain:+.4f} in its queries")
@@ -85,7 +88,7 @@ def ended(job: Run) -> Run:
     return job
 
 
-def run_stages(job: Run, sequence: list[Stage], until: int | None = None) -> None:
+def run_stages(job: Run, sequence: list[Stage], until: int | None = None, tracker: Tracker | None = None) -> None:
     """Runs those of a run's stages that are not done, in order; `until` leaves out the later ones."""
     config = job.config
     storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
@@ -96,6 +99,8 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None) -> Non
         head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"
         if is_done(job, stage, key):
             console.print(f"{head} · [dim]done already[/dim]")
+            if tracker:
+                tracker.stage(job.manifest(stage.name))
             continue
         console.print(head)
         storage.keep_only(job.uri(RECORDS), key)  # others are of a try that was killed, under other settings
@@ -104,6 +109,8 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None) -> Non
         manifest = execute(job, stage, key)
         counts = ", ".join(f"{value:,} {name}" for name, value in manifest.rows.items())
         console.print(f"      {progress.clock(manifest.seconds)} · {counts}")
+        if tracker:
+            tracker.stage(manifest)
 
 
 def is_done(job: Run, stage: Stage, key: str) -> bool:

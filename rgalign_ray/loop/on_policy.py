@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, Grpo
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import LearnerTask, Stream
 from rgalign_ray.learner.groups import Judge, Sampler
@@ -171,7 +171,7 @@ class Keeper:
             self.deaths += 1
             if self.deaths > self.settings.retries:
                 raise InfrastructureError(
-                    f"RG-GRPO: sampler {name} died ({str(error).splitlines()[0]}); death {self.deaths}, with "
+                    f"RG-GRPO: sampler {name} died ({first_line(error)}); death {self.deaths}, with "
                     f"rollout.retries = {self.settings.retries}."
                 ) from None
             ray.get(self.stream.lose.remote(name), timeout=self.settings.deadline_s)

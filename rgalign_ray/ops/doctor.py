@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError
+from rgalign_ray.errors import ConfigError, first_line
 from rgalign_ray.loop import plan
 
 PACKAGE = "rgalign_ray"
@@ -225,7 +225,7 @@ def run_folder(config: Config) -> Finding:
             heard = stream.read()
         storage.delete(config.run_uri if new else probe)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return Finding(
             "run folder", "failure", f"{config.run_uri} cannot be written ({reason})", "name another --run-dir"
         )

@@ -34,7 +34,7 @@ import rgalign_ray
 from rgalign_ray import config as configuration
 from rgalign_ray import storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import plan
@@ -54,7 +54,11 @@ RUN, VERB, RUN_DIR, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "
 MAX_NODES = 10_000
 """That Ray's state API lists."""
 ENDED_DEADLINE_S = 30.0
-"""For a job's exit status, after its logs have ended."""
+"""For a job's end, after its logs have ended or it was told to stop."""
+AGENT_DEADLINE_S = 60.0
+"""For a head that has just started to be able to take jobs."""
+NO_AGENT = "No available agent"
+"""What it says until then."""
 ASK_EVERY_S = 0.5
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -103,7 +107,7 @@ def connect(address: str | None) -> Client:
     try:
         return JobSubmissionClient(address)
     except REFUSALS as error:
-        raise InfrastructureError(f"--address {address}: {_sentence(error)}") from None
+        raise InfrastructureError(f"--address {address}: {first_line(error)}") from None
 
 
 def check(client: Client, config: Config) -> None:
@@ -116,7 +120,7 @@ def check(client: Client, config: Config) -> None:
     try:
         found = list_nodes(address=client.get_address(), limit=MAX_NODES, detail=True, raise_on_missing_output=False)
     except RayStateApiException as error:
-        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+        raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
     nodes = [
         plan.Node(node.labels or {}, node.resources_total.get("CPU", 0.0), node.resources_total.get("GPU", 0.0))
         for node in found
@@ -165,20 +169,25 @@ def submit(
                 f"submit: {size:.0f} MB would travel, above {MAX_PACKAGE_MB:.0f}; the largest file is "
                 f"{largest.relative_to(folder)} ({largest.stat().st_size / 1e6:.0f} MB)."
             )
-        try:
-            return client.submit_job(
-                entrypoint=" ".join([*ENTRY, *VERBS[verb], "--config", SETTINGS, "--set", "cluster.address=auto"]),
-                submission_id=f"{named}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
-                runtime_env={"working_dir": folder},
-                metadata={
-                    RUN: config.name,
-                    VERB: verb,
-                    RUN_DIR: config.run_uri,
-                    CONFIG: config.model_dump_json(),
-                },
-            )
-        except REFUSALS as error:
-            raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+        request = {
+            "entrypoint": " ".join([*ENTRY, *VERBS[verb], "--config", SETTINGS, "--set", "cluster.address=auto"]),
+            "submission_id": f"{named}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+            "runtime_env": {"working_dir": folder},
+            "metadata": {
+                RUN: config.name,
+                VERB: verb,
+                RUN_DIR: config.run_uri,
+                CONFIG: config.model_dump_json(),
+            },
+        }
+        until = time.monotonic() + AGENT_DEADLINE_S
+        while True:
+            try:
+                return client.submit_job(**request)
+            except REFUSALS as error:
+                if NO_AGENT not in str(error) or time.monotonic() > until:
+                    raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
+            time.sleep(ASK_EVERY_S)
 
 
 def pack(config: Config, folder: Path) -> list[Path]:
@@ -214,7 +223,7 @@ def listed(client: Client, name: str | None = None) -> list[Job]:
     try:
         found = [_job(details) for details in client.list_jobs() if RUN in (details.metadata or {})]
     except REFUSALS as error:
-        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+        raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
     return sorted((job for job in found if name in (None, job.name)), key=lambda job: job.started)
 
 
@@ -250,12 +259,10 @@ def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:
 
     try:
         asyncio.run(tail())
-        until = time.monotonic() + ENDED_DEADLINE_S
-        while not (job := _job(client.get_job_info(job_id))).over and time.monotonic() < until:
-            time.sleep(ASK_EVERY_S)
+        job = _ended(client, job_id)
     except (aiohttp.ClientError, *REFUSALS) as error:
         raise InfrastructureError(
-            f"--address {client.get_address()}: the cluster does not answer ({_sentence(error)}); the run goes on, "
+            f"--address {client.get_address()}: the cluster does not answer ({first_line(error)}); the run goes on, "
             "or is taken up by the same command."
         ) from None
     if job.exit_code is None and job.status != JobStatus.SUCCEEDED:
@@ -270,11 +277,22 @@ def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:
 
 
 def stop(client: Client, job: Job) -> bool:
-    """Ends a job; what its run has finished stays. Returns whether it was running."""
+    """Ends a job and waits until it has ended; what its run has finished stays.
+
+    Returns:
+        whether it was running.
+
+    Raises:
+        InfrastructureError: when the cluster does not answer, or the job does not end.
+    """
     try:
-        return bool(client.stop_job(job.id))
+        if not client.stop_job(job.id):
+            return False
+        if not _ended(client, job.id).over:
+            raise InfrastructureError(f"{job.id}: told to stop, and still at work after {ENDED_DEADLINE_S:.0f} s.")
+        return True
     except REFUSALS as error:
-        raise InfrastructureError(f"--address {client.get_address()}: {_sentence(error)}") from None
+        raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
 
 
 def resume(client: Client, job: Job, say: Callable[[str], None] = print) -> str:
@@ -300,6 +318,14 @@ def table(found: list[Job]) -> Table:
     return shown
 
 
+def _ended(client: Client, job_id: str) -> Job:
+    """The job once it has ended, or as it is when the deadline has passed."""
+    until = time.monotonic() + ENDED_DEADLINE_S
+    while not (job := _job(client.get_job_info(job_id))).over and time.monotonic() < until:
+        time.sleep(ASK_EVERY_S)
+    return job
+
+
 def _job(details: JobDetails) -> Job:
     metadata = details.metadata or {}
     return Job(
@@ -313,8 +339,3 @@ def _job(details: JobDetails) -> Job:
         started=(details.start_time or 0) / 1000,
         ended=details.end_time / 1000 if details.end_time else None,
     )
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

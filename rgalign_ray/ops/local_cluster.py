@@ -157,7 +157,7 @@ def _start(arguments: list[str], log: Path) -> psutil.Process:
 def _wait(node: psutil.Process, log: Path, dashboard: str, nodes: int) -> None:
     """Until the dashboard answers and tells of so many nodes."""
     until = time.monotonic() + START_DEADLINE_S
-    while not (_answers(f"{dashboard}/api/version") and (nodes == 1 or _alive(dashboard) >= nodes)):
+    while not (_answers(f"{dashboard}/api/version") and _alive(dashboard) >= nodes):
         if node.status() == psutil.STATUS_ZOMBIE or time.monotonic() > until:
             told = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
             down()
@@ -166,9 +166,14 @@ def _wait(node: psutil.Process, log: Path, dashboard: str, nodes: int) -> None:
 
 
 def _alive(dashboard: str) -> int:
+    """How many nodes can be given work: the dashboard answers before the head's own has told what it has."""
     from ray.util.state import list_nodes  # after `environment.token`: ray reads the mode as it is imported
+    from ray.util.state.exception import RayStateApiException
 
-    return sum(node.state == "ALIVE" for node in list_nodes(address=dashboard))
+    with suppress(RayStateApiException):
+        found = list_nodes(address=dashboard)
+        return sum(node.state == "ALIVE" and bool((node.resources_total or {}).get("CPU")) for node in found)
+    return 0
 
 
 def _answers(url: str) -> bool:

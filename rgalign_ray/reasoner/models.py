@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgalign_ray import config, storage
-from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -87,7 +87,7 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype, use_safetensors=True)
     except OSError as error:
-        raise ConfigError(f"reasoner.model: cannot load '{settings.model}' ({str(error).splitlines()[0]}).") from None
+        raise ConfigError(f"reasoner.model: cannot load '{settings.model}' ({first_line(error)}).") from None
     return model.eval()
 
 

@@ -37,7 +37,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rgalign_ray import config, ray_metrics, schema, storage
-from rgalign_ray.errors import DataError, InfrastructureError, UserError
+from rgalign_ray.errors import DataError, InfrastructureError, UserError, first_line
 from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
@@ -246,7 +246,7 @@ class RolloutPool:
         except (RayActorError, WorkerCrashedError) as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise  # it raised before its first unit, and every other one would
-            self._lose(member, f"died ({str(error).splitlines()[0]})", finished)
+            self._lose(member, f"died ({first_line(error)})", finished)
             return False
         except RayTaskError as error:
             if isinstance(error.cause, (UserError, InfrastructureError)):

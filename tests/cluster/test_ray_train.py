@@ -20,15 +20,16 @@ from rgalign_ray.ranker.group import Group
 
 
 def dies(argument: dict[str, Any]) -> float:
-    """Rank 1 dies in its first tries, at once or after both have met; rank 0 waits for it."""
+    """Rank 1 dies in its first tries: at once in some, in the others after both have met; rank 0 waits for it."""
     rank, tries = ray.train.get_context().get_world_rank(), Path(argument["tries"])
     if rank == 1:
         with tries.open("a") as file:
             file.write(".")
-    if argument["met"]:
-        Group().sum(np.ones(1))
-        ray.train.report({})
-    if rank == 1 and len(tries.read_text()) <= argument["deaths"]:
+        if len(tries.read_text()) <= argument["at_start"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Group().sum(np.ones(1))
+    ray.train.report({})
+    if rank == 1 and len(tries.read_text()) <= argument["at_start"] + argument["later"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return float(Group().sum(np.ones(1))[0])
 
@@ -36,14 +37,16 @@ def dies(argument: dict[str, Any]) -> float:
 def raises(argument: dict[str, Any]) -> None:
     """Rank 1 has a bug, which ends rank 0's connection too."""
     if ray.train.get_context().get_world_rank() == 1:
+        with Path(argument["tries"]).open("a") as file:
+            file.write(".")
         raise ValueError("a bug")
     Group().sum(np.ones(1))
 
 
-def run(worker: Any, folder: Path, retries: int, deaths: int = 0, met: bool = True) -> Any:
+def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0) -> Any:
     return ray_train.run(
         worker,
-        {"tries": str(folder / "tries"), "deaths": deaths, "met": met},
+        {"tries": str(folder / "tries"), "at_start": at_start, "later": later},
         Trained(retries=retries),
         section="ranker",
         torch_config=TorchConfig(backend="gloo"),
@@ -53,20 +56,20 @@ def run(worker: Any, folder: Path, retries: int, deaths: int = 0, met: bool = Tr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("met", [True, False])
-def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_path: Path, met: bool) -> None:
+def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"ranker: a training process died 2 times, with ranker\.retries = 1"):
-        run(dies, tmp_path, retries=1, deaths=9, met=met)
-    assert (tmp_path / "tries").read_text() == ".."
+        run(dies, tmp_path, retries=1, at_start=1, later=9)
+    assert (tmp_path / "tries").read_text() == "..", "deaths of both kinds count"
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_as_it_starts_is_started_again(ray_cluster: object, tmp_path: Path) -> None:
-    assert run(dies, tmp_path, retries=1, deaths=1, met=False) == 2.0
-    assert (tmp_path / "tries").read_text() == ".."
+def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path) -> None:
+    assert run(dies, tmp_path, retries=2, at_start=1, later=1) == 2.0
+    assert (tmp_path / "tries").read_text() == "..."
 
 
 @pytest.mark.slow
 def test_a_bug_keeps_its_traceback(ray_cluster: object, tmp_path: Path) -> None:
     with pytest.raises(WorkerGroupError, match="ValueError: a bug"):
-        run(raises, tmp_path, retries=0)
+        run(raises, tmp_path, retries=2)
+    assert len((tmp_path / "tries").read_text()) == 1, "it is not tried again"

@@ -55,7 +55,7 @@ def test_a_round_without_gain_is_the_last(
 ) -> None:
     reached: list[int] = []
 
-    def make(job: Run, sequence: list[Stage], until: int | None = None) -> None:
+    def make(job: Run, sequence: list[Stage], until: int | None = None, tracker: None = None) -> None:
         assert until is not None
         round_ = int(sequence[until - 1].name.removeprefix("audited_"))
         assert not any(stage.name == f"rankers_{round_}" for stage in sequence[:until]), "known before it is needed"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobType
+from ray.util.state.exception import ServerUnavailable
 from typer.testing import CliRunner
 
 from rgalign_ray import cli, config
@@ -117,6 +119,35 @@ def test_a_run_goes_on_with_the_settings_it_had(tmp_path: Path) -> None:
     assert client.taken[1]["entrypoint"] == client.taken[0]["entrypoint"]
 
 
+def test_stopping_waits_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster answers at once and ends the job later: a run that is resumed in between would be refused."""
+    asked = 0
+
+    class Ending(Client):
+        def stop_job(self, job_id: str) -> bool:
+            return not self.get_job_info(job_id).status.is_terminal()
+
+        def get_job_info(self, job_id: str) -> JobDetails:
+            nonlocal asked
+            asked += 1
+            if asked > 3:
+                self.known[0] = self.known[0].model_copy(update={"status": JobStatus.STOPPED})
+            return super().get_job_info(job_id)
+
+    monkeypatch.setattr(jobs, "ASK_EVERY_S", 0.0)
+    client = Ending()
+    jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    assert jobs.stop(client, jobs.latest(client, "shop"))
+    assert jobs.resume(client, jobs.latest(client, "shop"), say=quiet)
+    assert asked > 3
+
+    client.known[0] = client.known[-1]
+    monkeypatch.setattr(jobs, "ENDED_DEADLINE_S", 0.0)
+    asked = -9
+    with pytest.raises(InfrastructureError, match="told to stop, and still at work after 0 s"):
+        jobs.stop(client, jobs.latest(client, "shop"))
+
+
 def test_a_jobs_id_can_stand_in_an_address(tmp_path: Path) -> None:
     made = jobs.submit(Client(), "loop", settings(tmp_path, name="week 3/shop?"), say=quiet)
     assert made.startswith("week-3-shop--loop-")
@@ -136,6 +167,20 @@ def test_a_cluster_that_does_not_take_it_is_one_sentence(tmp_path: Path, failure
     with pytest.raises(InfrastructureError, match=r"^--address http://there: (gone|500|no)") as met:
         jobs.submit(Client(fails=failure), "loop", settings(tmp_path), say=quiet)
     assert "\n" not in str(met.value)
+
+
+def test_a_head_that_has_just_started_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(fails=RuntimeError("status code 500: No available agent to submit job, please try again later."))
+    monkeypatch.setattr(jobs, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(jobs, "AGENT_DEADLINE_S", 0.05)
+    with pytest.raises(InfrastructureError, match="No available agent"):
+        jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+
+    def ready(seconds: float) -> None:
+        client.fails = None
+
+    monkeypatch.setattr(jobs.time, "sleep", ready)
+    assert jobs.submit(client, "loop", settings(tmp_path), say=quiet) == client.known[-1].submission_id
 
 
 @pytest.mark.parametrize(
@@ -182,6 +227,19 @@ def test_a_cluster_whose_head_died_is_not_up(monkeypatch: pytest.MonkeyPatch, tm
     assert local_cluster.running() is None, "another process has the id by now"
     assert local_cluster.down() == 0, "and is left alone"
     assert not local_cluster.record().exists()
+
+
+def test_a_node_counts_once_it_can_be_given_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dashboard answers before its own node has told what it has, and jobs were refused then."""
+    told: list[Any] = [ServerUnavailable, [], [("ALIVE", {})], [("ALIVE", {"CPU": 2.0}), ("DEAD", {"CPU": 2.0})]]
+
+    def listed(address: str) -> list[SimpleNamespace]:
+        if not isinstance(found := told.pop(0), list):
+            raise found
+        return [SimpleNamespace(state=state, resources_total=has) for state, has in found]
+
+    monkeypatch.setattr("ray.util.state.list_nodes", listed)
+    assert [local_cluster._alive("http://there") for _ in range(len(told))] == [0, 0, 0, 1]
 
 
 def test_table_of_jobs() -> None:
