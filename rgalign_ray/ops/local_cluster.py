@@ -111,7 +111,9 @@ def up(
         for number in range(nodes):
             log = folder / f"node_{number}.log"
             arguments = head if number == 0 else [f"--address={cluster.address}"]
-            process = _start([*arguments, f"--num-cpus={cpus}"], log)
+            # Ray's own choice is one number for all nodes and clusters of a machine; without it a node takes no jobs
+            agent = f"--dashboard-agent-listen-port={free_port()}"
+            process = _start([*arguments, f"--num-cpus={cpus}", agent], log)
             cluster.nodes.append(Node(process.pid, process.create_time()))
             record().write_text(json.dumps(asdict(cluster)))
             _wait(process, log, cluster.dashboard, number + 1)
@@ -184,6 +186,13 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

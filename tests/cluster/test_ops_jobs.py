@@ -74,7 +74,8 @@ def kill_the_head() -> None:
     psutil.wait_procs([head], timeout=30)
 
 
-def test_a_run_survives_its_cluster(store: None, tmp_path: Path) -> None:
+def test_a_run_survives_its_cluster(ray_cluster: object, store: None, tmp_path: Path) -> None:
+    """Beside another Ray of the same machine, which has the ports that Ray takes by itself."""
     quiet = str(tmp_path / "quiet")
     done("loop", "--until", LAST, *SETTINGS, "--run-dir", quiet)
     told = done("cluster", "up")

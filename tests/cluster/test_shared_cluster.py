@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from rgalign_ray import storage
+from rgalign_ray.ops.local_cluster import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -35,16 +37,20 @@ SETTINGS = {
 }
 
 
+def of(cpus: int, labels: dict[str, str]) -> dict[str, Any]:
+    """A node; the port is of its own, since another Ray of this machine has the usual one."""
+    return {"num_cpus": cpus, "labels": labels, "include_dashboard": True, "dashboard_agent_listen_port": free_port()}
+
+
 @pytest.fixture
-def cluster() -> Iterator[tuple[Cluster, str]]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, str]]:
     """Three nodes, one for each kind of work, and where jobs are submitted."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = {"num_cpus": 4, "labels": REWARD, "include_dashboard": True, "dashboard_port": port}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=2, labels=LEARNER)
-    made.add_node(num_cpus=1, labels=ROLLOUT)
+    # a job's python is the first that its node finds
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    port = free_port()
+    made = Cluster(initialize_head=True, head_node_args=of(4, REWARD) | {"dashboard_port": port})
+    made.add_node(**of(2, LEARNER))
+    made.add_node(**of(1, ROLLOUT))
     made.wait_for_nodes()
     yield made, f"http://127.0.0.1:{port}"
     made.shutdown()
@@ -95,8 +101,8 @@ def test_nodes_come_and_go_under_two_runs(cluster: tuple[Cluster, str], tmp_path
         submitted = rgalign("submit", "loop", "--config", "smoke", *overrides, "--no-wait")
         assert submitted.returncode == 0, submitted.stderr
     old = nodes.list_all_nodes()[-1]
-    until(lambda: sampling_on(old.node_id), DEADLINE_S, state("first"))
-    new = nodes.add_node(num_cpus=1, labels=ROLLOUT)
+    until(lambda: sampling_on(old.node_id), DEADLINE_S, "the node that is there is used")
+    new = nodes.add_node(**of(1, ROLLOUT))
     until(lambda: sampling_on(new.node_id), JOINING_S, "a node that joins is used")
     nodes.remove_node(old, allow_graceful=False)
 

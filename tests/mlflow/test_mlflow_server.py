@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,7 @@ import pytest
 from rgalign_ray import config, storage
 from rgalign_ray.loop import controller
 from rgalign_ray.loop.tracking import METRICS_A_REQUEST, Tracker
+from rgalign_ray.ops.local_cluster import free_port
 
 PROGRAM = os.environ.get("RGALIGN_MLFLOW")
 """The `mlflow` of that environment."""
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="MLflow has an environme
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     process = subprocess.Popen(
         [str(PROGRAM), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store],
