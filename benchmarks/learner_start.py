@@ -66,7 +66,7 @@ def one(way: str, folder: str, times: str) -> None:
 
 def _fit(out: Path) -> Callable[[LearnerTask], object]:
     from rgalign_ray.learner import training
-    from rgalign_ray.loop.controller import connect
+    from rgalign_ray.loop.connection import connect
 
     connect(config.Config(cluster=config.Cluster(num_cpus=2, object_store_mb=256)))
     return lambda task: training.fit(task, 1, str(out / "train"), Path(task.out).parent.name)

@@ -222,9 +222,9 @@ def _fit(path: str, log: str) -> dict[str, Any]:
 
 
 def _connect() -> None:
-    from rgalign_ray.loop import controller
+    from rgalign_ray.loop import connection
 
-    controller.connect(config.load("demo", [f"cluster.num_cpus={CPUS}"]))
+    connection.connect(config.load("demo", [f"cluster.num_cpus={CPUS}"]))
 
 
 def _scan(log: str, names: list[str], roles: tuple[str, ...]) -> Iterator[pa.Table]:

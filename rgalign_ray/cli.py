@@ -90,6 +90,15 @@ def compare(
 
 
 @app.command()
+def serve(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
+    """Serve a run's frozen pair over HTTP, until Ctrl-C."""
+    settings = _prepared(config, override, run_dir)
+    from rgalign_ray.serve.app import run
+
+    run(settings)
+
+
+@app.command()
 def sweep(
     over: Annotated[str, typer.Option(metavar="KEY=V1,V2,…", help="A setting and its values.")],
     control: Annotated[str | None, typer.Option(help="One of the values, at which nothing should be gained.")] = None,

@@ -583,6 +583,36 @@ class Cluster(Settings):
     not refused."""
 
 
+class Serve(Settings):
+    """The online service of a run's frozen pair."""
+
+    host: str = "127.0.0.1"
+    """Address that is listened on; this machine alone, unless another is named."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    round: Annotated[int, Field(ge=0)] | None = None
+    """Of the run; None: the last. 0 is the ranker with the frozen reasoner."""
+    budget_ms: Positive = 250.0
+    """Within which an answer is given: the reasoner is waited for as long as the ranker still has its part."""
+    ranker_ms: Positive = 50.0
+    """That part."""
+    batch: Count = 32
+    """Sessions that a model reads at once, at most."""
+    batch_wait_ms: Annotated[float, Field(ge=0.0)] = 2.0
+    """How long a model waits for more of them."""
+    gateways: Count = 1
+    reasoners: Count = 1
+    rankers: Count = 1
+    """Replicas of each."""
+    cpus_per_replica: Positive = 0.3
+    reasoner_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    max_queued: Count = 200
+    """Requests that wait for a gateway, beyond which others are told to come back (429)."""
+    max_body_bytes: Count = 1_000_000
+    explore_temperature: Positive | None = None
+    """Draw what is shown from the scores divided by it (Plackett–Luce), with the probability of every place in the
+    answer; None: the best. Clicks on what is always the best cannot be evaluated off-policy."""
+
+
 class Tracking(Settings):
     """Who is told of a run's figures as its stages end, beside `figures.jsonl` in its run directory."""
 
@@ -637,6 +667,7 @@ class Config(Settings):
     compare: Compare = Compare()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
+    serve: Serve = Serve()
 
     @property
     def run_uri(self) -> str:

@@ -20,7 +20,7 @@ from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import DECIDES, SCORED
-from rgalign_ray.loop.rank_stages import engine_spec, reasoner_stage
+from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written

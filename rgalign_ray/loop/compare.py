@@ -27,6 +27,7 @@ from rgalign_ray.evaluate.ladder import Rung, TestSessions
 from rgalign_ray.logs.roles import align_roles
 from rgalign_ray.loop import (
     alignments,
+    connection,
     controller,
     evaluate_stages,
     judge_stages,
@@ -101,7 +102,7 @@ def prepare(jobs: list[Run], rows: list[RowName]) -> None:
             controller.console.print(f"[bold]seed {job.config.seed}, alignment: {name}[/bold]")
             aligned = alignments.run_of(job, name)
             controller.run_stages(aligned, alignments.aligning(job, name))
-    controller.connect(jobs[0].config)
+    connection.connect(jobs[0].config)
 
 
 def preparation(config: Config, rows: list[RowName]) -> list[Stage]:

@@ -17,7 +17,7 @@ from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import sentence_engine
+from rgalign_ray.loop.readers import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.reasoner.engine import Prompts

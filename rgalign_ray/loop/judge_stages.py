@@ -17,7 +17,8 @@ from rgalign_ray.config import Config, Rollout, Teacher
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import round_sessions
 from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
-from rgalign_ray.loop.rank_stages import engine_spec, judge_names, reasoner_stage
+from rgalign_ray.loop.rank_stages import judge_names
+from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor

@@ -15,6 +15,7 @@ from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import align_roles
+from rgalign_ray.loop.readers import engine_spec, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
@@ -110,19 +111,6 @@ def judge_names(config: Config) -> list[list[str]]:
     return [[f"judge_{seed}" if seed else "qe_rec"] for seed in seeds]
 
 
-def reasoner_stage(config: Config, round_: int) -> str | None:
-    """The stage whose artefact is reasoner r: the last objective of its round; None for the base model."""
-    return f"align_{round_}_{config.align[-1]}" if round_ > 0 and config.align else None
-
-
-def engine_spec(run: Run, round_: int) -> EngineSpec:
-    """How to start reasoner r where sessions are read: by transformers, since vLLM gives no hidden states."""
-    stage = reasoner_stage(run.config, round_)
-    config = run.config
-    reasoner = config.reasoner.model_copy(update={"engine": "transformers"})
-    return EngineSpec(reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
-
-
 SENTENCE_SETTINGS = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")
 """What decides how a sentence encoder reads texts."""
 
@@ -152,10 +140,6 @@ def sentence_stages(config: Config) -> list[Stage]:
             units=True,
         ),
     ]
-
-
-def sentence_engine(config: Config) -> EngineSpec:
-    return EngineSpec(config.compare.encoder, config.compare.max_text_tokens, None)
 
 
 def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:

@@ -10,5 +10,6 @@ VERBS: dict[str, tuple[str, ...]] = {
     "evaluate": ("loop", "--until", "evaluation"),
     "loop": ("loop",),
     "compare": ("compare",),
+    "serve": ("serve",),
 }
 """By the name of the job, a verb of `rgalign` with what it is told."""

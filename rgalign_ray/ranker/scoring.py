@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import MODELS, SCORE_BATCH, score_rows
@@ -43,6 +43,10 @@ class Meta(BaseModel):
     figures: dict[str, Any] = {}
     version: str = ""
     """Hash of the weights, filled in by `save`."""
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        return FeatureSpec.model_validate(self.space["spec"])
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,24 @@ def save(model: Ranker, uri: str, meta: Meta) -> Meta:
     return meta
 
 
+def load_meta(uri: str) -> Meta:
+    """What the ranker of an artefact is, without its weights.
+
+    Raises:
+        DataError: where there is no ranker.
+    """
+    if not storage.exists(storage.join(uri, META)):
+        raise DataError(f"{uri}: no {META} here, so this is not a ranker.")
+    return Meta.model_validate(storage.read_json(storage.join(uri, META)))
+
+
 def load(uri: str) -> LoadedRanker:
     """The ranker of an artefact, frozen.
 
     Raises:
         DataError: where there is no ranker, or its weights or feature space are not of the version it names.
     """
-    if not storage.exists(storage.join(uri, META)):
-        raise DataError(f"{uri}: no {META} here, so this is not a ranker.")
-    meta = Meta.model_validate(storage.read_json(storage.join(uri, META)))
+    meta = load_meta(uri)
     fs, path = storage.filesystem(storage.join(uri, WEIGHTS))
     with fs.open_input_stream(path) as stream:
         weights = stream.read()

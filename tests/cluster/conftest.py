@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from rgalign_ray.config import Cluster, Config
-from rgalign_ray.loop.controller import connect
+from rgalign_ray.loop.connection import connect
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rgalign_ray import config, schema, storage
 from rgalign_ray.learner.engine import LearnerTask
-from rgalign_ray.loop import controller
+from rgalign_ray.loop import connection
 
 REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=4, upper_layers=1.0))
 STEPS = 12
@@ -49,7 +49,7 @@ def task(folder: Path) -> LearnerTask:
 
 
 def main(folder: Path) -> None:
-    controller.connect(config.Config(cluster=config.Cluster(num_cpus=2, object_store_mb=256)))
+    connection.connect(config.Config(cluster=config.Cluster(num_cpus=2, object_store_mb=256)))
     from rgalign_ray.learner import training
 
     figures = training.fit(task(folder), STEPS, str(folder / TRAIN), "sft", checkpoint_every_s=0.0)

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from rgalign_ray import config
 from rgalign_ray.config import Config
-from rgalign_ray.loop import controller
+from rgalign_ray.loop import connection
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample
 from rgalign_ray.rollout.pool import RolloutPool
 from rgalign_ray.rollout.worker import Instruction, Unit
@@ -52,7 +52,7 @@ def main(folder: Path, dies: bool) -> None:
     nodes = [cluster.add_node(num_cpus=1, labels=LABELS) for _ in range(2)]
     cluster.wait_for_nodes()
     rollout = config.Rollout(n=2, workers=4, cpus_per_worker=0.5, node_labels=LABELS, deadline_s=120.0)
-    controller.connect(Config(cluster=config.Cluster(address=cluster.address), rollout=rollout))
+    connection.connect(Config(cluster=config.Cluster(address=cluster.address), rollout=rollout))
     (folder / "notes").mkdir(parents=True)
     pool = RolloutPool(
         rollout,

@@ -22,7 +22,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", [*ENDS, "loop", "compare"])
+@pytest.mark.parametrize("name", [*ENDS, "loop", "compare", "serve"])
 @pytest.mark.parametrize("address", [None, "10.0.0.5:6379"])
 def test_a_job_passes_its_arguments_to_its_verb(
     name: str, address: str | None, monkeypatch: pytest.MonkeyPatch
@@ -35,7 +35,7 @@ def test_a_job_passes_its_arguments_to_its_verb(
     runpy.run_module(f"jobs.{name}", run_name="__main__")
     joined = ["--set", "cluster.address=auto"] if address else []
     until = ["--until", *sys.argv[3:4]] if name in ENDS else []
-    assert sys.argv[1:] == ["compare" if name == "compare" else "loop", *until, *joined, "--config", "smoke"]
+    assert sys.argv[1:] == [name if name in ("compare", "serve") else "loop", *until, *joined, "--config", "smoke"]
     if until:
         sequence = stages(config.load("smoke"))
         assert sequence[controller.through(sequence, until[1]) - 1].name == ENDS[name]

@@ -1,0 +1,113 @@
+"""What the service takes and returns, field by field; its OpenAPI document is made of these."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Text = Annotated[str, StringConstraints(max_length=4000)]
+Scalar = str | bool | int | float | None
+Path = Literal["store", "live", "null"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Event(Strict):
+    """Something the user did before the entry."""
+
+    event: Annotated[Id, Field(examples=["view_tracking"])]
+    """Its name, as the log has it."""
+    text: Text | None = None
+    """Words that go with it, as a search or a chat line."""
+    ts: datetime
+    """When; UTC where no zone is given. Events after the session's own time are not read."""
+
+
+class Session(Strict):
+    """The situation of a user as the chat opens."""
+
+    user_id: Id
+    region: Annotated[Id, Field(examples=["SG"])]
+    ts: datetime | None = None
+    """Time of the entry; UTC where no zone is given, and now where none is."""
+    history: Annotated[list[Event], Field(max_length=500)] = []
+    """In any order."""
+    features: Annotated[
+        dict[str, Scalar | list[Scalar]], Field(examples=[{"order_tab": "To Receive", "order_status": "delayed"}])
+    ] = {}
+    """Columns of the log that the feature spec or the prompt reads; one that is left out counts as missing."""
+
+
+class RankRequest(Strict):
+    session: Session
+    candidates: Annotated[list[Id], Field(min_length=1, max_length=10_000)] | None = None
+    """Intents to choose from; none: the whole knowledge base."""
+    k: Annotated[int, Field(ge=1, le=100)] = 3
+    """How many to return."""
+    path: Literal["auto"] | Path = "auto"
+    """Force the way to the latent query, for tests; auto: the first of store, live and null that is there in time."""
+    explain: bool = False
+    """Write the latent query down, on the live path: some hundred milliseconds on CPUs."""
+    request_id: Id | None = None
+    """Comes back, and is what feedback names; none: one is made."""
+
+
+class RankedIntent(Strict):
+    intent_id: str
+    title: str
+    score: float
+    """The ranker's, comparable within one answer."""
+    propensity: float
+    """Probability that this intent was put at this place, given those above it; 1 without exploration."""
+
+
+class RankResponse(Strict):
+    request_id: str
+    intents: list[RankedIntent]
+    """The best first."""
+    latent_query: str | None
+    """What the reasoner takes the user to be about to ask, where it was written down."""
+    version: str
+    """Of the pair that answered: reasoner and ranker."""
+    path: Path
+    """store: a vector kept for the user; live: the reasoner read the session; null: the ranker alone."""
+    timings_ms: dict[str, float]
+    """Milliseconds by stage: read, reasoner, ranker, total."""
+
+
+class BatchRequest(Strict):
+    requests: Annotated[list[RankRequest], Field(min_length=1, max_length=256)]
+
+
+class BatchResponse(Strict):
+    responses: list[RankResponse]
+    """In the order of the requests."""
+
+
+class ServedVersion(Strict):
+    version: str
+    reasoner: str
+    ranker: str
+    round: int
+    """Of the run it comes from; 0 is the frozen reasoner."""
+    intents: int
+    features: list[str]
+    """Columns that a session may give."""
+
+
+class Refusal(Strict):
+    """What is wrong with a request, and where."""
+
+    field: str
+    """As in session.features.hour; empty where it is no field."""
+    message: str
+
+
+def naive(moment: datetime) -> datetime:
+    """The time in UTC, without its zone, as logs hold it."""
+    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment

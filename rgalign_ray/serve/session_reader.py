@@ -1,0 +1,91 @@
+"""Requests as rows of the very table that training read: the same columns, the same types, the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rgalign_ray import storage
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.schema import SESSIONS
+from rgalign_ray.serve import api
+
+GIVEN = ("region", "ts", "history")
+"""Columns that a session has fields of its own for."""
+Row = dict[str, Any]
+
+
+class SessionError(Exception):
+    """A request that names something wrongly."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
+
+
+class SessionReader:
+    """Makes rows of requests, and tables and session texts of rows.
+
+    Args:
+        sessions_uri: the artefact whose sessions the pair was trained on; its schema is the service's.
+        spec: feature columns.
+        template: of the prompt.
+    """
+
+    def __init__(self, sessions_uri: str, spec: FeatureSpec, template: Template) -> None:
+        self.template = template
+        found = _schema(sessions_uri)
+        names = dict.fromkeys([*spec.columns, *template.columns, *GIVEN])
+        self.schema = pa.schema([(name, found.field(name).type) for name in names])
+        self.features = [name for name in self.schema.names if name not in GIVEN]
+
+    def row(self, session: api.Session, where: str = "session") -> Row:
+        """The columns of one session.
+
+        Raises:
+            SessionError: for a feature that is none, or that is of a wrong type, by the name of its field.
+        """
+        for name, value in session.features.items():
+            place = f"{where}.features.{name}"
+            if name not in self.features:
+                raise SessionError(place, "no feature of this model; /v1/models lists them")
+            kind = self.schema.field(name).type
+            if isinstance(value, str) and pa.types.is_list(kind):  # Arrow would take its letters for a list
+                raise SessionError(place, f"must be of type {kind}")
+        ts = api.naive(session.ts or datetime.now(UTC))
+        history = sorted(session.history, key=lambda each: api.naive(each.ts))
+        events = [{"event": each.event, "text": each.text, "ts": api.naive(each.ts)} for each in history]
+        row: Row = dict.fromkeys(self.features) | session.features
+        row |= {"region": session.region, "ts": ts, "history": events}
+        try:
+            self.table([row])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            for name in self.features:
+                field = self.schema.field(name)
+                try:
+                    pa.array([row[name]], field.type)
+                except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+                    raise SessionError(f"{where}.features.{name}", f"must be of type {field.type}") from None
+            raise
+        return row
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(list(rows), schema=self.schema)
+
+    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the reasoner reads of each."""
+        return self.template.sessions(self.table(rows))
+
+
+def _schema(sessions_uri: str) -> pa.Schema:
+    """Of the sessions' files, with the partition columns that stand in their folders' names."""
+    file = storage.list_files(storage.join(sessions_uri, "sessions"), ".parquet")[0]
+    fs, path = storage.filesystem(file)
+    found = pq.read_schema(path, filesystem=fs)
+    missing = [field for field in (SESSIONS.field("region"),) if found.get_field_index(field.name) < 0]
+    return pa.schema([*found, *missing])
