@@ -28,13 +28,15 @@ from rgalign_ray.serve import api, app
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 SESSIONS = 40
+TOLERANCE = 1e-4
+"""Sessions are read in batches of other widths than evaluation's."""
 
 
 @pytest.fixture(scope="module")
 def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run with a first ranker, as its user serves it: under other settings of the service."""
     folder = tmp_path_factory.mktemp("served")
-    settings = config.load("smoke", ["world.sessions=900", "ranker.epochs=1", f"run_dir={folder}"])
+    settings = config.load("smoke", ["world.sessions=900", "ranker.epochs=2", f"run_dir={folder}"])
     controller.run(settings, until="rankers_0")
     return config.changed(settings, {"serve.round": 0, "serve.port": free_port(), "serve.batch_wait_ms": 20.0})
 
@@ -104,11 +106,11 @@ def test_scores_are_those_of_evaluation(
         answers = list(pool.map(lambda body: call(f"{address}/v1/rank", body), bodies(log, model["features"], path)))
     for answer, expected in zip(answers, scores[path], strict=True):
         found = {intent["intent_id"]: intent["score"] for intent in answer["intents"]}
-        np.testing.assert_allclose([found[intent] for intent in ids], expected, atol=5e-3)
+        np.testing.assert_allclose([found[intent] for intent in ids], expected, atol=TOLERANCE)
         assert answer["path"] == path and answer["version"] == model["version"]
     assert [answer["request_id"] for answer in answers] == log["session_id"].to_pylist()
     if path == "live":
-        assert np.abs(scores["live"] - scores["null"]).max() > 0.05, "the query is read"
+        assert np.abs(scores["live"] - scores["null"]).max() > 10 * TOLERANCE, "the query is read"
 
 
 def test_a_wrong_field_is_named_over_http(address: str) -> None:
