@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -110,7 +111,11 @@ def up(
     with progress.track("starting", nodes, "nodes") as advance:
         for number in range(nodes):
             log = folder / f"node_{number}.log"
-            arguments = head if number == 0 else [f"--address={cluster.address}"]
+            if number == 0:
+                arguments = head
+            else:  # nodes that share a folder unpack a job's code over each other, while it runs
+                own = tempfile.mkdtemp(prefix=f"ray-node-{number}-")
+                arguments = [f"--address={cluster.address}", f"--temp-dir={own}"]
             # Ray's own choice is one number for all nodes and clusters of a machine; without it a node takes no jobs
             agent = f"--dashboard-agent-listen-port={free_port()}"
             process = _start([*arguments, f"--num-cpus={cpus}", agent], log)

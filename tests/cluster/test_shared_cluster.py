@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +39,9 @@ SETTINGS = {
 
 
 def of(cpus: int, labels: dict[str, str]) -> dict[str, Any]:
-    """A node; the port is of its own, since another Ray of this machine has the usual one."""
-    return {"num_cpus": cpus, "labels": labels, "include_dashboard": True, "dashboard_agent_listen_port": free_port()}
+    """A node with what it shares with no other: the port for jobs, and the folder that their code is unpacked in."""
+    own = {"dashboard_agent_listen_port": free_port(), "temp_dir": tempfile.mkdtemp(prefix="ray-node-")}
+    return {"num_cpus": cpus, "labels": labels, "include_dashboard": True, **own}
 
 
 @pytest.fixture
@@ -88,6 +90,7 @@ def test_nodes_come_and_go_under_two_runs(cluster: tuple[Cluster, str], tmp_path
         return shown.stdout
 
     def sampling_on(node: str) -> bool:
+        assert "failed" not in state("first") + state("second"), rgalign("logs", "first").stdout[-3000:]
         return bool(
             list_actors(
                 address=address,
