@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -17,6 +20,8 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import InfrastructureError
@@ -39,7 +44,8 @@ def run(
     """Runs `worker(argument)` in `settings.workers` processes and returns what rank 0 returns.
 
     When a process dies, all start again, up to `settings.retries` times; `ray.train.get_checkpoint` gives them what
-    was last reported, also to a later run of the same name. What a worker raises ends the run at once.
+    was last reported, also to a later run of the same name. What a worker raises ends the run at once. As long as the
+    cluster has no room for the processes, they are waited for, and every minute a line says so.
 
     Args:
         worker: a function of a module.
@@ -53,9 +59,11 @@ def run(
 
     Raises:
         InfrastructureError: when processes died more often than that.
+        KeyboardInterrupt: at Ctrl-C, when the processes have ended.
         ray.train.TrainingFailedError: when the worker raised.
     """
     fs, path = storage.filesystem(storage_uri)
+    resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
 
     def attempt() -> Any:
         return TorchTrainer(
@@ -66,7 +74,7 @@ def run(
                 num_workers=settings.workers,
                 use_gpu=settings.use_gpu,
                 label_selector=settings.node_labels or None,
-                resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
+                resources_per_worker=resources,
             ),
             run_config=RunConfig(
                 logging_config=LoggingConfig(log_level="ERROR"),
@@ -74,7 +82,8 @@ def run(
                 storage_path=path,
                 storage_filesystem=fs,
                 # deaths are counted here: Ray Train counts none of those that happen while the workers start
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                callbacks=[_Placement()],
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
             **trainer,
@@ -83,9 +92,15 @@ def run(
     deaths = 0
     while True:
         try:
-            return attempt().return_value
+            with _interruptible():
+                return attempt().return_value
         except (ControllerError, WorkerGroupError) as error:
             met = [error.controller_failure] if isinstance(error, ControllerError) else error.worker_failures.values()
+            if any(isinstance(each, WorkerGroupStartupTimeoutError) for each in met):
+                needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+                waits = f"  {section}: waits for {settings.workers} processes' room on the cluster, {needs} each"
+                print(waits, file=sys.stderr, flush=True)
+                continue
             if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise
             deaths += 1
@@ -99,4 +114,35 @@ def run(
 
 
 def _died(failure: BaseException) -> bool:
-    return isinstance(getattr(failure, "health_check_failure", failure), RayActorError)
+    return isinstance(getattr(failure, "health_check_failure", failure), (RayActorError, WorkerGroupStartupFailedError))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train takes Ctrl-C to itself: it ends the process with status 0, and it does so long after its run."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
+
+
+class _Placement(WorkerGroupCallback, ControllerCallback):
+    """Gives back what a group held that dies between its start and its first step.
+
+    Ray Train forgets its placement group then, and Ray keeps it until the driver ends: the next group would wait for
+    these CPUs for ever.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.handle = worker_group.get_worker_group_state().placement_group_handle
+
+    async def before_controller_shutdown(self) -> None:
+        if self.handle is not None:
+            self.handle.shutdown()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import ray.train
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig
@@ -43,10 +45,18 @@ def raises(argument: dict[str, Any]) -> None:
     Group().sum(np.ones(1))
 
 
+def interrupts(argument: dict[str, Any]) -> None:
+    """Ctrl-C at the driver, while both ranks are at work."""
+    if ray.train.get_context().get_world_rank() == 0:
+        os.kill(argument["driver"], signal.SIGINT)
+    Group().sum(np.ones(1))
+    threading.Event().wait(600)
+
+
 def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0) -> Any:
     return ray_train.run(
         worker,
-        {"tries": str(folder / "tries"), "at_start": at_start, "later": later},
+        {"tries": str(folder / "tries"), "at_start": at_start, "later": later, "driver": os.getpid()},
         Trained(retries=retries),
         section="ranker",
         torch_config=TorchConfig(backend="gloo"),
@@ -66,6 +76,28 @@ def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_pa
 def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path) -> None:
     assert run(dies, tmp_path, retries=2, at_start=1, later=1) == 2.0
     assert (tmp_path / "tries").read_text() == "..."
+    held = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not held, "what died has left its CPUs"
+
+
+@pytest.mark.slow
+def test_room_that_others_hold_is_waited_for(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    other = ray.util.placement_group([{"CPU": 2}])
+    ray.get(other.ready(), timeout=60)
+    threading.Timer(15, ray.util.remove_placement_group, [other]).start()
+    assert run(dies, tmp_path, retries=0) == 2.0
+    assert "ranker: waits for 2 processes' room on the cluster, 0.5 CPU each" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_an_interrupt_while_processes_train_and_afterwards(ray_cluster: object, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupts, tmp_path, retries=0)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
