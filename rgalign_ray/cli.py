@@ -99,6 +99,56 @@ def serve(config: ConfigName = "demo", override: Overrides = None, run_dir: RunD
 
 
 @app.command()
+def collect(
+    out: Annotated[str, typer.Option(help="Folder or URI to write the log's tables into.")],
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Write a log of what was served and what became of it, for the next run."""
+    settings = _prepared(config, override, run_dir)
+    if settings.serve.feedback is None:
+        raise ConfigError("serve.feedback: names no folder; it is where `rgalign serve` keeps feedback.")
+    from rgalign_ray.serve import pair
+    from rgalign_ray.serve.collect import COUNTS, collect
+
+    specs = [pair.find(source.run_uri, source.round_) for source in pair.sources(settings).values()]
+    counts = collect(settings.serve.feedback, specs, out)
+    for name, count in counts.items():
+        if count or name == "sessions":
+            print(f"{count:>10,} {COUNTS[name]}")
+    tables = f"--set log.uri={out}/sessions --set log.intents={out}/intents.parquet"
+    print(f"{out}: a log, for another run with --set log.source=parquet {tables}")
+
+
+@app.command("read-ahead")
+def read_ahead(
+    log: Annotated[str, typer.Option(help="Prepared log with the users' situations.")],
+    start: Annotated[str | None, typer.Option(help="First day (YYYY-MM-DD) on which users count as active.")] = None,
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Read active users' situations ahead of their visit, for the service to look up."""
+    settings = _prepared(config, override, run_dir)
+    if settings.serve.store is None:
+        raise ConfigError("serve.store: names no folder; it is where `rgalign serve` looks vectors up.")
+    from rgalign_ray.loop.connection import connect
+    from rgalign_ray.serve import pair
+    from rgalign_ray.serve.read_ahead import read_ahead as write
+
+    sources = pair.sources(settings)
+    connect(settings)
+    read = set()
+    for name, source in sources.items():
+        spec = pair.find(source.run_uri, source.round_)
+        if spec.meta.reasoner_version not in read:
+            users = write(spec, log, start, settings.serve.store, settings.encode)
+            print(f"{settings.serve.store}: {users:,} users for {name}")
+            read.add(spec.meta.reasoner_version)
+
+
+@app.command()
 def sweep(
     over: Annotated[str, typer.Option(metavar="KEY=V1,V2,…", help="A setting and its values.")],
     control: Annotated[str | None, typer.Option(help="One of the values, at which nothing should be gained.")] = None,

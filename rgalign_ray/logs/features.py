@@ -119,6 +119,11 @@ class FeatureSpace:
         ]
 
     @property
+    def single_fields(self) -> list[str]:
+        """Names of the single-valued fields, in the order in which `transform` gives them."""
+        return [field.name for field in self._singles]
+
+    @property
     def num_fields(self) -> int:
         return len(self._singles)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Batch, Ranker
@@ -33,8 +34,17 @@ class Head(nn.Module):
 
     def forward(self, attended: Tensor, products: Tensor) -> Tensor:
         """[...] from the attended vectors [..., 3·d] and the products [..., 2·d]."""
-        hidden = torch.relu(self.attended(attended) + self.products(products))
-        return (self.output(hidden) + self.linear(products)).squeeze(-1)
+        return (self._fused(attended, products) + self.linear(products)).squeeze(-1)
+
+    def parts(self, attended: Tensor, products: Tensor) -> Tensor:
+        """[..., 3], whose sum is the score: the linear reading of u⊙v, that of z⊙v, and what all five say together."""
+        dim = products.shape[-1] // 2
+        weight = self.linear.weight[0]
+        pairs = [products[..., :dim] @ weight[:dim], products[..., dim:] @ weight[dim:]]
+        return torch.stack([*pairs, self._fused(attended, products).squeeze(-1) + self.linear.bias], dim=-1)
+
+    def _fused(self, attended: Tensor, products: Tensor) -> Tensor:
+        return self.output(torch.relu(self.attended(attended) + self.products(products)))
 
 
 class QERec(Ranker):
@@ -69,18 +79,27 @@ class QERec(Ranker):
 
     def relevance(self, u: User, v: Tensor, z: Tensor | None = None) -> Tensor:
         """[B, C] from v [B, C, d] and z [B, d]; [B, N, C] from z [B, N, d]."""
+        scores = self.head(*self._joined(u, v, z))
+        return scores[:, 0] if z is not None and z.dim() == 2 else scores
+
+    def parts(self, u: User, items: Tensor, candidates: Tensor, z: Tensor) -> Tensor:
+        """[B, C, 4], whose sum is `score` of the same: base rate, user and item, query and item, and all fused."""
+        rows = candidates.clamp(min=0).long()
+        found = self.head.parts(*self._joined(u, F.embedding(rows, items), z))[:, 0]
+        return torch.cat([self.prior[rows][..., None], found], dim=-1)
+
+    def _joined(self, u: User, v: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the head reads: attended vectors [B, N, C, 3·d], and products [B, N, C, 2·d]; N is 1 for z [B, d]."""
         assert z is not None, "QE-Rec reads a query vector; the null query has one too"
         user, events, padding = u
-        single = z.dim() == 2
         wide_u = (user[:, None] + self.interest(events, padding, v))[:, None]  # [B, 1, C, d]
         wide_v = v[:, None]  # [B, 1, C, d]
-        wide_z = (z[:, None] if single else z)[:, :, None]  # [B, N, 1, d]
+        wide_z = (z[:, None] if z.dim() == 2 else z)[:, :, None]  # [B, N, 1, d]
         attended: tuple[Tensor, Tensor, Tensor] = (wide_u, wide_v, wide_z)
         for layer in self.layers:
             attended = layer(*attended)
         products = torch.cat(torch.broadcast_tensors(wide_u * wide_v, wide_z * wide_v), dim=-1)
-        scores = self.head(torch.cat(torch.broadcast_tensors(*attended), dim=-1), products)
-        return scores[:, 0] if single else scores
+        return torch.cat(torch.broadcast_tensors(*attended), dim=-1), products
 
     def query_logits(self, z: Tensor, items: Tensor | None = None) -> Tensor:
         """⟨z, v_i⟩/τ + prior_i for every intent: [..., I] from z [..., d]; `items` [I, d] where already computed."""

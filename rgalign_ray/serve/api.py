@@ -51,10 +51,25 @@ class RankRequest(Strict):
     """How many to return."""
     path: Literal["auto"] | Path = "auto"
     """Force the way to the latent query, for tests; auto: the first of store, live and null that is there in time."""
+    variant: Id | None = None
+    """Ask one variant by name; none: the user's own."""
     explain: bool = False
-    """Write the latent query down, on the live path: some hundred milliseconds on CPUs."""
+    """Write the latent query down, on the live path (some hundred milliseconds on CPUs), and take scores apart."""
     request_id: Id | None = None
-    """Comes back, and is what feedback names; none: one is made."""
+    """Comes back, and is what feedback names; none: one is made. An id is for one answer."""
+
+
+class ScoreParts(Strict):
+    """What a score is the sum of."""
+
+    base_rate: float
+    """How often the intent is clicked at all, as a logarithm."""
+    user_item: float
+    """What the user's features and history say, read linearly."""
+    query_item: float
+    """What the latent query says, read linearly."""
+    fused: float
+    """What all three say together."""
 
 
 class RankedIntent(Strict):
@@ -64,6 +79,8 @@ class RankedIntent(Strict):
     """The ranker's, comparable within one answer."""
     propensity: float
     """Probability that this intent was put at this place, given those above it; 1 without exploration."""
+    parts: ScoreParts | None
+    """With `explain`."""
 
 
 class RankResponse(Strict):
@@ -74,6 +91,8 @@ class RankResponse(Strict):
     """What the reasoner takes the user to be about to ask, where it was written down."""
     version: str
     """Of the pair that answered: reasoner and ranker."""
+    variant: str
+    """Its name."""
     path: Path
     """store: a vector kept for the user; live: the reasoner read the session; null: the ranker alone."""
     timings_ms: dict[str, float]
@@ -89,7 +108,44 @@ class BatchResponse(Strict):
     """In the order of the requests."""
 
 
+class FeedbackRequest(Strict):
+    """What became of an answer. Of several on one answer, what any of them says counts."""
+
+    request_id: Id
+    """Of the answer."""
+    seen: Annotated[int, Field(ge=0, le=100)] | None = None
+    """How many of its intents the user was shown, from the top; none: all."""
+    clicks: Annotated[list[Id], Field(max_length=100)] = []
+    """Intents that were clicked."""
+    resolved: Annotated[list[Id], Field(max_length=100)] = []
+    """Intents whose answer was what the user had needed."""
+
+
+class FeedbackResponse(Strict):
+    request_id: str
+    """What was told of it is on the disk."""
+
+
+class RefreshRequest(Strict):
+    session: Session
+    """The user's situation as it is now, after an order's event, say."""
+
+
+class RefreshResponse(Strict):
+    variants: list[str]
+    """Those whose vector of the user is new."""
+
+
+class ForgetResponse(Strict):
+    answers: int
+    """Kept answers that are removed, with what was told of them."""
+
+
 class ServedVersion(Strict):
+    name: str
+    """Of the variant."""
+    share: float
+    """Of the users, that it answers."""
     version: str
     reasoner: str
     ranker: str
@@ -98,6 +154,30 @@ class ServedVersion(Strict):
     intents: int
     features: list[str]
     """Columns that a session may give."""
+    read: list[str]
+    """Of them, those that the reasoner reads."""
+
+
+class Served(Strict):
+    variants: list[ServedVersion]
+    refused: str | None
+    """Why what was to follow them was not taken; none where all was."""
+
+
+class Counted(Strict):
+    """What a gateway has done since it started."""
+
+    answers: dict[str, dict[str, int]]
+    """By variant and path."""
+    others: dict[str, int]
+    """feedback, fallbacks and lost_answers, with their reasons."""
+    total_ms: dict[str, float]
+    """p50 and p99 of the last answers."""
+
+
+class Example(Strict):
+    name: str
+    session: Session
 
 
 class Refusal(Strict):

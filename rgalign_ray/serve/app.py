@@ -2,120 +2,196 @@
 
 HTTP ─▶ Gateway ─┬─▶ Reasoner   e(x) of session texts, in micro-batches
                  └─▶ Ranker     scores, in micro-batches
+
+Each looks at the run directories by itself. A newer version is loaded by the models first, and a look later gateways
+send to it, so that no request waits for weights; the version that it follows stays loaded for what is in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from rgalign_ray import config, progress, storage
+from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError
+from rgalign_ray.errors import first_line
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.connection import join
-from rgalign_ray.loop.readers import engine_spec
-from rgalign_ray.loop.stage import Run
-from rgalign_ray.ranker import scoring
-from rgalign_ray.serve import api, web
+from rgalign_ray.serve import api, pair, web
+from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.counts import Counts
+from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
-from rgalign_ray.serve.pair import FrozenRanker, FrozenReasoner, PairSpec
-from rgalign_ray.serve.session_reader import Row, SessionReader
+from rgalign_ray.serve.pair import FrozenRanker, FrozenReasoner, Source, Versions, sources, variants_of
+from rgalign_ray.serve.query_store import QueryStore
+from rgalign_ray.serve.session_reader import Row
+from rgalign_ray.serve.variants import Variant, Variants
 
 NAME = "rgalign"
+LOG = logging.getLogger("rgalign_ray.serve")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
+LOAD_DEADLINE_S = 600.0
+EXAMPLES = 12
 RETRY_AFTER_S = 1
 """Told to those who are refused for load."""
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
 QUERY = {"temperature", "top_p", "max_new_tokens"}
 
-
-def pair_of(settings: Config) -> PairSpec:
-    """The pair that a run directory holds.
-
-    Raises:
-        ConfigError: where there is no such run, or the round is not whole.
-    """
-    place = storage.join(settings.run_uri, "config.json")
-    if not storage.exists(place):
-        raise ConfigError(f"run_dir: {settings.run_uri} holds no run; `rgalign loop` makes one.")
-    made = config.validate(storage.read_json(place))
-    run = Run(made.model_copy(update={"run_dir": settings.run_dir, "name": settings.name}))
-    round_ = made.rounds if settings.serve.round is None else settings.serve.round
-    for artefact in ("sessions", f"rankers_{round_}"):
-        if storage.read_manifest(run.uri(artefact)) is None:
-            raise ConfigError(f"serve.round: {settings.run_uri} has no whole {artefact}; `rgalign loop` makes it.")
-    return PairSpec(
-        sessions_uri=run.uri("sessions"),
-        ranker_uri=run.uri(f"rankers_{round_}", "qe_rec"),
-        engine=engine_spec(run, round_),
-        prompt=made.prompt.template,
-        round_=round_,
-    )
+Loaded = TypeVar("Loaded")
 
 
-def reader_of(spec: PairSpec, meta: scoring.Meta) -> SessionReader:
-    return SessionReader(spec.sessions_uri, meta.feature_spec, Template.load(spec.prompt))
+class Served(Generic[Loaded]):
+    """What both models have in common: versions, batches that are one at a time, and knowing when one is stuck."""
+
+    def __init__(
+        self, settings: Config, versions: Versions[Loaded], each_look: Callable[[], None] = lambda: None
+    ) -> None:
+        self.settings = settings
+        self.versions = versions
+        self.busy = asyncio.Lock()
+        self.since: float | None = None
+        versions.keep(list(sources(settings).values()))
+        self.each_look = each_look
+        self.watching = asyncio.get_running_loop().create_task(self.watch())
+
+    async def watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.serve.watch_s)
+            try:
+                wanted = await asyncio.to_thread(sources, self.settings)
+                await asyncio.to_thread(self.versions.keep, list(wanted.values()))
+                self.each_look()
+            except Exception as error:  # the gateway tells it; what is loaded stays
+                LOG.warning("a newer version is not taken: %s", first_line(error))
+
+    async def alone(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        """Calls a function in a thread, one call at a time."""
+        async with self.busy:
+            self.since = time.monotonic()
+            try:
+                return await asyncio.to_thread(function, *arguments, **named)
+            finally:
+                self.since = None
+
+    async def load(self, source: Source) -> bool:
+        await asyncio.to_thread(self.versions.get, source)
+        return True
+
+    def check(self) -> None:
+        """Raises RuntimeError where a batch has been in work for too long."""
+        if self.since is not None and time.monotonic() - self.since > self.settings.serve.wedged_s:
+            raise RuntimeError(f"one batch takes longer than {self.settings.serve.wedged_s:g} s")
+
+
+async def _again(method: Any, *arguments: Any) -> Any:
+    """Calls a model's method, and once more of another replica where the first one died over it."""
+    try:
+        return await method.remote(*arguments)
+    except RayActorError:
+        return await method.remote(*arguments)
 
 
 @serve.deployment(name="Reasoner")
 class Reasoner:
     """Reads session texts, many at once."""
 
-    def __init__(self, spec: PairSpec, settings: config.Serve, sampling: dict[str, Any]) -> None:
-        meta = scoring.load_meta(spec.ranker_uri)
-        self.model = FrozenReasoner(spec, reader_of(spec, meta), meta.reasoner_version)
-        self.sampling = sampling
-        self.one_at_a_time = asyncio.Lock()
-        self._read.set_max_batch_size(settings.batch)
-        self._read.set_batch_wait_timeout_s(settings.batch_wait_ms / 1000)
+    def __init__(self, settings: Config) -> None:
+        self.served = Served(settings, Versions[FrozenReasoner](FrozenReasoner))
+        self.sampling = settings.rollout.model_dump(include=QUERY)
+        self._read.set_max_batch_size(settings.serve.batch)
+        self._read.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
 
-    async def read(self, text: str, seed: int | None) -> tuple[np.ndarray, str | None]:
+    async def read(self, source: Source, text: str, seed: int | None) -> tuple[np.ndarray, str | None]:
         if seed is None:
-            return await self._read(text), None
-        async with self.one_at_a_time:
-            (found,) = await asyncio.to_thread(self.model.write, [text], [seed], **self.sampling)
+            return await self._read((source, text)), None
+        await self.served.load(source)
+        model = self.served.versions.get(source)
+        (found,) = await self.served.alone(model.write, [text], [seed], **self.sampling)
         return found
 
     @serve.batch
-    async def _read(self, texts: list[str]) -> list[np.ndarray]:
-        async with self.one_at_a_time:
-            return await asyncio.to_thread(self.model.read, texts)
+    async def _read(self, asked: list[tuple[Source, str]]) -> list[np.ndarray]:
+        return await self.served.alone(_by_source, self.served.versions, FrozenReasoner.read, asked)
 
-    def ready(self) -> bool:
-        return True
+    async def load(self, source: Source) -> bool:
+        return await self.served.load(source)
+
+    def check_health(self) -> None:
+        self.served.check()
 
 
 @serve.deployment(name="Ranker")
 class Ranker:
     """Scores sessions, many at once."""
 
-    def __init__(self, spec: PairSpec, settings: config.Serve) -> None:
-        self.model = FrozenRanker(spec, reader_of(spec, scoring.load_meta(spec.ranker_uri)))
-        self._score.set_max_batch_size(settings.batch)
-        self._score.set_batch_wait_timeout_s(settings.batch_wait_ms / 1000)
+    def __init__(self, settings: Config) -> None:
+        self.served = Served(settings, Versions[FrozenRanker](FrozenRanker), self.tell_drift)
+        self._score.set_max_batch_size(settings.serve.batch)
+        self._score.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
 
-    async def score(self, row: Row, candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
-        return await self._score((row, candidates, vector))
+    def tell_drift(self) -> None:
+        for model in self.served.versions.loaded():
+            for feature, psi in model.drift.psi().items():
+                ray_metrics.gauge("serve_drift").set(psi, tags={"feature": feature})
+
+    async def score(self, source: Source, row: Row, candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
+        return await self._score((source, row, candidates, vector))
+
+    async def parts(self, source: Source, row: Row, candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
+        model = await asyncio.to_thread(self.served.versions.get, source)
+        (found,) = await self.served.alone(model.parts, [row], [candidates], [vector])
+        return found
 
     @serve.batch
-    async def _score(self, asked: list[tuple[Row, np.ndarray, np.ndarray | None]]) -> list[np.ndarray]:
-        rows, candidates, vectors = zip(*asked, strict=True)
-        return await asyncio.to_thread(self.model.score, rows, candidates, vectors)
+    async def _score(self, asked: list[tuple[Source, Row, np.ndarray, np.ndarray | None]]) -> list[np.ndarray]:
+        return await self.served.alone(_by_source, self.served.versions, FrozenRanker.score, asked)
 
-    def ready(self) -> bool:
-        return True
+    async def load(self, source: Source) -> bool:
+        return await self.served.load(source)
+
+    def check_health(self) -> None:
+        self.served.check()
+
+
+def _by_source(versions: Versions[Any], method: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A batch's answers in its order; what asks for one version is answered at once."""
+    places: dict[Source, list[int]] = {}
+    for place, (source, *_) in enumerate(asked):
+        places.setdefault(source, []).append(place)
+    answers: list[Any] = [None] * len(asked)
+    for source, own in places.items():
+        columns = zip(*(asked[place][1:] for place in own), strict=True)
+        for place, answer in zip(own, method(versions.get(source), *map(list, columns)), strict=True):
+            answers[place] = answer
+    return answers
+
+
+class Exported(Counts):
+    """Counts that Prometheus can read as well."""
+
+    def answered(self, path: str, variant: str, timings_ms: Mapping[str, float]) -> None:
+        super().answered(path, variant, timings_ms)
+        ray_metrics.counter("serve_answers").inc(tags={"path": path, "variant": variant})
+        for stage, milliseconds in timings_ms.items():
+            ray_metrics.histogram("serve_milliseconds").observe(milliseconds, tags={"stage": stage})
+
+    def add(self, what: str, reason: str = "", number: int = 1) -> int:
+        if number:
+            ray_metrics.counter(f"serve_{what}").inc(number, tags={"reason": reason} if reason else None)
+        return super().add(what, reason, number)
 
 
 @serve.deployment(name="Gateway")
@@ -123,65 +199,150 @@ class Ranker:
 class GatewayDeployment:
     """Answers HTTP."""
 
-    def __init__(
-        self, spec: PairSpec, settings: config.Serve, reasoner: DeploymentHandle, ranker: DeploymentHandle
-    ) -> None:
-        self.models: Sequence[DeploymentHandle] = (reasoner, ranker)
-        meta = scoring.load_meta(spec.ranker_uri)
-        reader, catalogue = reader_of(spec, meta), Catalogue.load(spec.sessions_uri)
-        version = api.ServedVersion(
-            version=f"{meta.reasoner_version}-{meta.version}",
-            reasoner=meta.reasoner_version or "",
-            ranker=meta.version,
-            round=spec.round_,
-            intents=catalogue.size,
-            features=reader.features,
-        )
-        self.gateway = Gateway(
-            settings, reader, catalogue, version, read=reasoner.read.remote, score=ranker.score.remote
-        )
+    def __init__(self, settings: Config, reasoner: DeploymentHandle, ranker: DeploymentHandle) -> None:
+        it = settings.serve
+        self.settings = settings
+        self.reasoner, self.ranker = reasoner, ranker
+        self.access = Access.load(it)
+        counts = Exported()
+        feedback = None
+        if it.feedback is not None:
+            feedback = FeedbackLog(it.feedback, lost=lambda number: counts.add("lost_answers", number=number))
+        self.stores: dict[str, QueryStore] = {}
+        self.found = sources(settings)
+        self.refused: str | None = None
+        self.gateway = Gateway(it, self.variants(), feedback, counts)
+        self.watching = asyncio.get_running_loop().create_task(self.watch())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return web.build(self.gateway, self.ready)
+        return web.build(self.gateway, self.ready, self.access, lambda: self.refused, self.examples())
+
+    def examples(self) -> list[api.Example]:
+        """Of the first variant's run."""
+        source = next(iter(self.found.values()))
+        spec = pair.find(source.run_uri, source.round_)
+        number = self.settings.serve.examples
+        if number is None:
+            number = EXAMPLES if spec.simulated else 0
+        return [
+            api.Example(
+                name=row.pop("session_id"),
+                session=api.Session(
+                    **{name: row.pop(name) for name in ("user_id", "region", "ts")},
+                    history=row.pop("history") or [],
+                    features={name: value for name, value in row.items() if value is not None},
+                ),
+            )
+            for row in pair.example_sessions(spec, number)
+        ]
+
+    def variants(self) -> Variants:
+        it = self.settings.serve
+        of_name = {variant.name: variant for variant in variants_of(it)}
+        total = sum(variant.weight for variant in of_name.values())
+        made = []
+        for name, source in self.found.items():
+            spec = pair.find(source.run_uri, source.round_)
+            reader, catalogue = spec.reader(), Catalogue.load(spec.sessions_uri)
+            reasoner, weight = spec.meta.reasoner_version or "", of_name[name].weight
+            version = api.ServedVersion(
+                name=name,
+                share=weight / total,
+                version=spec.version,
+                reasoner=reasoner,
+                ranker=spec.meta.version,
+                round=spec.round_,
+                intents=catalogue.size,
+                features=reader.features,
+                read=[name for name in reader.template.columns if name in reader.features],
+            )
+            if it.store is not None and reasoner not in self.stores:
+                self.stores[reasoner] = QueryStore(it.store, reasoner, spec.dim, 3600 * it.store_max_age_h)
+            made.append(
+                Variant(
+                    name,
+                    weight,
+                    version,
+                    reader,
+                    catalogue,
+                    read=partial(_again, self.reasoner.read, source),
+                    score=partial(_again, self.ranker.score, source),
+                    parts=partial(_again, self.ranker.parts, source),
+                    store=self.stores.get(reasoner),
+                )
+            )
+        return Variants(made)
+
+    async def watch(self) -> None:
+        """Sends to newer versions once the models have had a look's time to load them, and one of each has."""
+        seen = self.found
+        while True:
+            await asyncio.sleep(self.settings.serve.watch_s)
+            try:
+                now = await asyncio.to_thread(sources, self.settings)
+                if now != seen:
+                    seen = now
+                elif now != self.found:
+                    await self.loaded(now, LOAD_DEADLINE_S)
+                    before, self.found = self.found, now
+                    try:
+                        self.gateway.variants = await asyncio.to_thread(self.variants)
+                    except Exception:
+                        self.found = before
+                        raise
+                self.refused = None
+            except Exception as error:  # whatever is wrong with what is newer, what is older goes on
+                self.refused = first_line(error)
+
+    async def loaded(self, wanted: dict[str, Source], deadline_s: float) -> None:
+        calls = (model.load.remote(source) for model in (self.reasoner, self.ranker) for source in wanted.values())
+        await asyncio.wait_for(asyncio.gather(*calls), deadline_s)
 
     async def ready(self) -> bool:
-        asked = asyncio.gather(*(model.ready.remote() for model in self.models))
         try:
-            return all(await asyncio.wait_for(asked, READY_DEADLINE_S))
+            await self.loaded(self.found, READY_DEADLINE_S)
         except Exception:  # whatever keeps a model from answering, the service is not ready
             return False
+        return True
 
 
 def application(settings: Config) -> Application:
-    """The three deployments of a run's pair, bound to one another.
+    """The three deployments, bound to one another.
 
     Raises:
-        ConfigError: as `pair_of`.
+        ConfigError: as `pair.find`, and where keys cannot be read.
     """
-    spec, it = pair_of(settings), settings.serve
-    cpus = {"num_cpus": it.cpus_per_replica}
-    sampling = settings.rollout.model_dump(include=QUERY)
+    it = settings.serve
+    sources(settings)
+    Access.load(it)
     gpu = {"num_gpus": it.reasoner_gpus} if it.reasoner_gpus else {}
-    many = {"max_ongoing_requests": 4 * it.batch}
     deployments: tuple[Any, ...] = (Reasoner, Ranker, GatewayDeployment)  # what Serve has made of the classes
     its_reasoner, its_ranker, its_gateway = deployments
-    reasoner = its_reasoner.options(num_replicas=it.reasoners, ray_actor_options=cpus | gpu, **many)
-    ranker = its_ranker.options(num_replicas=it.rankers, ray_actor_options=cpus, **many)
+    reasoner = its_reasoner.options(**_scale(it, it.reasoners, it.max_reasoners, **gpu))
+    ranker = its_ranker.options(**_scale(it, it.rankers, it.max_rankers))
     gateway = its_gateway.options(
-        num_replicas=it.gateways,
-        ray_actor_options=cpus,
         max_queued_requests=it.max_queued,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
-        **many,
+        **_scale(it, it.gateways, it.max_gateways),
     )
-    return gateway.bind(spec, it, reasoner.bind(spec, it, sampling), ranker.bind(spec, it))
+    return gateway.bind(settings, reasoner.bind(settings), ranker.bind(settings))
+
+
+def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -> dict[str, Any]:
+    """How many replicas; where they may grow, another comes when those that there are have more than a batch each."""
+    replicas: dict[str, Any] = {"num_replicas": least}
+    if most is not None and most > least:
+        growth = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": it.batch}
+        replicas = {"autoscaling_config": growth}
+    options = {"num_cpus": it.cpus_per_replica, **resources}
+    return {"max_ongoing_requests": 4 * it.batch, "ray_actor_options": options, **replicas}
 
 
 def run(settings: Config, blocking: bool = True) -> None:
-    """Serves a run's pair, on this machine or on `cluster.address`, until interrupted.
+    """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
 
     Raises:
-        ConfigError: as `pair_of`.
+        ConfigError: as `application`.
         InfrastructureError: when Ray does not start, or the address does not answer.
     """
     app, it = application(settings), settings.serve

@@ -11,35 +11,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 import uuid
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from datetime import UTC, datetime
 
 import numpy as np
 
 from rgalign_ray import config
 from rgalign_ray.evaluate import plackett_luce
-from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.serve import api
-from rgalign_ray.serve.session_reader import Row, SessionError, SessionReader
+from rgalign_ray.serve.access import RefusedError
+from rgalign_ray.serve.counts import Counts
+from rgalign_ray.serve.feedback import Answer, FeedbackLog
+from rgalign_ray.serve.query_store import Kept
+from rgalign_ray.serve.session_reader import Row, SessionError
+from rgalign_ray.serve.variants import Variant, Variants
 
+PARTS = tuple(api.ScoreParts.model_fields)
 LOG = logging.getLogger("rgalign_ray.serve")
-Read = Callable[[str, int | None], Awaitable[tuple[np.ndarray, str | None]]]
-"""A session's text, and the seed of a query that is to be written down: e(x) and that query."""
-Score = Callable[[Row, np.ndarray, np.ndarray | None], Awaitable[np.ndarray]]
-"""As `FrozenRanker.score`, of one session."""
-
-
-class Store(Protocol):
-    """Vectors kept for users."""
-
-    def get(self, user_id: str) -> tuple[np.ndarray, str | None] | None:
-        """e(x) and the latent query."""
-        ...
 
 
 @dataclass
@@ -60,44 +54,44 @@ class Stopwatch:
         return {**self.stages, "total": round(self.elapsed_ms, 3)}
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that nothing is wrong with."""
+
+    request: api.RankRequest
+    variant: Variant
+    row: Row
+    candidates: np.ndarray
+    watch: Stopwatch
+
+
 class Gateway:
     """Answers requests.
 
     Args:
         settings: budgets and exploration.
-        reader: makes rows and texts of sessions.
-        catalogue: the intents.
-        version: what answers, for `/v1/models`.
-        read: asks the reasoner.
-        score: asks the ranker.
-        store: None where there is none.
+        variants: what answers; may be set anew at any time.
+        feedback: None where none is kept.
+        counts: told of what happens, for whoever watches.
     """
 
     def __init__(
         self,
         settings: config.Serve,
-        reader: SessionReader,
-        catalogue: Catalogue,
-        version: api.ServedVersion,
-        read: Read,
-        score: Score,
-        store: Store | None = None,
+        variants: Variants,
+        feedback: FeedbackLog | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.settings = settings
-        self.reader = reader
-        self.catalogue = catalogue
-        self.version = version
-        self.everything = np.arange(catalogue.size, dtype=np.int32)
-        self.fallbacks: Counter[str] = Counter()
-        """Requests that the reasoner was asked for and did not answer, by the error's name."""
-        self._read, self._score, self._store = read, score, store
+        self.variants = variants
+        self.counts = counts or Counts()
+        self.feedback = feedback
 
     async def rank_batch(self, requests: list[api.RankRequest]) -> list[api.RankResponse]:
         """Answers several requests at once, or refuses them all for the fault of one."""
         places = [f"requests.{number}." for number in range(len(requests))]
         prepared = [self._prepare(request, place) for request, place in zip(requests, places, strict=True)]
-        answers = (self._answer(it, *made) for it, made in zip(requests, prepared, strict=True))
-        return list(await asyncio.gather(*answers))
+        return list(await asyncio.gather(*map(self._answer, prepared)))
 
     async def rank(self, request: api.RankRequest) -> api.RankResponse:
         """Answers one request.
@@ -105,72 +99,128 @@ class Gateway:
         Raises:
             SessionError: for a field that is wrong.
         """
-        return await self._answer(request, *self._prepare(request))
+        return await self._answer(self._prepare(request))
 
-    def _prepare(self, request: api.RankRequest, where: str = "") -> tuple[Row, np.ndarray, Stopwatch]:
+    async def told(self, request: api.FeedbackRequest) -> api.FeedbackResponse:
+        """Keeps feedback.
+
+        Raises:
+            RefusedError: 404 where none is kept, 507 where it cannot be written.
+        """
+        body = request.model_dump(exclude={"request_id"}, exclude_defaults=True)
+        await self._written(self._log().told(request.request_id, body))
+        self.counts.add("feedback")
+        return api.FeedbackResponse(request_id=request.request_id)
+
+    async def refresh(self, request: api.RefreshRequest) -> api.RefreshResponse:
+        """Reads a user's situation ahead of her visit, for every variant that keeps vectors.
+
+        Raises:
+            SessionError: for a field that is wrong.
+        """
+        read: set[str] = set()
+        names = []
+        for name, variant in self.variants.by_name.items():
+            if variant.store is None:
+                continue
+            if variant.version.reasoner not in read:
+                row = variant.reader.row(request.session)
+                vector, _ = await variant.read(variant.reader.texts([row])[0], None)
+                await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
+                read.add(variant.version.reasoner)
+            names.append(name)
+        return api.RefreshResponse(variants=names)
+
+    async def forget(self, user_id: str) -> api.ForgetResponse:
+        """Removes what is kept of a user."""
+        for variant in self.variants.by_name.values():
+            if variant.store is not None:
+                await asyncio.to_thread(variant.store.forget, user_id)
+        if self.feedback is None:
+            return api.ForgetResponse(answers=0)
+        now = datetime.now(UTC).replace(tzinfo=None)
+        return api.ForgetResponse(answers=await self._written(self.feedback.forget(user_id, now)))
+
+    def _log(self) -> FeedbackLog:
+        if self.feedback is None:
+            raise RefusedError(404, "no feedback is kept: serve.feedback names no folder")
+        return self.feedback
+
+    async def _written(self, done: Future[int]) -> int:
+        try:
+            return await asyncio.wrap_future(done)
+        except sqlite3.Error as error:
+            raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
+
+    def _prepare(self, request: api.RankRequest, where: str = "") -> Prepared:
         watch = Stopwatch()
-        return self.reader.row(request.session, f"{where}session"), self._candidates(request, where), watch
+        variants = self.variants  # one and the same for all of the request, whatever follows it meanwhile
+        if request.variant is None:
+            variant = variants.of(request.session.user_id)
+        elif request.variant in variants.by_name:
+            variant = variants.by_name[request.variant]
+        else:
+            raise SessionError(f"{where}variant", f"is none of {', '.join(variants.by_name)}")
+        row = variant.reader.row(request.session, f"{where}session")
+        return Prepared(request, variant, row, _candidates(request, variant, where), watch)
 
-    async def _answer(
-        self, request: api.RankRequest, row: Row, candidates: np.ndarray, watch: Stopwatch
-    ) -> api.RankResponse:
+    async def _answer(self, asked: Prepared) -> api.RankResponse:
+        request, variant, watch = asked.request, asked.variant, asked.watch
         request_id = request.request_id or uuid.uuid4().hex
         seed = sample_seed(0, 0, request_id, 0)
         watch.lap("read")
-        path, vector, query = await self._latent_query(request, row, seed, watch)
+        path, vector, query = await self._latent_query(asked, seed)
         watch.lap("reasoner")
-        scores = await self._score(row, candidates, vector)
+        scores = await variant.score(asked.row, asked.candidates, vector)
         slate, propensities = self._slate(scores, request.k, seed)
+        parts: Sequence[api.ScoreParts | None] = [None] * len(slate)
+        if request.explain:
+            taken_apart = await variant.parts(asked.row, asked.candidates[slate], vector)
+            parts = [api.ScoreParts(**dict(zip(PARTS, map(float, its), strict=True))) for its in taken_apart]
         watch.lap("ranker")
+        chosen = asked.candidates[slate]
+        if self.feedback is not None:
+            self.feedback.shown(_kept(request_id, asked, chosen, propensities, path))
+        self.counts.answered(path, variant.name, watch.report())
+        catalogue = variant.catalogue
         return api.RankResponse(
             request_id=request_id,
             intents=[
                 api.RankedIntent(
-                    intent_id=self.catalogue.ids[candidates[column]],
-                    title=self.catalogue.titles[candidates[column]],
+                    intent_id=catalogue.ids[intent],
+                    title=catalogue.titles[intent],
                     score=float(scores[column]),
                     propensity=float(propensity),
+                    parts=its,
                 )
-                for column, propensity in zip(slate, propensities, strict=True)
+                for intent, column, propensity, its in zip(chosen, slate, propensities, parts, strict=True)
             ],
             latent_query=query,
-            version=self.version.version,
+            version=variant.version.version,
+            variant=variant.name,
             path=path,
             timings_ms=watch.report(),
         )
 
-    def _candidates(self, request: api.RankRequest, where: str) -> np.ndarray:
-        if request.candidates is None:
-            return self.everything
-        place = f"{where}candidates"
-        for number, intent in enumerate(request.candidates):
-            if intent not in self.catalogue.index:
-                raise SessionError(f"{place}.{number}", f"'{intent}' is not one of the {self.catalogue.size} intents")
-        if len(set(request.candidates)) < len(request.candidates):
-            raise SessionError(place, "an intent is there twice")
-        return np.array([self.catalogue.index[intent] for intent in request.candidates], np.int32)
-
-    async def _latent_query(
-        self, request: api.RankRequest, row: Row, seed: int, watch: Stopwatch
-    ) -> tuple[api.Path, np.ndarray | None, str | None]:
+    async def _latent_query(self, asked: Prepared, seed: int) -> tuple[api.Path, np.ndarray | None, str | None]:
+        request, variant = asked.request, asked.variant
         wanted = request.path
-        if wanted in ("auto", "store") and self._store is not None:
-            kept = self._store.get(request.session.user_id)
+        if wanted in ("auto", "store") and variant.store is not None:
+            kept = variant.store.get(request.session.user_id)
             if kept is not None:
                 return "store", *kept
         if wanted in ("auto", "live"):
-            (text,) = self.reader.texts([row])
-            asked = self._read(text, seed if request.explain else None)
+            (text,) = variant.reader.texts([asked.row])
+            reading = variant.read(text, seed if request.explain else None)
             if wanted == "live":  # a path that is asked for by name is waited for
-                return "live", *await asked
-            left = self.settings.budget_ms - self.settings.ranker_ms - watch.elapsed_ms
+                return "live", *await reading
+            left = self.settings.budget_ms - self.settings.ranker_ms - asked.watch.elapsed_ms
             try:
-                return "live", *await asyncio.wait_for(asked, max(left, 0.0) / 1000)
+                return "live", *await asyncio.wait_for(reading, max(left, 0.0) / 1000)
             except Exception as error:  # late, overloaded or dead: there is an answer without it
                 reason = type(error).__name__
-                if not self.fallbacks[reason]:
+                if self.counts.add("fallbacks", reason) == 1:
                     LOG.warning("the reasoner gives no answer (%s); the ranker answers alone", reason)
-                self.fallbacks[reason] += 1
         return "null", None, None
 
     def _slate(self, scores: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,3 +232,34 @@ class Gateway:
         logits = plackett_luce.logits(scores[None], np.ones((1, len(scores)), bool), temperature)
         slate = plackett_luce.sample(logits, k, np.random.default_rng(seed))
         return slate[0], plackett_luce.conditional(logits, slate)[0]
+
+
+def _candidates(request: api.RankRequest, variant: Variant, where: str) -> np.ndarray:
+    if request.candidates is None:
+        return variant.everything
+    index, place = variant.catalogue.index, f"{where}candidates"
+    for number, intent in enumerate(request.candidates):
+        if intent not in index:
+            raise SessionError(f"{place}.{number}", f"'{intent}' is not one of the {len(index)} intents")
+    if len(set(request.candidates)) < len(request.candidates):
+        raise SessionError(place, "an intent is there twice")
+    return np.array([index[intent] for intent in request.candidates], np.int32)
+
+
+def _kept(request_id: str, asked: Prepared, chosen: np.ndarray, propensities: np.ndarray, path: str) -> Answer:
+    ids = asked.variant.catalogue.ids
+    history = [{**event, "ts": event["ts"].isoformat()} for event in asked.row["history"]]
+    return Answer(
+        request_id=request_id,
+        user_id=asked.request.session.user_id,
+        ts=asked.row["ts"],
+        body={
+            "row": {name: value for name, value in asked.row.items() if name != "ts"} | {"history": history},
+            "candidates": asked.request.candidates,
+            "slate": [ids[intent] for intent in chosen],
+            "propensity": [float(propensity) for propensity in propensities],
+            "version": asked.variant.version.version,
+            "variant": asked.variant.name,
+            "path": path,
+        },
+    )

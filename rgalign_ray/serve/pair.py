@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from rgalign_ray.errors import DataError
+from rgalign_ray import config, storage
+from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop.readers import engine_spec
+from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.fit import to_batch
+from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.reward.functions import fault
 from rgalign_ray.rollout.worker import Instruction
+from rgalign_ray.serve.drift import Drift
 from rgalign_ray.serve.session_reader import Row, SessionReader
+
+Model = TypeVar("Model")
+IDLE_S = 60.0
+"""A version that is followed by another is kept as long as somebody has asked for it within this time."""
+EXAMPLE_FILES = 100
+DRIFT_SESSIONS, DRIFT_FILES = 20_000, 50
+"""Training sessions that live ones are compared with, and files they are taken from, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +47,131 @@ class PairSpec:
     prompt: str
     """Name or path of the template."""
     round_: int
+    meta: scoring.Meta
+    """Of the ranker."""
+    simulated: bool
+    """Whether its users are nobody."""
+
+    @property
+    def version(self) -> str:
+        return f"{self.meta.reasoner_version}-{self.meta.version}"
+
+    @property
+    def dim(self) -> int:
+        """H, of e(x)."""
+        return self.meta.sizes["embedding_dim"]
+
+    def reader(self) -> SessionReader:
+        return SessionReader(self.sessions_uri, self.meta.feature_spec, Template.load(self.prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a version is read from, and which; small, since it goes with every request."""
+
+    run_uri: str
+    round_: int
+    version: str
+
+
+def find(run_uri: str, round_: int | None = None) -> PairSpec:
+    """The pair that a run directory holds: that of a round, or of the last round that is whole.
+
+    Raises:
+        ConfigError: where there is no such run, or the round is not whole.
+    """
+    place = storage.join(run_uri, "config.json")
+    if not storage.exists(place):
+        raise ConfigError(f"run_dir: {run_uri} holds no run; `rgalign loop` makes one.")
+    made = config.validate(storage.read_json(place))
+    run = Run(made.model_copy(update={"run_dir": run_uri}))
+    rounds = range(made.rounds, -1, -1) if round_ is None else [round_]
+    whole = [at for at in rounds if storage.read_manifest(run.uri(f"rankers_{at}")) is not None]
+    missing = f"rankers_{rounds[-1]}" if not whole else "sessions"
+    if not whole or storage.read_manifest(run.uri("sessions")) is None:
+        raise ConfigError(f"serve.round: {run_uri} has no whole {missing}; `rgalign loop` makes it.")
+    ranker_uri = run.uri(f"rankers_{whole[0]}", "qe_rec")
+    return PairSpec(
+        sessions_uri=run.uri("sessions"),
+        ranker_uri=ranker_uri,
+        engine=engine_spec(run, whole[0]),
+        prompt=made.prompt.template,
+        round_=whole[0],
+        meta=scoring.load_meta(ranker_uri),
+        simulated=made.log.source == "shop",
+    )
+
+
+def variants_of(settings: config.Serve) -> list[config.Variant]:
+    """Those that are named; or one, of the configuration's own run."""
+    return settings.variants or [config.Variant(name="default")]
+
+
+def sources(settings: config.Config) -> dict[str, Source]:
+    """What is to be served by now, by the name of its variant.
+
+    Raises:
+        ConfigError: as `find`.
+        DataError: where a run directory is damaged.
+    """
+    found = {}
+    for variant in variants_of(settings.serve):
+        run_uri = settings.model_copy(update={"run_dir": variant.run_dir or settings.run_dir}).run_uri
+        round_ = settings.serve.round if variant.round is None else variant.round
+        spec = find(run_uri, round_)
+        found[variant.name] = Source(run_uri, spec.round_, spec.version)
+    return found
+
+
+class Versions(Generic[Model]):
+    """Models of one kind in one process, by their source: loaded once each, and kept while they are asked for.
+
+    Args:
+        make: loads one.
+    """
+
+    def __init__(self, make: Callable[[PairSpec], Model]) -> None:
+        self._make = make
+        self._models: dict[Source, Model] = {}
+        self._wanted: list[Source] = []
+        self._used: dict[Source, float] = {}
+        self._lock = threading.Lock()
+
+    def get(self, source: Source) -> Model:
+        """The model of a version, loaded where it is not there yet.
+
+        Raises:
+            DataError: where the run directory holds another version by now, or its parts do not belong together.
+        """
+        self._used[source] = time.monotonic()
+        model = self._models.get(source)
+        if model is not None:  # without the lock, which whoever loads another holds for seconds
+            return model
+        with self._lock:
+            if source not in self._models:
+                spec = find(source.run_uri, source.round_)
+                if spec.version != source.version:
+                    raise DataError(
+                        f"{source.run_uri} holds version {spec.version} of round {source.round_}, not {source.version}."
+                    )
+                self._models = {**self._models, source: self._make(spec)}
+            return self._models[source]
+
+    def loaded(self) -> list[Model]:
+        """Those that are wanted by now."""
+        models = self._models
+        return [models[source] for source in self._wanted if source in models]
+
+    def keep(self, wanted: list[Source]) -> None:
+        """Loads these, and lets go of others that nobody has asked for in a while."""
+        for source in wanted:
+            self.get(source)
+        with self._lock:
+            self._wanted = wanted
+            idle = time.monotonic() - IDLE_S
+            self._models = {
+                source: model for source, model in self._models.items() if source in wanted or self._used[source] > idle
+            }
 
 
 class FrozenRanker:
@@ -37,12 +181,14 @@ class FrozenRanker:
         DataError: when ranker and catalogue are not of one run, or the reasoner is not the one it was trained on.
     """
 
-    def __init__(self, spec: PairSpec, reader: SessionReader) -> None:
+    def __init__(self, spec: PairSpec) -> None:
         torch.set_num_threads(spec.engine.reasoner.threads)
         self.loaded = scoring.load(spec.ranker_uri)
         self.loaded.require(intent_ids=Catalogue.load(spec.sessions_uri).ids)
-        self.reader = reader
-        self.dim = self.loaded.meta.sizes["embedding_dim"]
+        self.reader = spec.reader()
+        self.dim = spec.dim
+        space = self.loaded.space
+        self.drift = Drift(space.single_fields, space.transform(_learned_from(spec, space.columns)))
         with torch.inference_mode():
             self.items = self.loaded.model.items()
 
@@ -60,18 +206,71 @@ class FrozenRanker:
         Returns:
             float32 [C_b] each.
         """
+        return self._answers(rows, candidates, vectors, self.loaded.model.score)
+
+    @torch.inference_mode()
+    def parts(
+        self, rows: Sequence[Row], candidates: Sequence[np.ndarray], vectors: Sequence[np.ndarray | None]
+    ) -> list[np.ndarray]:
+        """As `score`, but float32 [C_b, 4] each, whose sums are the scores: `api.ScoreParts`."""
+        model = self.loaded.model
+        assert isinstance(model, QERec), "a pair's ranker"
+        return self._answers(rows, candidates, vectors, model.parts)
+
+    def _answers(
+        self,
+        rows: Sequence[Row],
+        candidates: Sequence[np.ndarray],
+        vectors: Sequence[np.ndarray | None],
+        answer: Callable[..., torch.Tensor],
+    ) -> list[np.ndarray]:
         width = max(len(each) for each in candidates)
         padded = np.full((len(rows), width), -1, np.int32)
         for row, each in zip(padded, candidates, strict=True):
             row[: len(each)] = each
-        batch = to_batch({**self.loaded.space.transform(self.reader.table(rows)), "candidates": padded})
+        features = self.loaded.space.transform(self.reader.table(rows))
+        self.drift.add(features)
+        batch = to_batch({**features, "candidates": padded})
         nothing = np.zeros(self.dim, np.float16)
         embedding = np.stack([nothing if vector is None else vector for vector in vectors]).astype(np.float32)
         is_null = torch.tensor([vector is None for vector in vectors])
         model = self.loaded.model
         z = model.queries(torch.from_numpy(embedding), is_null)
-        scores = model.score(model.users(batch), self.items, batch["candidates"], z).numpy()
-        return [scores[number, : len(each)] for number, each in enumerate(candidates)]
+        found = answer(model.users(batch), self.items, batch["candidates"], z).numpy()
+        return [found[number, : len(each)] for number, each in enumerate(candidates)]
+
+
+def example_sessions(spec: PairSpec, number: int) -> list[Row]:
+    """Sessions of test users with what their clients would send, for people to try: those who said most."""
+    reader = spec.reader()
+    found: list[Row] = []
+    for file in _some(storage.list_files(storage.join(spec.sessions_uri, "sessions"), ".parquet"), EXAMPLE_FILES):
+        table = storage.read_table(file, filters=pc.field("role") == "test")
+        table = table.append_column("region", pa.repeat(_region(file), len(table)))
+        found += table.select(["session_id", "user_id", *reader.schema.names]).to_pylist()
+    said = [sum(len(event["text"] or "") for event in row["history"] or []) for row in found]
+    order = sorted(range(len(found)), key=lambda at: (-said[at], found[at]["session_id"]))
+    return [found[at] for at in order[:number]]
+
+
+def _some(files: list[str], number: int) -> list[str]:
+    """About so many of them, evenly."""
+    return files[:: max(1, len(files) // number)]
+
+
+def _region(file: str) -> str:
+    (region,) = (unquote(part[7:]) for part in file.split("/") if part.startswith("region="))
+    return region
+
+
+def _learned_from(spec: PairSpec, columns: list[str]) -> pa.Table:
+    """Some of the sessions that the ranker learned from, of all days and regions alike."""
+    files = _some(storage.list_files(storage.join(spec.sessions_uri, "sessions"), ".parquet"), DRIFT_FILES)
+    parts = []
+    for file in files:
+        table = storage.read_table(file, filters=pc.field("role") == "rank").slice(0, DRIFT_SESSIONS // len(files))
+        parts.append(table.append_column("region", pa.repeat(_region(file), len(table))).select(columns))
+    return pa.concat_tables(parts)
 
 
 class FrozenReasoner:
@@ -81,8 +280,8 @@ class FrozenReasoner:
         DataError: when its weights are not those that the ranker was trained on.
     """
 
-    def __init__(self, spec: PairSpec, reader: SessionReader, reasoner_version: str | None) -> None:
-        template = reader.template
+    def __init__(self, spec: PairSpec) -> None:
+        template, reasoner_version = Template.load(spec.prompt), spec.meta.reasoner_version
         self.engine = spec.engine.start()
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         if reasoner_version is not None and self.engine.version != reasoner_version:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rgalign_ray import __version__
 from rgalign_ray.serve import api
+from rgalign_ray.serve.access import Access, RefusedError
 from rgalign_ray.serve.gateway import Gateway
 from rgalign_ray.serve.session_reader import SessionError
 
 Healthy = Callable[[], Awaitable[bool]]
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+"""The page is one file and asks nobody but the service."""
 REFUSED: dict[int | str, dict[str, Any]] = {422: {"model": list[api.Refusal], "description": "A field is wrong."}}
 
 
@@ -49,8 +54,39 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
-def build(gateway: Gateway, ready: Healthy) -> FastAPI:
-    """The application; `ready` says whether all models answer."""
+class Guard:
+    """Lets pass whom `Access` does."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self.access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            try:
+                self.access.check(scope["path"], headers, (scope.get("client") or ("",))[0])
+            except RefusedError as error:
+                await _told(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def build(
+    gateway: Gateway,
+    ready: Healthy,
+    access: Access,
+    refused: Callable[[], str | None],
+    offered: Sequence[api.Example] = (),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        gateway: answers.
+        ready: whether all models do.
+        access: who may ask.
+        refused: why newer versions were not taken.
+        offered: sessions for people to try.
+    """
     app = FastAPI(
         title="rgalign_ray",
         version=__version__,
@@ -59,6 +95,11 @@ def build(gateway: Gateway, ready: Healthy) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(BodyLimit, limit=gateway.settings.max_body_bytes)
+    app.add_middleware(Guard, access=access)  # added last, it is asked first
+
+    @app.exception_handler(RefusedError)
+    async def _(_: Request, error: RefusedError) -> JSONResponse:
+        return _told(error)
 
     @app.exception_handler(SessionError)
     async def _(_: Request, error: SessionError) -> JSONResponse:
@@ -83,10 +124,40 @@ def build(gateway: Gateway, ready: Healthy) -> FastAPI:
         """The intents for several sessions."""
         return api.BatchResponse(responses=await gateway.rank_batch(request.requests))
 
+    @app.post("/v1/feedback", responses=REFUSED)
+    async def feedback(request: api.FeedbackRequest) -> api.FeedbackResponse:
+        """What became of an answer; acknowledged once it is on the disk."""
+        return await gateway.told(request)
+
+    @app.post("/v1/refresh", responses=REFUSED)
+    async def refresh(request: api.RefreshRequest) -> api.RefreshResponse:
+        """Reads a user's situation ahead of her visit."""
+        return await gateway.refresh(request)
+
+    @app.delete("/v1/users/{user_id}")
+    async def forget(user_id: api.Id) -> api.ForgetResponse:
+        """Removes what is kept of a user."""
+        return await gateway.forget(user_id)
+
     @app.get("/v1/models")
-    async def models() -> list[api.ServedVersion]:
+    async def models() -> api.Served:
         """What is served."""
-        return [gateway.version]
+        versions = [variant.version for variant in gateway.variants.by_name.values()]
+        return api.Served(variants=versions, refused=refused())
+
+    @app.get("/v1/counts")
+    async def counts() -> api.Counted:
+        """What this gateway has done since it started."""
+        return gateway.counts.told()
+
+    @app.get("/v1/examples")
+    async def examples() -> list[api.Example]:
+        """Sessions to try."""
+        return list(offered)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -102,6 +173,11 @@ def build(gateway: Gateway, ready: Healthy) -> FastAPI:
         return {"status": "not ready"}
 
     return app
+
+
+def _told(error: RefusedError) -> JSONResponse:
+    told = [{"field": "", "message": error.message}]
+    return JSONResponse(told, status_code=error.status, headers=error.headers)
 
 
 def _refused(found: list[api.Refusal]) -> JSONResponse:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from rgalign_ray import schema, storage
 from rgalign_ray.errors import DataError
 from rgalign_ray.world import clicks, kb
+from rgalign_ray.world.draws import Draws
 
 
 class Oracle:
@@ -69,6 +70,11 @@ class Oracle:
         """float64 [S], the expected number of clicks where session s is shown `ranked[s]` (int [S, k])."""
         rows = self._rows(session_ids)
         return self._clicks.expected_clicks(self._need[rows], self._bias[rows], ranked)
+
+    def draw(self, session_ids: list[str], ranked: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """bool [S, k] each: clicked, and clicked with the need resolved; the same for equal seeds and sessions."""
+        rows = self._rows(session_ids)
+        return self._clicks.draw(Draws(seed), rows.astype(np.uint64), self._need[rows], self._bias[rows], ranked)
 
     def best(self, session_ids: list[str], k: int) -> np.ndarray:
         """int [S, k]: intents by relevance to the true need, equal ones by id."""

@@ -22,13 +22,20 @@ def exported() -> str:
         return str(answer.read().decode())
 
 
+def tags(name: str) -> dict[str, str]:
+    return dict.fromkeys(ray_metrics.TAGS.get(name, ()), "it")
+
+
 def test_every_metric_that_is_listed_is_exported(ray_cluster: object) -> None:
     for name in ray_metrics.COUNTERS:
-        ray_metrics.counter(name).inc(3)
+        ray_metrics.counter(name).inc(3, tags=tags(name))
     for name in ray_metrics.GAUGES:
-        ray_metrics.gauge(name).set(2)
+        ray_metrics.gauge(name).set(2, tags=tags(name))
+    for name in ray_metrics.HISTOGRAMS:
+        ray_metrics.histogram(name).observe(7, tags=tags(name))
     wanted = {f"ray_rgalign_{name}_total" for name in ray_metrics.COUNTERS}
     wanted |= {f"ray_rgalign_{name}" for name in ray_metrics.GAUGES}
+    wanted |= {f"ray_rgalign_{name}_bucket" for name in ray_metrics.HISTOGRAMS}
     assert set(re.findall(r"`(ray_rgalign_\w+)`", DOCS.read_text())) == wanted
     until = time.monotonic() + DEADLINE_S
     while missing := wanted - {line.split("{")[0].split(" ")[0] for line in exported().splitlines()}:

@@ -3,93 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
+from serve_data import INTENTS, SESSION, VECTOR, Models, gateway, read_as, variant
 
-from rgalign_ray import config, storage
-from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.feature_spec import FeatureSpec
-from rgalign_ray.logs.prompts import Template
-from rgalign_ray.schema import EVENT, TIMESTAMP
-from rgalign_ray.serve import api, web
+from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.serve import api, feedback, query_store, web
+from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
+from rgalign_ray.serve.query_store import QueryStore
 from rgalign_ray.serve.session_reader import SessionReader
-
-SPEC = FeatureSpec.model_validate(
-    {
-        "fields": [
-            {"name": "region", "kind": "categorical"},
-            {"name": "hour", "kind": "numeric"},
-            {"name": "coins", "kind": "numeric"},
-            {"name": "cards", "kind": "multi"},
-        ]
-    }
-)
-TEMPLATE = Template(
-    version="t", prefix="", session="{{ tab }}: {{ history | map(attribute='text') | join(', ') }}", suffix="", item=""
-)
-SESSION = {"user_id": "u1", "region": "SG", "features": {"tab": "open", "hour": 3, "cards": ["visa"]}}
-INTENTS = [f"i{number}" for number in range(6)]
-VECTOR = np.ones(4, np.float16)
+from rgalign_ray.serve.variants import Variants
 
 
 @pytest.fixture
 def reader(tmp_path: Path) -> SessionReader:
-    columns = {
-        "tab": pa.string(),
-        "hour": pa.float32(),
-        "coins": pa.int32(),
-        "cards": pa.list_(pa.string()),
-        "ts": TIMESTAMP,
-        "history": pa.list_(EVENT),
-    }
-    log = pa.schema(list(columns.items())).empty_table()
-    storage.write_table(str(tmp_path / "sessions/dt=2026-01-01/region=SG/0.parquet"), log)
-    return SessionReader(str(tmp_path), SPEC, TEMPLATE)
-
-
-class Models:
-    """What the gateway waits for."""
-
-    def __init__(self, slow_s: float = 0.0, fails: Exception | None = None) -> None:
-        self.slow_s, self.fails = slow_s, fails
-        self.read_texts: list[str] = []
-        self.scored: list[tuple[dict[str, Any], list[int], bool]] = []
-
-    async def read(self, text: str, seed: int | None) -> tuple[np.ndarray, str | None]:
-        self.read_texts.append(text)
-        await asyncio.sleep(self.slow_s)
-        if self.fails:
-            raise self.fails
-        return VECTOR, None if seed is None else "where is it?"
-
-    async def score(self, row: dict[str, Any], candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
-        self.scored.append((row, candidates.tolist(), vector is not None))
-        return -candidates.astype(np.float32)
-
-
-def gateway(reader: SessionReader, models: Models, store: Any = None, **settings: Any) -> Gateway:
-    intents = pa.table(dict.fromkeys(("intent_id", "title", "description", "category"), INTENTS))
-    version = api.ServedVersion(version="v", reasoner="r", ranker="k", round=1, intents=6, features=reader.features)
-    it = config.Serve.model_validate(settings)
-    return Gateway(it, reader, Catalogue(intents), version, models.read, models.score, store)
+    return read_as(tmp_path)
 
 
 def ask(made: Gateway, **request: Any) -> api.RankResponse:
     return asyncio.run(made.rank(api.RankRequest.model_validate({"session": SESSION} | request)))
 
 
-def client(made: Gateway, ready: bool = True) -> TestClient:
+def client(made: Gateway, ready: bool = True, access: Access | None = None) -> TestClient:
     async def answer() -> bool:
         return ready
 
-    return TestClient(web.build(made, answer))
+    return TestClient(web.build(made, answer, access or Access({}, None), refused=lambda: None))
 
 
 def test_the_reasoner_is_read_and_the_best_intents_come_first(reader: SessionReader) -> None:
@@ -97,10 +47,13 @@ def test_the_reasoner_is_read_and_the_best_intents_come_first(reader: SessionRea
     answer = ask(gateway(reader, models), request_id="r1", k=2)
     assert [intent.intent_id for intent in answer.intents] == ["i0", "i1"]
     assert [intent.propensity for intent in answer.intents] == [1.0, 1.0]
-    assert (answer.path, answer.request_id, answer.version, answer.latent_query) == ("live", "r1", "v", None)
+    assert (answer.path, answer.request_id, answer.version, answer.latent_query) == ("live", "r1", "v-default", None)
     assert set(answer.timings_ms) == {"read", "reasoner", "ranker", "total"}
     assert models.scored[0][1:] == ([0, 1, 2, 3, 4, 5], True)
-    assert ask(gateway(reader, models), explain=True).latent_query == "where is it?"
+    explained = ask(gateway(reader, models), explain=True)
+    assert explained.latent_query == "where is it?" and answer.intents[0].parts is None
+    for intent in explained.intents:
+        assert intent.parts is not None and sum(intent.parts.model_dump().values()) == intent.score
 
 
 def test_history_is_read_in_order_in_utc_and_not_from_after_the_entry(reader: SessionReader) -> None:
@@ -126,7 +79,7 @@ def test_a_reasoner_that_is_late_or_dead_is_done_without(reader: SessionReader, 
     answer = ask(made)
     assert answer.path == "null" and len(answer.intents) == 3 and answer.timings_ms["total"] < 1000
     assert models.scored[0][2] is False
-    assert made.fallbacks == {reason: 1}
+    assert made.counts.others == {("fallbacks", reason): 1} and made.counts.answers == {("null", "default"): 1}
     if models.fails:
         with pytest.raises(RuntimeError, match="dead"):
             ask(made, path="live")
@@ -172,6 +125,7 @@ def test_what_is_drawn_has_its_probability_and_is_drawn_alike_for_a_request(read
         ({"candidates": ["i1", "i9"]}, "candidates.1"),
         ({"candidates": ["i1", "i1"]}, "candidates"),
         ({"k": 0}, "k"),
+        ({"variant": "other"}, "variant"),
         ({"clicks": [True]}, "clicks"),
     ],
 )
@@ -199,9 +153,110 @@ def test_over_http(reader: SessionReader) -> None:
         assert http.post("/v1/rank", content=b" " * 3000).status_code == 413
         assert http.post("/v1/rank", content=iter([b" " * 1500] * 2)).status_code == 413, "whatever it says of its size"
         assert http.post("/v1/rank", content=b"{").status_code == 422
-        assert http.get("/v1/models").json()[0]["features"] == ["hour", "coins", "cards", "tab"]
+        (served,) = http.get("/v1/models").json()["variants"]
+        assert served["features"] == ["hour", "coins", "cards", "tab"] and served["version"] == "v-default"
         assert http.get("/healthz").status_code == 200 and http.get("/readyz").status_code == 200
         paths = http.get("/openapi.json").json()["paths"]
-        assert {"/v1/rank", "/v1/rank:batch", "/v1/models", "/healthz", "/readyz"} <= set(paths)
+        known = {"/v1/rank", "/v1/rank:batch", "/v1/feedback", "/v1/refresh", "/v1/users/{user_id}", "/v1/models"}
+        assert known | {"/healthz", "/readyz"} <= set(paths)
     with client(made, ready=False) as http:
         assert http.get("/readyz").status_code == 503
+
+
+def test_a_user_gets_one_variant_and_each_its_share(reader: SessionReader) -> None:
+    models = Models()
+    made = gateway(reader, models)
+    made.variants = Variants([variant(reader, models, name, weight) for name, weight in (("a", 3), ("b", 1), ("c", 0))])
+    users = [f"user{number}" for number in range(2000)]
+    names = [made.variants.of(user).name for user in users]
+    assert abs(names.count("a") / len(users) - 0.75) < 0.03 and names.count("c") == 0
+    assert names == [made.variants.of(user).name for user in users]
+    answer = ask(made, session=SESSION | {"user_id": users[0]})
+    assert (answer.variant, answer.version) == (names[0], f"v-{names[0]}")
+    assert ask(made, variant="c").variant == "c"
+    other = Variants([variant(reader, models, name) for name in ("a", "d")])
+    assert 0.4 < np.mean([other.of(user).name == "a" for user in users if made.variants.of(user).name == "a"]) < 0.6
+
+
+def test_keys_are_asked_for_and_counted_apart(reader: SessionReader) -> None:
+    access = Access({"shop": "a-key-of-the-shop", "lab": "a-key-of-the-lab!"}, rate_per_minute=2)
+    with client(gateway(reader, Models()), access=access) as http:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {b"x-api-key": b"\xe5"}):
+            refused = http.get("/v1/models", headers=headers)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+        shop, lab = {"authorization": "Bearer a-key-of-the-shop"}, {"x-api-key": "a-key-of-the-lab!"}
+        assert [http.get("/v1/models", headers=shop).status_code for _ in range(3)] == [200, 200, 429]
+        late = http.get("/v1/models", headers=shop)
+        assert late.status_code == 429 and 1 <= int(late.headers["retry-after"]) <= 60
+        assert http.get("/v1/models", headers=lab).status_code == 200
+        assert [http.get(path).status_code for path in ("/healthz", "/readyz", "/openapi.json")] == [200] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("shop short", "key 1 must be"),
+        ("shop a-key-of-the-shop\nshop another-key-of-it", "key 2"),
+        ("", "holds no key"),
+    ],
+)
+def test_a_file_of_keys_that_is_wrong_is_told_without_the_key(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "keys"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Access.load(config.Serve(keys=str(file)))
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=told) as met:
+        Access.load(config.Serve(keys=str(file)))
+    assert "another" not in str(met.value) and "short" not in str(met.value)
+
+
+def test_feedback_is_on_the_disk_when_it_is_acknowledged(reader: SessionReader, tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        answer = http.post("/v1/rank", json={"session": SESSION, "request_id": "r1"}).json()
+        told = {"request_id": "r1", "clicks": [answer["intents"][0]["intent_id"]]}
+        assert http.post("/v1/feedback", json=told).json() == {"request_id": "r1"}
+        shutil.copytree(tmp_path, tmp_path / "copy")  # as a machine that dies now leaves it
+        (file,) = feedback.files(str(tmp_path / "copy"))
+        (kept,) = feedback.answers(file)
+        assert (kept.request_id, kept.user_id, kept.body["slate"]) == ("r1", "u1", ["i0", "i1", "i2"])
+        assert list(feedback.feedback(file)) == [("r1", {"clicks": ["i0"]})]
+        assert http.delete("/v1/users/u1").json() == {"answers": 1}
+        (file,) = feedback.files(str(tmp_path))
+        assert not list(feedback.answers(file)) and not list(feedback.feedback(file))
+        assert [user for user, _ in feedback.forgotten(file)] == ["u1"]
+    log.close()
+    with client(gateway(reader, Models())) as http:
+        assert http.post("/v1/feedback", json=told).status_code == 404
+
+
+def test_feedback_that_cannot_be_written_is_not_acknowledged(reader: SessionReader, tmp_path: Path) -> None:
+    lost: list[int] = []
+    log = FeedbackLog(str(tmp_path), lost=lost.append)
+    (file,) = feedback.files(str(tmp_path))
+    with closing(sqlite3.connect(file)) as other, other:
+        other.execute("DROP TABLE feedback")
+        other.execute("DROP TABLE answers")
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        assert http.post("/v1/rank", json={"session": SESSION}).status_code == 200
+        refused = http.post("/v1/feedback", json={"request_id": "r1"})
+        assert refused.status_code == 507 and "no such table" in refused.json()[0]["message"]
+    log.close()
+    assert sum(lost) == 1
+
+
+def test_a_situation_that_is_read_again_is_what_is_looked_up(reader: SessionReader, tmp_path: Path) -> None:
+    now = datetime.now(UTC).replace(tzinfo=None)
+    old = query_store.Kept("u1", now - timedelta(hours=2), np.zeros(4, np.float16), "old")
+    query_store.write(str(tmp_path), "r", [old])
+    store = QueryStore(str(tmp_path), "r", dim=4, max_age_s=3600 * 24)
+    models = Models()
+    with client(gateway(reader, models, store)) as http:
+        assert http.post("/v1/rank", json={"session": SESSION}).json()["latent_query"] == "old"
+        assert http.post("/v1/refresh", json={"session": SESSION}).json() == {"variants": ["default"]}
+        found = store.get("u1")
+        assert found is not None and found[0].tolist() == VECTOR.tolist()
+        http.delete("/v1/users/u1")
+        assert store.get("u1") is None
+        assert http.post("/v1/rank", json={"session": SESSION}).json()["path"] == "live"
+    store.close()

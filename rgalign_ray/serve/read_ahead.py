@@ -1,0 +1,75 @@
+"""Near-line: e(x) of the users who are likely to come, read by Ray Data into the file that the service looks up.
+
+situations (a log, whose outcomes are not read) ──▶ encoders (actor pool) ──▶ query store, the newest of each user
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from ray.data import ActorPoolStrategy
+
+from rgalign_ray import config, progress
+from rgalign_ray.logs import stream
+from rgalign_ray.serve import query_store
+from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
+from rgalign_ray.serve.query_store import Kept
+
+
+class Reader:
+    """Reads batches of situations; a plain class that Ray Data runs."""
+
+    def __init__(self, spec: PairSpec, batch_size: int) -> None:
+        self.reasoner, self.template, self.batch_size = FrozenReasoner(spec), spec.reader().template, batch_size
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        texts = self.template.sessions(batch)
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # of like length, so that little is padding
+        vectors: list[bytes] = [b""] * len(texts)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, vector in zip(rows, self.reasoner.read([texts[row] for row in rows]), strict=True):
+                vectors[row] = vector.tobytes()
+        return pa.table({"user_id": batch["user_id"], "ts": batch["ts"], "vector": pa.array(vectors, pa.binary())})
+
+
+def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, encode: config.Encode) -> int:
+    """Writes the store of a pair's reasoner, and swaps it for the old one.
+
+    Args:
+        spec: the pair.
+        log_uri: a prepared log, or one that has no more than user_id, ts and what the prompt reads.
+        start: first day (YYYY-MM-DD) on which users count as active; None: all.
+        folder: `serve.store`.
+        encode: how many workers, where, and how many sessions at once.
+
+    Returns:
+        Users in the store.
+
+    Raises:
+        DataError: where the log has no such days.
+    """
+    columns = sorted({*spec.reader().template.columns, "user_id", "ts"})
+    situations = stream.sessions(log_uri, columns=columns, start=start)
+    total = situations.count()
+    read = situations.map_batches(
+        Reader,
+        fn_constructor_kwargs={"spec": spec, "batch_size": encode.batch_size},
+        batch_size=encode.unit_sessions,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=encode.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=encode.cpus_per_worker,
+        num_gpus=encode.gpus_per_worker,
+        label_selector=encode.node_labels,
+    )
+
+    def kept() -> Iterator[Kept]:
+        with progress.track("read ahead", total, "sessions") as advance:
+            for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in block.to_pylist():
+                    yield Kept(row["user_id"], row["ts"], np.frombuffer(row["vector"], np.float16))
+                advance(block.num_rows)
+
+    return query_store.write(folder, spec.meta.reasoner_version or "", kept())

@@ -1,0 +1,160 @@
+"""What was served, as a log that the next run reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rgalign_ray import storage
+from rgalign_ray.config import Log, Roles
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.ingest import ingest
+from rgalign_ray.schema import EVENT, TIMESTAMP
+from rgalign_ray.serve.collect import collect
+from rgalign_ray.serve.feedback import Answer, FeedbackLog, answers, feedback, files
+
+INTENTS = ["i0", "i1", "i2", "i3"]
+NOON = datetime(2026, 1, 5, 12)
+SCHEMA = pa.schema(
+    {
+        "hour": pa.float32(),
+        "cards": pa.list_(pa.string()),
+        "region": pa.string(),
+        "ts": TIMESTAMP,
+        "history": pa.list_(EVENT),
+    }
+)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Any:
+    catalogue = pa.table(dict.fromkeys(("intent_id", "title", "description", "category"), INTENTS))
+    storage.write_table(str(tmp_path / "run/intents.parquet"), catalogue)
+    return SimpleNamespace(sessions_uri=str(tmp_path / "run"), reader=lambda: SimpleNamespace(schema=SCHEMA))
+
+
+def answer(request_id: str, user_id: str = "u1", **body: Any) -> Answer:
+    row = {"hour": 3.0, "cards": ["visa"], "region": "SG", "history": []}
+    event = {"event": "chat", "text": "hi", "ts": "2026-01-05T11:00:00"}
+    its = {
+        "row": row | {"history": [event]},
+        "candidates": None,
+        "slate": ["i2", "i0"],
+        "propensity": [0.5, 0.25],
+        "version": "v",
+        "variant": "a",
+        "path": "live",
+    }
+    return Answer(request_id, user_id, NOON, its | body)
+
+
+def written(
+    folder: Path, given: list[Answer], told: list[tuple[str, dict[str, Any]]], forget: str | None = None
+) -> None:
+    log = FeedbackLog(str(folder), lost=lambda number: pytest.fail(f"{number} lost"))
+    for each in given:
+        log.shown(each)
+    for request_id, body in told:
+        log.told(request_id, body).result(10)
+    if forget is not None:
+        log.forget(forget, datetime(2026, 2, 1)).result(10)
+    log.close()
+
+
+def test_answers_with_feedback_become_sessions(tmp_path: Path, spec: Any) -> None:
+    given = [answer("r1"), answer("r2", candidates=["i2", "i0", "i1"]), answer("untold"), answer("gone", "u2")]
+    told = [("r1", {"clicks": ["i0"]}), ("r1", {"resolved": ["i0"]}), ("r2", {"seen": 1, "clicks": ["i2", "i0"]})]
+    told += [("gone", {}), ("nobody", {"clicks": ["i1"]})]
+    written(tmp_path / "one", given, told)
+    (own,) = files(str(tmp_path / "one"))
+    other = tmp_path / "other"
+    written(other, [answer("r1", slate=["i3"], propensity=[1.0])], [], forget="u2")
+    (elsewhere,) = files(str(other))
+    elsewhere.rename(own.with_name("~other.feedback"))
+    out = tmp_path / "log"
+    counts = collect(str(tmp_path / "one"), [spec], str(out))
+    assert counts == {
+        "sessions": 2,
+        "clicked": 2,
+        "untold": 1,
+        "repeated": 1,
+        "forgotten": 1,
+        "unanswered": 1,
+        "not_shown": 1,
+    }
+    rows = {row["session_id"]: row for row in storage.read_table(str(out / "sessions")).to_pylist()}
+    assert rows.keys() == {"r1", "r2"}
+    first, second = rows["r1"], rows["r2"]
+    assert (first["user_id"], first["region"], first["ts"], first["hour"]) == ("u1", "SG", NOON, 3.0)
+    assert first["history"] == [{"event": "chat", "text": "hi", "ts": datetime(2026, 1, 5, 11)}]
+    assert first["candidates"] == INTENTS and first["shown"] == [True, False, True, False]
+    assert first["clicks"] == first["resolved"] == [True, False, False, False]
+    assert first["position"] == [1, -1, 0, -1] and first["propensity"] == [0.25, 0.0, 0.5, 0.0]
+    assert second["candidates"] == ["i2", "i0", "i1"] and second["shown"] == [True, False, False]
+    assert second["clicks"] == [True, False, False] and second["propensity"] == [0.5, 0.0, 0.0]
+    assert (first["served_version"], first["served_variant"], first["served_path"]) == ("v", "a", "live")
+    with pytest.raises(ConfigError, match="is there already"):
+        collect(str(tmp_path / "one"), [spec], str(out))
+    with pytest.raises(ConfigError, match="holds no feedback"):
+        collect(str(tmp_path / "none"), [spec], str(tmp_path / "log2"))
+
+
+def test_the_next_run_reads_it(tmp_path: Path, spec: Any) -> None:
+    written(tmp_path / "one", [answer("r1"), answer("r2", "u2")], [("r1", {"clicks": ["i0"]}), ("r2", {})])
+    out = tmp_path / "log"
+    collect(str(tmp_path / "one"), [spec], str(out))
+    features = FeatureSpec.model_validate(
+        {"fields": [{"name": "hour", "kind": "numeric"}, {"name": "cards", "kind": "multi"}]}
+    )
+    summary = ingest(
+        str(out / "sessions"),
+        str(out / "intents.parquet"),
+        None,
+        str(tmp_path / "in"),
+        Roles(),
+        1,
+        log=Log(),
+        feature_columns=features,
+    )
+    assert (summary.kept, summary.without_click, dict(summary.quarantined)) == (2, 1, {})
+
+
+KILLED = """
+import sys
+from datetime import datetime
+from rgalign_ray.serve.feedback import Answer, FeedbackLog
+log = FeedbackLog(sys.argv[1], lost=lambda number: None)
+number = 0
+while True:
+    name = f"r{number}"
+    log.shown(Answer(name, "u", datetime(2026, 1, 1), {"slate": []}))
+    log.told(name, {"clicks": []}).result(30)
+    print(name, flush=True)
+    number += 1
+"""
+
+
+def test_killed_at_any_moment_it_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(20 + 13 * attempt):
+            process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        acknowledged = {line.strip() for line in process.stdout}
+        process.wait()
+        (file,) = files(str(folder))
+        there = {each.request_id for each in answers(file)}
+        assert len(there) >= 20 and acknowledged <= there
+        assert {request_id for request_id, _ in feedback(file)} >= acknowledged
