@@ -20,6 +20,7 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -66,7 +67,7 @@ def run(
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
 
     def attempt() -> Any:
-        return TorchTrainer(
+        return _Trainer(
             worker,
             train_loop_config=argument,
             torch_config=torch_config,
@@ -130,6 +131,19 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+class _Trainer(TorchTrainer):
+    """Without Ray Train's actor that gives back what a killed controller held.
+
+    It asks the dashboard whether the controller lives, waits ten seconds for an answer where there is no dashboard, as
+    on this machine, and every run waits for it as it ends. Where a controller dies the driver ends, and Ray gives back
+    what was the driver's.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+
 class _Placement(WorkerGroupCallback, ControllerCallback):
     """Gives back what a group held that dies between its start and its first step.
 
@@ -144,5 +158,8 @@ class _Placement(WorkerGroupCallback, ControllerCallback):
         self.handle = worker_group.get_worker_group_state().placement_group_handle
 
     async def before_controller_shutdown(self) -> None:
+        self.before_controller_abort()
+
+    def before_controller_abort(self) -> None:
         if self.handle is not None:
             self.handle.shutdown()

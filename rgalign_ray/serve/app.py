@@ -295,8 +295,10 @@ class GatewayDeployment:
                 self.refused = first_line(error)
 
     async def loaded(self, wanted: dict[str, Source], deadline_s: float) -> None:
-        calls = (model.load.remote(source) for model in (self.reasoner, self.ranker) for source in wanted.values())
-        await asyncio.wait_for(asyncio.gather(*calls), deadline_s)
+        calls = [model.load.remote(source) for model in (self.reasoner, self.ranker) for source in wanted.values()]
+        async with asyncio.timeout(deadline_s):
+            for call in calls:
+                await call
 
     async def ready(self) -> bool:
         try:
@@ -349,6 +351,7 @@ def run(settings: Config, blocking: bool = True) -> None:
     if it.host not in LOCAL:
         progress.note(f"serve.host: {it.host} can be reached from other machines, and whoever can reach it is answered")
     join(settings)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": it.host, "port": it.port}, logging_config={"log_level": "WARNING"})
     serve.run(app, name=NAME, logging_config={"log_level": "WARNING"})
     progress.note(f"serving on http://{it.host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
