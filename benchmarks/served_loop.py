@@ -28,13 +28,15 @@ from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import statistics
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.loop import environment, log_stages
+from rgalign_ray.loop import environment
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ops.local_cluster import free_port
 from rgalign_ray.serve import api
 from rgalign_ray.world.oracle import Oracle
 
 SHOWN = 3
+LEARNS = {"rank": 0.6, "align": 0.1, "valid": 0.2, "test": 0.1, "test_days": 0}
+"""Roles of a round's users: they come within days, and models are compared on others."""
 EVERYTHING = 100
 """Intents that are asked for: all of the shop's."""
 TIMEOUT_S = 120.0
@@ -77,6 +79,8 @@ def visit(
 
 def shop(settings: Config, out: Path) -> tuple[list[dict[str, Any]], Oracle, dict[str, int]]:
     """Sessions in the order of their time, truth, and places of the intents, of a shop of another seed."""
+    from rgalign_ray.loop import log_stages
+
     others = config.changed(settings, {"world.seed": settings.world.seed + 1})
     log_stages.stages(others)[0].run(Run(others), str(out))
     order = [("ts", "ascending"), ("session_id", "ascending")]
@@ -127,10 +131,11 @@ def measure(
 
     run = config.changed(settings, {"run_dir": str(out / "run-0"), "name": "run-0"})
     models: list[dict[str, Any]] = []
+    port = free_port()
     for round_ in range(rounds + 1):
         controller.run(run, until="rankers_0")
         folder, log = str(out / f"feedback-{round_}"), str(out / f"log-{round_ + 1}")
-        its = {"round": 0, "port": free_port(), "feedback": folder, "explore_temperature": temperature}
+        its = {"round": 0, "port": port, "feedback": folder, "explore_temperature": temperature}
         online = config.changed(run, {f"serve.{key}": value for key, value in its.items()})
         app.run(online, blocking=False)
         address = f"http://127.0.0.1:{online.serve.port}"
@@ -140,12 +145,13 @@ def measure(
         if round_ < rounds:
             clicks = visit(address, visitors[users * round_ : users * (round_ + 1)], tell, at_once)
             found["clicks"] = int(np.sum(clicks))
-        serve.shutdown()
+        serve.delete(app.NAME)
         models.append(found)
         if round_ < rounds:
             found["collected"] = collect(folder, [pair.find(online.run_uri, 0)], log)
             source = {"source": "parquet", "uri": f"{log}/sessions", "intents": f"{log}/intents.parquet"}
-            changes = {f"log.{key}": value for key, value in source.items()}
+            changes: dict[str, Any] = {f"log.{key}": value for key, value in source.items()}
+            changes |= {f"roles.{key}": value for key, value in LEARNS.items()}
             run = config.changed(
                 run, changes | {"run_dir": str(out / f"run-{round_ + 1}"), "name": f"run-{round_ + 1}"}
             )
