@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -25,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
-from rgalign_ray.errors import first_line
+from rgalign_ray.errors import ConfigError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop.connection import join
 from rgalign_ray.serve import api, pair, web
@@ -344,10 +346,14 @@ def run(settings: Config, blocking: bool = True) -> None:
     """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
 
     Raises:
-        ConfigError: as `application`.
+        ConfigError: as `application`, and where the port is taken.
         InfrastructureError: when Ray does not start, or the address does not answer.
     """
     app, it = application(settings), settings.serve
+    if not ray.is_initialized() and settings.cluster.address is None:
+        with socket.socket() as probe:
+            if probe.connect_ex((it.host, it.port)) == 0:  # Serve would share it, and answer some of the requests
+                raise ConfigError(f"serve.port: something listens on {it.host}:{it.port} already; set another.")
     if it.host not in LOCAL:
         progress.note(f"serve.host: {it.host} can be reached from other machines, and whoever can reach it is answered")
     join(settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,6 +43,7 @@ class SessionReader:
         names = dict.fromkeys([*spec.columns, *template.columns, *GIVEN])
         self.schema = pa.schema([(name, found.field(name).type) for name in names])
         self.features = [name for name in self.schema.names if name not in GIVEN]
+        self._fits = {name: _fits(self.schema.field(name).type) for name in self.features}
 
     def row(self, session: api.Session, where: str = "session") -> Row:
         """The columns of one session.
@@ -62,6 +63,8 @@ class SessionReader:
         events = [{"event": each.event, "text": each.text, "ts": api.naive(each.ts)} for each in history]
         row: Row = dict.fromkeys(self.features) | session.features
         row |= {"region": session.region, "ts": ts, "history": events}
+        if all(fits(row[name]) for name, fits in self._fits.items()):
+            return row
         try:
             self.table([row])
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -80,6 +83,23 @@ class SessionReader:
     def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the reasoner reads of each."""
         return self.template.sessions(self.table(rows))
+
+
+def _fits(kind: pa.DataType) -> Callable[[Any], bool]:
+    """Whether a value is surely of a type; of others Arrow decides, which takes milliseconds."""
+    if pa.types.is_list(kind):
+        of_one = _fits(kind.value_type)
+        return lambda value: value is None or (isinstance(value, list) and all(map(of_one, value)))
+    if pa.types.is_boolean(kind):
+        return lambda value: value is None or isinstance(value, bool)
+    if pa.types.is_floating(kind):
+        return lambda value: value is None or isinstance(value, float)
+    if pa.types.is_signed_integer(kind):
+        most = 2 ** (kind.bit_width - 1)
+        return lambda value: value is None or (type(value) is int and -most <= value < most)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return lambda value: value is None or isinstance(value, str)
+    return lambda value: value is None
 
 
 def _schema(sessions_uri: str) -> pa.Schema:
