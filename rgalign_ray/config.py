@@ -634,8 +634,8 @@ class Serve(Settings):
     """That part."""
     batch: Count = 32
     """Sessions that a model reads at once, at most."""
-    batch_wait_ms: Annotated[float, Field(ge=0.0)] = 2.0
-    """How long a model waits for more of them."""
+    batch_wait_ms: Annotated[float, Field(ge=0.0)] = 10.0
+    """How long a model waits for more of them. One session costs the ranker almost as much as ten."""
     gateways: Count = 1
     reasoners: Count = 1
     rankers: Count = 1

@@ -46,6 +46,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
 EXAMPLES = 12
+LEAST_ONGOING = 32
+"""Requests that a replica takes at once; beyond them they wait where they come in."""
 RETRY_AFTER_S = 1
 """Told to those who are refused for load."""
 WAKES_EVERY_S = 3600.0
@@ -99,7 +101,7 @@ class Served(Generic[Loaded]):
 
 
 async def _again(method: Any, *arguments: Any) -> Any:
-    """Calls a model's method, and once more of another replica where the first one died over it."""
+    """Calls a model's method, of another replica once more where the first one died over it."""
     try:
         return await method.remote(*arguments)
     except RayActorError:
@@ -297,10 +299,10 @@ class GatewayDeployment:
                 self.refused = first_line(error)
 
     async def loaded(self, wanted: dict[str, Source], deadline_s: float) -> None:
-        calls = [model.load.remote(source) for model in (self.reasoner, self.ranker) for source in wanted.values()]
         async with asyncio.timeout(deadline_s):
-            for call in calls:
-                await call
+            for source in wanted.values():
+                await _again(self.reasoner.load, source)
+                await _again(self.ranker.load, source)
 
     async def ready(self) -> bool:
         try:
@@ -339,7 +341,7 @@ def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -
         growth = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": it.batch}
         replicas = {"autoscaling_config": growth}
     options = {"num_cpus": it.cpus_per_replica, **resources}
-    return {"max_ongoing_requests": 4 * it.batch, "ray_actor_options": options, **replicas}
+    return {"max_ongoing_requests": max(LEAST_ONGOING, 4 * it.batch), "ray_actor_options": options, **replicas}
 
 
 def run(settings: Config, blocking: bool = True) -> None:
