@@ -27,7 +27,8 @@ from rgalign_ray.serve.access import Access
 from rgalign_ray.serve.variants import Variants
 
 pytestmark = pytest.mark.skipif(
-    not shutil.which("chromium") or not shutil.which("chromedriver"), reason="needs Chromium and its driver (README)"
+    not shutil.which("chromium") or not shutil.which("chromedriver"),
+    reason="needs Chromium: apt-get install chromium chromium-driver",
 )
 
 KEY = "a-key-of-the-page"
