@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -31,7 +31,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop import environment
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ops.local_cluster import free_port
-from rgalign_ray.serve import api
+from rgalign_ray.serve.session_reader import SessionReader
 from rgalign_ray.world.oracle import Oracle
 
 SHOWN = 3
@@ -49,28 +49,25 @@ def call(url: str, body: Any = None) -> Any:
         return json.loads(answer.read())
 
 
-def request_of(row: dict[str, Any], features: Sequence[str], path: Literal["live", "null"]) -> dict[str, Any]:
-    """A session of a log, as its user's client would send it."""
-    given = {name: row[name] for name in ("user_id", "region", "ts", "history")}
-    session = api.Session(**given, features={name: row[name] for name in features})
-    request = api.RankRequest(session=session, path=path, k=EVERYTHING, request_id=row["session_id"])
-    return request.model_dump(mode="json")
-
-
 def best_of(intents: Sequence[dict[str, Any]], index: dict[str, int]) -> list[int]:
     """The intents with the highest scores, whatever was drawn."""
     return [index[it["intent_id"]] for it in sorted(intents, key=lambda it: -float(it["score"]))[:SHOWN]]
 
 
 def visit(
-    address: str, rows: list[dict[str, Any]], tell: Callable[[dict[str, Any], list[dict[str, Any]]], Any], at_once: int
+    address: str,
+    reader: SessionReader,
+    rows: list[dict[str, Any]],
+    tell: Callable[[dict[str, Any], list[dict[str, Any]]], Any],
+    at_once: int,
 ) -> list[Any]:
     """Users ask, each its own session; `tell` gets the session and what was answered, and its returns are gathered."""
-    features = call(f"{address}/v1/models")["variants"][0]["features"]
     with progress.track("visits", len(rows), "users") as advance, ThreadPoolExecutor(at_once) as pool:
 
         def one(row: dict[str, Any]) -> Any:
-            told = tell(row, call(f"{address}/v1/rank", request_of(row, features, "live"))["intents"])
+            its = {"path": "live", "k": EVERYTHING, "request_id": row["session_id"]}
+            body = {"session": reader.session(row).model_dump(mode="json")} | its
+            told = tell(row, call(f"{address}/v1/rank", body)["intents"])
             advance(1)
             return told
 
@@ -137,18 +134,19 @@ def measure(
         folder, log = str(out / f"feedback-{round_}"), str(out / f"log-{round_ + 1}")
         its = {"round": 0, "port": port, "feedback": folder, "explore_temperature": temperature}
         online = config.changed(run, {f"serve.{key}": value for key, value in its.items()})
+        spec = pair.find(online.run_uri, 0)
         app.run(online, blocking=False)
         address = f"http://127.0.0.1:{online.serve.port}"
         (model,) = call(f"{address}/v1/models")["variants"]
-        best = np.array(visit(address, judges, lambda _, intents: best_of(intents, index), at_once))
+        best = np.array(visit(address, spec.reader(), judges, lambda _, intents: best_of(intents, index), at_once))
         found = {"version": model["version"], "ctr": oracle.expected(ids, best)[0].tolist()}
         if round_ < rounds:
-            clicks = visit(address, visitors[users * round_ : users * (round_ + 1)], tell, at_once)
+            clicks = visit(address, spec.reader(), visitors[users * round_ : users * (round_ + 1)], tell, at_once)
             found["clicks"] = int(np.sum(clicks))
         serve.delete(app.NAME)
         models.append(found)
         if round_ < rounds:
-            found["collected"] = collect(folder, [pair.find(online.run_uri, 0)], log)
+            found["collected"] = collect(folder, [spec], log)
             source = {"source": "parquet", "uri": f"{log}/sessions", "intents": f"{log}/intents.parquet"}
             changes: dict[str, Any] = {f"log.{key}": value for key, value in source.items()}
             changes |= {f"roles.{key}": value for key, value in LEARNS.items()}

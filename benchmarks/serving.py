@@ -192,7 +192,7 @@ def bare(settings: Config, row: dict[str, Any], times: int = 30) -> dict[str, fl
 
     spec = pair.find(settings.run_uri, settings.serve.round)
     ranker, reasoner = pair.FrozenRanker(spec), pair.FrozenReasoner(spec)
-    its = spec.reader().row(_session(row))
+    its = spec.reader().row(spec.reader().session(row))
     everything = np.arange(len(spec.meta.intent_ids), dtype=np.int32)
     (text,) = spec.reader().texts([its])
     calls = {
@@ -209,14 +209,6 @@ def bare(settings: Config, row: dict[str, Any], times: int = 30) -> dict[str, fl
             taken.append((time.perf_counter() - started) * MS)
         found[name] = median(taken)
     return found
-
-
-def _session(row: dict[str, Any]) -> Any:
-    from rgalign_ray.serve import api
-
-    given = {name: row[name] for name in ("user_id", "region", "ts", "history")}
-    features = {name: value for name, value in row.items() if name not in given and name != "session_id"}
-    return api.Session(**given, features={name: value for name, value in features.items() if value is not None})
 
 
 def memory_mb() -> float:
@@ -249,10 +241,10 @@ def measure(
     vector = np.zeros(spec.dim, np.float16)
     kept = query_store.Kept(row["user_id"], datetime.now(UTC).replace(tzinfo=None), vector)
     query_store.write(str(out / "store"), spec.meta.reasoner_version or "", [kept])
-    bodies = {}
+    session, bodies = spec.reader().session(row), {}
     for path in PATHS:
         bodies[path] = out / f"{path}.json"
-        bodies[path].write_text(json.dumps({"session": _session(row).model_dump(mode="json"), "path": path}))
+        bodies[path].write_text(json.dumps({"session": session.model_dump(mode="json"), "path": path}))
 
     found: dict[str, Any] = {"bare_ms": bare(settings, row)}
     progress.note("bare models: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found["bare_ms"].items()))

@@ -112,8 +112,7 @@ def collect(
     from rgalign_ray.serve import pair
     from rgalign_ray.serve.collect import COUNTS, collect
 
-    specs = [pair.find(source.run_uri, source.round_) for source in pair.sources(settings).values()]
-    counts = collect(settings.serve.feedback, specs, out)
+    counts = collect(settings.serve.feedback, list(pair.pairs(settings).values()), out)
     for name, count in counts.items():
         if count or name == "sessions":
             print(f"{count:>10,} {COUNTS[name]}")
@@ -137,11 +136,10 @@ def read_ahead(
     from rgalign_ray.serve import pair
     from rgalign_ray.serve.read_ahead import read_ahead as write
 
-    sources = pair.sources(settings)
+    pairs = pair.pairs(settings)
     connect(settings)
     read = set()
-    for name, source in sources.items():
-        spec = pair.find(source.run_uri, source.round_)
+    for name, spec in pairs.items():
         if spec.meta.reasoner_version not in read:
             users = write(spec, log, start, settings.serve.store, settings.encode)
             print(f"{settings.serve.store}: {users:,} users for {name}")

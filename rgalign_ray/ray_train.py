@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from rgalign_ray import config, storage
+from rgalign_ray import config, progress, storage
 from rgalign_ray.errors import InfrastructureError
 
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited", re.IGNORECASE)
@@ -99,8 +98,7 @@ def run(
             met = [error.controller_failure] if isinstance(error, ControllerError) else error.worker_failures.values()
             if any(isinstance(each, WorkerGroupStartupTimeoutError) for each in met):
                 needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-                waits = f"  {section}: waits for {settings.workers} processes' room on the cluster, {needs} each"
-                print(waits, file=sys.stderr, flush=True)
+                progress.note(f"{section}: waits for {settings.workers} processes' room on the cluster, {needs} each")
                 continue
             if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise

@@ -35,7 +35,7 @@ from rgalign_ray.serve.access import Access
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
-from rgalign_ray.serve.pair import FrozenRanker, FrozenReasoner, Source, Versions, sources, variants_of
+from rgalign_ray.serve.pair import FrozenRanker, FrozenReasoner, PairSpec, Source, Versions, variants_of
 from rgalign_ray.serve.query_store import QueryStore
 from rgalign_ray.serve.session_reader import Row
 from rgalign_ray.serve.variants import Variant, Variants
@@ -67,7 +67,7 @@ class Served(Generic[Loaded]):
         self.versions = versions
         self.busy = asyncio.Lock()
         self.since: float | None = None
-        versions.keep(list(sources(settings).values()))
+        versions.keep(list(_sources(pair.pairs(settings)).values()))
         self.each_look = each_look
         self.watching = asyncio.get_running_loop().create_task(self.watch())
 
@@ -75,8 +75,8 @@ class Served(Generic[Loaded]):
         while True:
             await asyncio.sleep(self.settings.serve.watch_s)
             try:
-                wanted = await asyncio.to_thread(sources, self.settings)
-                await asyncio.to_thread(self.versions.keep, list(wanted.values()))
+                wanted = await asyncio.to_thread(pair.pairs, self.settings)
+                await asyncio.to_thread(self.versions.keep, list(_sources(wanted).values()))
                 self.each_look()
             except Exception as error:  # the gateway tells it; what is loaded stays
                 LOG.warning("a newer version is not taken: %s", first_line(error))
@@ -90,9 +90,8 @@ class Served(Generic[Loaded]):
             finally:
                 self.since = None
 
-    async def load(self, source: Source) -> bool:
-        await asyncio.to_thread(self.versions.get, source)
-        return True
+    async def model(self, source: Source) -> Loaded:
+        return await asyncio.to_thread(self.versions.get, source)
 
     def check(self) -> None:
         """Raises RuntimeError where a batch has been in work for too long."""
@@ -121,8 +120,7 @@ class Reasoner:
     async def read(self, source: Source, text: str, seed: int | None) -> tuple[np.ndarray, str | None]:
         if seed is None:
             return await self._read((source, text)), None
-        await self.served.load(source)
-        model = self.served.versions.get(source)
+        model = await self.served.model(source)
         (found,) = await self.served.alone(model.write, [text], [seed], **self.sampling)
         return found
 
@@ -130,8 +128,8 @@ class Reasoner:
     async def _read(self, asked: list[tuple[Source, str]]) -> list[np.ndarray]:
         return await self.served.alone(_by_source, self.served.versions, FrozenReasoner.read, asked)
 
-    async def load(self, source: Source) -> bool:
-        return await self.served.load(source)
+    async def load(self, source: Source) -> None:
+        await self.served.model(source)
 
     def check_health(self) -> None:
         self.served.check()
@@ -155,7 +153,7 @@ class Ranker:
         return await self._score((source, row, candidates, vector))
 
     async def parts(self, source: Source, row: Row, candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
-        model = await asyncio.to_thread(self.served.versions.get, source)
+        model = await self.served.model(source)
         (found,) = await self.served.alone(model.parts, [row], [candidates], [vector])
         return found
 
@@ -163,8 +161,8 @@ class Ranker:
     async def _score(self, asked: list[tuple[Source, Row, np.ndarray, np.ndarray | None]]) -> list[np.ndarray]:
         return await self.served.alone(_by_source, self.served.versions, FrozenRanker.score, asked)
 
-    async def load(self, source: Source) -> bool:
-        return await self.served.load(source)
+    async def load(self, source: Source) -> None:
+        await self.served.model(source)
 
     def check_health(self) -> None:
         self.served.check()
@@ -213,9 +211,9 @@ class GatewayDeployment:
         if it.feedback is not None:
             feedback = FeedbackLog(it.feedback, lost=lambda number: counts.add("lost_answers", number=number))
         self.stores: dict[str, QueryStore] = {}
-        self.found = sources(settings)
+        self.pairs = pair.pairs(settings)
         self.refused: str | None = None
-        self.gateway = Gateway(it, self.variants(), feedback, counts)
+        self.gateway = Gateway(it, self.variants(self.pairs), feedback, counts)
         self.watching = asyncio.get_running_loop().create_task(self.watch())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -223,30 +221,20 @@ class GatewayDeployment:
 
     def examples(self) -> list[api.Example]:
         """Of the first variant's run."""
-        source = next(iter(self.found.values()))
-        spec = pair.find(source.run_uri, source.round_)
+        spec = next(iter(self.pairs.values()))
         number = self.settings.serve.examples
         if number is None:
             number = EXAMPLES if spec.simulated else 0
-        return [
-            api.Example(
-                name=row.pop("session_id"),
-                session=api.Session(
-                    **{name: row.pop(name) for name in ("user_id", "region", "ts")},
-                    history=row.pop("history") or [],
-                    features={name: value for name, value in row.items() if value is not None},
-                ),
-            )
-            for row in pair.example_sessions(spec, number)
-        ]
+        reader, rows = spec.reader(), pair.example_sessions(spec, number)
+        return [api.Example(name=row["session_id"], session=reader.session(row)) for row in rows]
 
-    def variants(self) -> Variants:
+    def variants(self, pairs: Mapping[str, PairSpec]) -> Variants:
         it = self.settings.serve
         of_name = {variant.name: variant for variant in variants_of(it)}
         total = sum(variant.weight for variant in of_name.values())
         made = []
-        for name, source in self.found.items():
-            spec = pair.find(source.run_uri, source.round_)
+        for name, spec in pairs.items():
+            source = spec.source
             reader, catalogue = spec.reader(), Catalogue.load(spec.sessions_uri)
             reasoner, weight = spec.meta.reasoner_version or "", of_name[name].weight
             version = api.ServedVersion(
@@ -279,37 +267,38 @@ class GatewayDeployment:
 
     async def watch(self) -> None:
         """Sends to newer versions once the models have had a look's time to load them, and one of each has."""
-        seen = self.found
+        seen = _sources(self.pairs)
         while True:
             await asyncio.sleep(self.settings.serve.watch_s)
             try:
-                now = await asyncio.to_thread(sources, self.settings)
+                pairs = await asyncio.to_thread(pair.pairs, self.settings)
+                now = _sources(pairs)
                 if now != seen:
                     seen = now
-                elif now != self.found:
-                    await self.loaded(now, LOAD_DEADLINE_S)
-                    before, self.found = self.found, now
-                    try:
-                        self.gateway.variants = await asyncio.to_thread(self.variants)
-                    except Exception:
-                        self.found = before
-                        raise
+                elif now != _sources(self.pairs):
+                    await self.loaded(pairs, LOAD_DEADLINE_S)
+                    self.gateway.variants = await asyncio.to_thread(self.variants, pairs)
+                    self.pairs = pairs
                 self.refused = None
             except Exception as error:  # whatever is wrong with what is newer, what is older goes on
                 self.refused = first_line(error)
 
-    async def loaded(self, wanted: dict[str, Source], deadline_s: float) -> None:
+    async def loaded(self, pairs: Mapping[str, PairSpec], deadline_s: float) -> None:
         async with asyncio.timeout(deadline_s):
-            for source in wanted.values():
+            for source in _sources(pairs).values():
                 await _again(self.reasoner.load, source)
                 await _again(self.ranker.load, source)
 
     async def ready(self) -> bool:
         try:
-            await self.loaded(self.found, READY_DEADLINE_S)
+            await self.loaded(self.pairs, READY_DEADLINE_S)
         except Exception:  # whatever keeps a model from answering, the service is not ready
             return False
         return True
+
+
+def _sources(pairs: Mapping[str, PairSpec]) -> dict[str, Source]:
+    return {name: spec.source for name, spec in pairs.items()}
 
 
 def application(settings: Config) -> Application:
@@ -319,7 +308,7 @@ def application(settings: Config) -> Application:
         ConfigError: as `pair.find`, and where keys cannot be read.
     """
     it = settings.serve
-    sources(settings)
+    pair.pairs(settings)
     Access.load(it)
     gpu = {"num_gpus": it.reasoner_gpus} if it.reasoner_gpus else {}
     deployments: tuple[Any, ...] = (Reasoner, Ranker, GatewayDeployment)  # what Serve has made of the classes
@@ -357,7 +346,7 @@ def run(settings: Config, blocking: bool = True) -> None:
             if probe.connect_ex((it.host, it.port)) == 0:  # Serve would share it, and answer some of the requests
                 raise ConfigError(f"serve.port: something listens on {it.host}:{it.port} already; set another.")
     if it.host not in LOCAL:
-        progress.note(f"serve.host: {it.host} can be reached from other machines, and whoever can reach it is answered")
+        progress.note(f"serve.host: {it.host} can be reached from other machines; serve.keys says who is answered")
     join(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": it.host, "port": it.port}, logging_config={"log_level": "WARNING"})

@@ -38,7 +38,7 @@ SUFFIX = ".feedback"
 BUSY_S = 30.0
 """How long a writer waits for another gateway's transaction."""
 MOST_WAITING = 100_000
-"""Answers that wait for the disk, beyond which others are counted as lost rather than kept in memory."""
+"""What may wait for the disk; beyond it answers are counted as lost, and feedback is refused."""
 
 
 Work = Callable[[sqlite3.Connection], int]
@@ -111,7 +111,10 @@ class FeedbackLog:
 
     def _put(self, work: Work) -> Future[int]:
         done: Future[int] = Future()
-        self._waiting.put((work, done), timeout=BUSY_S)
+        try:
+            self._waiting.put_nowait((work, done))
+        except queue.Full:  # waiting here would hold up every request of the gateway
+            done.set_exception(OSError(f"{MOST_WAITING:,} others wait for the disk"))
         return done
 
     def _write(self) -> None:

@@ -149,7 +149,7 @@ class Gateway:
     async def _written(self, done: Future[int]) -> int:
         try:
             return await asyncio.wrap_future(done)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 
     def _prepare(self, request: api.RankRequest, where: str = "") -> Prepared:

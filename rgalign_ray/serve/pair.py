@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import unquote
@@ -41,6 +41,7 @@ DRIFT_SESSIONS, DRIFT_FILES = 20_000, 50
 class PairSpec:
     """Where a version's parts are; plain data, so that every process of the service can load its own."""
 
+    run_uri: str
     sessions_uri: str
     ranker_uri: str
     engine: EngineSpec
@@ -55,6 +56,10 @@ class PairSpec:
     @property
     def version(self) -> str:
         return f"{self.meta.reasoner_version}-{self.meta.version}"
+
+    @property
+    def source(self) -> Source:
+        return Source(self.run_uri, self.round_, self.version)
 
     @property
     def dim(self) -> int:
@@ -92,6 +97,7 @@ def find(run_uri: str, round_: int | None = None) -> PairSpec:
         raise ConfigError(f"serve.round: {run_uri} has no whole {missing}; `rgalign loop` makes it.")
     ranker_uri = run.uri(f"rankers_{whole[0]}", "qe_rec")
     return PairSpec(
+        run_uri=run_uri,
         sessions_uri=run.uri("sessions"),
         ranker_uri=ranker_uri,
         engine=engine_spec(run, whole[0]),
@@ -107,7 +113,7 @@ def variants_of(settings: config.Serve) -> list[config.Variant]:
     return settings.variants or [config.Variant(name="default")]
 
 
-def sources(settings: config.Config) -> dict[str, Source]:
+def pairs(settings: config.Config) -> dict[str, PairSpec]:
     """What is to be served by now, by the name of its variant.
 
     Raises:
@@ -118,8 +124,7 @@ def sources(settings: config.Config) -> dict[str, Source]:
     for variant in variants_of(settings.serve):
         run_uri = settings.model_copy(update={"run_dir": variant.run_dir or settings.run_dir}).run_uri
         round_ = settings.serve.round if variant.round is None else variant.round
-        spec = find(run_uri, round_)
-        found[variant.name] = Source(run_uri, spec.round_, spec.version)
+        found[variant.name] = find(run_uri, round_)
     return found
 
 
@@ -206,7 +211,9 @@ class FrozenRanker:
         Returns:
             float32 [C_b] each.
         """
-        return self._answers(rows, candidates, vectors, self.loaded.model.score)
+        features = self.loaded.space.transform(self.reader.table(rows))
+        self.drift.add(features)
+        return self._answers(features, candidates, vectors, self.loaded.model.score)
 
     @torch.inference_mode()
     def parts(
@@ -215,21 +222,20 @@ class FrozenRanker:
         """As `score`, but float32 [C_b, 4] each, whose sums are the scores: `api.ScoreParts`."""
         model = self.loaded.model
         assert isinstance(model, QERec), "a pair's ranker"
-        return self._answers(rows, candidates, vectors, model.parts)
+        features = self.loaded.space.transform(self.reader.table(rows))
+        return self._answers(features, candidates, vectors, model.parts)
 
     def _answers(
         self,
-        rows: Sequence[Row],
+        features: Mapping[str, np.ndarray],
         candidates: Sequence[np.ndarray],
         vectors: Sequence[np.ndarray | None],
         answer: Callable[..., torch.Tensor],
     ) -> list[np.ndarray]:
         width = max(len(each) for each in candidates)
-        padded = np.full((len(rows), width), -1, np.int32)
+        padded = np.full((len(candidates), width), -1, np.int32)
         for row, each in zip(padded, candidates, strict=True):
             row[: len(each)] = each
-        features = self.loaded.space.transform(self.reader.table(rows))
-        self.drift.add(features)
         batch = to_batch({**features, "candidates": padded})
         nothing = np.zeros(self.dim, np.float16)
         embedding = np.stack([nothing if vector is None else vector for vector in vectors]).astype(np.float32)
@@ -242,35 +248,29 @@ class FrozenRanker:
 
 def example_sessions(spec: PairSpec, number: int) -> list[Row]:
     """Sessions of test users with what their clients would send, for people to try: those who said most."""
-    reader = spec.reader()
-    found: list[Row] = []
-    for file in _some(storage.list_files(storage.join(spec.sessions_uri, "sessions"), ".parquet"), EXAMPLE_FILES):
-        table = storage.read_table(file, filters=pc.field("role") == "test")
-        table = table.append_column("region", pa.repeat(_region(file), len(table)))
-        found += table.select(["session_id", "user_id", *reader.schema.names]).to_pylist()
+    if not number:
+        return []
+    columns = ["session_id", "user_id", *spec.reader().schema.names]
+    found: list[Row] = [row for table in _sessions(spec, "test", columns, EXAMPLE_FILES) for row in table.to_pylist()]
     said = [sum(len(event["text"] or "") for event in row["history"] or []) for row in found]
     order = sorted(range(len(found)), key=lambda at: (-said[at], found[at]["session_id"]))
     return [found[at] for at in order[:number]]
 
 
-def _some(files: list[str], number: int) -> list[str]:
-    """About so many of them, evenly."""
-    return files[:: max(1, len(files) // number)]
-
-
-def _region(file: str) -> str:
-    (region,) = (unquote(part[7:]) for part in file.split("/") if part.startswith("region="))
-    return region
-
-
 def _learned_from(spec: PairSpec, columns: list[str]) -> pa.Table:
     """Some of the sessions that the ranker learned from, of all days and regions alike."""
-    files = _some(storage.list_files(storage.join(spec.sessions_uri, "sessions"), ".parquet"), DRIFT_FILES)
-    parts = []
-    for file in files:
-        table = storage.read_table(file, filters=pc.field("role") == "rank").slice(0, DRIFT_SESSIONS // len(files))
-        parts.append(table.append_column("region", pa.repeat(_region(file), len(table))).select(columns))
-    return pa.concat_tables(parts)
+    parts = list(_sessions(spec, "rank", columns, DRIFT_FILES))
+    return pa.concat_tables(part.slice(0, DRIFT_SESSIONS // len(parts)) for part in parts)
+
+
+def _sessions(spec: PairSpec, role: str, columns: list[str], files: int) -> Iterator[pa.Table]:
+    """A role's sessions of about so many files, taken evenly over days and regions."""
+    found = storage.list_files(storage.join(spec.sessions_uri, "sessions"), ".parquet")
+    stored = [name for name in columns if name != "region"]
+    for file in found[:: max(1, len(found) // files)]:
+        table = storage.read_table(file, columns=stored, filters=pc.field("role") == role)
+        (region,) = (unquote(part[7:]) for part in file.split("/") if part.startswith("region="))
+        yield table.append_column("region", pa.repeat(region, len(table))).select(columns)
 
 
 class FrozenReasoner:

@@ -77,6 +77,14 @@ class SessionReader:
             raise
         return row
 
+    def session(self, row: Mapping[str, Any]) -> api.Session:
+        """What the client of a log's session would send."""
+        return api.Session(
+            **{name: row[name] for name in ("user_id", "region", "ts")},
+            history=row["history"] or [],
+            features={name: row[name] for name in self.features if row[name] is not None},
+        )
+
     def table(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         return pa.Table.from_pylist(list(rows), schema=self.schema)
 
@@ -93,7 +101,7 @@ def _fits(kind: pa.DataType) -> Callable[[Any], bool]:
     if pa.types.is_boolean(kind):
         return lambda value: value is None or isinstance(value, bool)
     if pa.types.is_floating(kind):
-        return lambda value: value is None or isinstance(value, float)
+        return lambda value: value is None or isinstance(value, float) or (type(value) is int and abs(value) < 2**24)
     if pa.types.is_signed_integer(kind):
         most = 2 ** (kind.bit_width - 1)
         return lambda value: value is None or (type(value) is int and -most <= value < most)

@@ -78,12 +78,10 @@ def scores(run: Config, log: pa.Table) -> dict[str, np.ndarray]:
     }
 
 
-def bodies(log: pa.Table, features: list[str], path: Any) -> list[dict[str, Any]]:
-    made = []
+def bodies(run: Config, log: pa.Table, path: Any) -> list[dict[str, Any]]:
+    reader, made = pair.find(run.run_uri, 0).reader(), []
     for row in log.to_pylist():
-        given = {name: row[name] for name in ("user_id", "region", "ts", "history")}
-        session = api.Session(**given, features={name: row[name] for name in features})
-        request = api.RankRequest(session=session, path=path, k=100, request_id=row["session_id"])
+        request = api.RankRequest(session=reader.session(row), path=path, k=100, request_id=row["session_id"])
         made.append(request.model_dump(mode="json"))
     return made
 
@@ -132,7 +130,7 @@ def test_scores_are_those_of_evaluation(
     assert call(f"{address}/readyz") == {"status": "ready"} and model["round"] == 0 and model["intents"] == 87
     ids = Catalogue.load(f"{run.run_dir}/sessions").ids
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda body: call(f"{address}/v1/rank", body), bodies(log, model["features"], path)))
+        answers = list(pool.map(lambda body: call(f"{address}/v1/rank", body), bodies(run, log, path)))
     for answer, expected in zip(answers, scores[path], strict=True):
         found = {intent["intent_id"]: intent["score"] for intent in answer["intents"]}
         np.testing.assert_allclose([found[intent] for intent in ids], expected, atol=TOLERANCE)
@@ -148,9 +146,8 @@ def test_a_wrong_field_is_named_over_http(address: str) -> None:
     assert met.value.code == 422 and json.loads(met.value.read())[0]["field"] == "session.features.hour"
 
 
-def test_scores_taken_apart_add_up(address: str, log: pa.Table) -> None:
-    (model,) = call(f"{address}/v1/models")["variants"]
-    body = bodies(log.slice(0, 1), model["features"], "null")[0] | {"explain": True}
+def test_scores_taken_apart_add_up(address: str, run: Config, log: pa.Table) -> None:
+    body = bodies(run, log.slice(0, 1), "null")[0] | {"explain": True}
     for intent in call(f"{address}/v1/rank", body)["intents"]:
         assert sum(intent["parts"].values()) == pytest.approx(intent["score"], abs=1e-4)
 
@@ -204,7 +201,7 @@ def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
 def test_versions_change_and_replicas_die_without_a_failed_request(address: str, run: Config, log: pa.Table) -> None:
     folder = Path(run.run_dir)
     (before,) = call(f"{address}/v1/models")["variants"]
-    body = bodies(log.slice(0, 1), before["features"], "null")[0]
+    body = bodies(run, log.slice(0, 1), "null")[0]
     loaded = scoring.load(str(folder / "rankers_0/qe_rec"))
     with Asking(address, body | {"request_id": None}) as asking:
         # a round whose reasoner is not there is refused, and said to be
@@ -238,7 +235,7 @@ def test_versions_change_and_replicas_die_without_a_failed_request(address: str,
 
 def test_feedback_becomes_a_log(address: str, run: Config, log: pa.Table, tmp_path: Path) -> None:
     (model,) = call(f"{address}/v1/models")["variants"]
-    for body in bodies(log, model["features"], "null"):
+    for body in bodies(run, log, "null"):
         answer = call(f"{address}/v1/rank", body | {"request_id": f"told-{body['request_id']}", "k": 3})
         told = {"request_id": answer["request_id"], "clicks": [answer["intents"][1]["intent_id"]]}
         assert call(f"{address}/v1/feedback", told) == {"request_id": answer["request_id"]}

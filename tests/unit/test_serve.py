@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+import threading
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,7 +152,10 @@ def test_over_http(reader: SessionReader) -> None:
         assert one.status_code == 200 and [each["intent_id"] for each in one.json()["intents"]] == ["i3", "i5"]
         both = http.post("/v1/rank:batch", json={"requests": [{"session": SESSION, "k": k} for k in (1, 2)]})
         assert [len(each["intents"]) for each in both.json()["responses"]] == [1, 2]
-        assert http.post("/v1/rank", content=b" " * 3000).status_code == 413
+        large = http.post("/v1/rank", content=b" " * 3000)
+        assert large.status_code == 413 and large.json() == [
+            {"field": "", "message": "the body is larger than 2,000 bytes"}
+        ]
         assert http.post("/v1/rank", content=iter([b" " * 1500] * 2)).status_code == 413, "whatever it says of its size"
         assert http.post("/v1/rank", content=b"{").status_code == 422
         (served,) = http.get("/v1/models").json()["variants"]
@@ -243,6 +248,24 @@ def test_feedback_that_cannot_be_written_is_not_acknowledged(reader: SessionRead
         assert refused.status_code == 507 and "no such table" in refused.json()[0]["message"]
     log.close()
     assert sum(lost) == 1
+
+
+def test_feedback_is_refused_where_the_disk_is_behind(
+    reader: SessionReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback, "MOST_WAITING", 1)
+    held = threading.Event()
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    first = log._put(lambda _: int(held.wait(60)))
+    while not log._waiting.empty():
+        time.sleep(0.01)
+    log.shown(feedback.Answer("r0", "u", datetime(2026, 1, 1), {}))
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        refused = http.post("/v1/feedback", json={"request_id": "r1"})
+    assert refused.status_code == 507 and "others wait for the disk" in refused.json()[0]["message"]
+    held.set()
+    assert first.result(10) == 1
+    log.close()
 
 
 def test_a_situation_that_is_read_again_is_what_is_looked_up(reader: SessionReader, tmp_path: Path) -> None:
