@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -12,11 +13,11 @@ import psutil
 
 def kill(worker: str) -> int:
     """Kills a worker of some class, of the Ray that this process has started; returns its process id."""
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any(f"ray::{worker}" in part for part in process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # others come and go meanwhile
+            if any(f"ray::{worker}" in part for part in process.cmdline()):
+                found.append(process)
     found[-1].kill()
     return found[-1].pid
 

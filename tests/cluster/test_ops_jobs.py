@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -69,9 +70,12 @@ def kill_the_head() -> None:
     cluster = local_cluster.running()
     assert cluster is not None
     head = psutil.Process(cluster.nodes[0].pid)
-    for process in [head, *head.children(recursive=True)]:
-        process.kill()
-    psutil.wait_procs([head], timeout=30)
+    processes = [head, *head.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself, or of the one killed just before it
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
 
 
 def test_a_run_survives_its_cluster(ray_cluster: object, store: None, tmp_path: Path) -> None:
