@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os.path import commonprefix  # of any lists
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, changed
@@ -58,17 +59,39 @@ def settings_of(config: Config, name: str) -> Config:
 
 
 def run_of(job: Run, name: str) -> Run:
-    """One alignment under one seed, in a folder of its own; what others share stands in the seed's."""
+    """One alignment under one seed, in a folder of its own; what others share stands in the seed's, and what another
+    begins with as this one does in the other's.
+    """
     settings = settings_of(job.config, name)
-    place = storage.join(job.config.run_uri, f"aligned_{name}")
     own = {stage.name for stage in aligning(job, name)}
     before = {"sessions", "items", "features", "log", "embeddings_0"}
     shared = before | {stage.name for stage in teaching(settings)} - own
+    begun = {stage: storage.join(_folder(job, other), stage) for stage, other in _begun(job, name).items()}
     return replace(
         job,
-        config=settings.model_copy(update={"run_dir": place}),
-        elsewhere={stage: job.uri(stage) for stage in shared},
+        config=settings.model_copy(update={"run_dir": _folder(job, name)}),
+        elsewhere={stage: job.uri(stage) for stage in shared} | begun,
     )
+
+
+def _folder(job: Run, name: str) -> str:
+    return storage.join(job.config.run_uri, f"aligned_{name}")
+
+
+def _begun(job: Run, name: str) -> dict[str, str]:
+    """The stages, up to its last objective in common, that an alignment named before makes alike; and that one's name.
+
+    What learns from the same choice by the same objectives is the same, so that RG-SFT, say, is run once for the row of
+    its own and for all that go on from it.
+    """
+    own = {"align": job.config.align} | ALIGNMENTS[name]
+    for other, changes in list(ALIGNMENTS.items())[: list(ALIGNMENTS).index(name)]:
+        theirs = {"align": job.config.align} | changes
+        common = len(commonprefix([own["align"], theirs["align"]]))
+        if common and own | {"align": None} == theirs | {"align": None}:
+            stages = align_stages.stages(settings_of(job.config, name), 1)
+            return {stage.name: other for stage in stages[: 1 + common]}
+    return {}
 
 
 def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Text = Annotated[str, StringConstraints(max_length=4000)]
@@ -13,8 +13,21 @@ Scalar = str | bool | int | float | None
 Path = Literal["store", "live", "null"]
 
 
+def _moment(value: object) -> object:
+    """Times are texts: a number might count seconds or milliseconds, of whatever day."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("is no time as in 2026-01-31T12:00:00Z") from None
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Event(Strict):
@@ -24,7 +37,7 @@ class Event(Strict):
     """Its name, as the log has it."""
     text: Text | None = None
     """Words that go with it, as a search or a chat line."""
-    ts: datetime
+    ts: Moment
     """When; UTC where no zone is given. Events after the session's own time are not read."""
 
 
@@ -33,7 +46,7 @@ class Session(Strict):
 
     user_id: Id
     region: Annotated[Id, Field(examples=["SG"])]
-    ts: datetime | None = None
+    ts: Moment | None = None
     """Time of the entry; UTC where no zone is given, and now where none is."""
     history: Annotated[list[Event], Field(max_length=500)] = []
     """In any order."""

@@ -323,6 +323,22 @@ def application(settings: Config) -> Application:
     return gateway.bind(settings, reasoner.bind(settings), ranker.bind(settings))
 
 
+def build(args: dict[str, Any]) -> Application:
+    """The application that a configuration file of Ray Serve names, as in cluster/kuberay/rayservice.yaml.
+
+    Args:
+        args: `config`, a configuration of the package or a .yaml file that every node has, and `set`, a list of
+            settings as in ranker.dim=64.
+
+    Raises:
+        ConfigError: for any other argument, and as `config.load` and `application`.
+    """
+    unknown = sorted(args.keys() - {"config", "set"})
+    if unknown or "config" not in args:
+        raise ConfigError(f"args: expected config and set, not {', '.join(unknown) or 'none'}.")
+    return application(config.load(args["config"], args.get("set")))
+
+
 def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -> dict[str, Any]:
     """How many replicas; where they may grow, another comes when those that there are have more than a batch each."""
     replicas: dict[str, Any] = {"num_replicas": least}

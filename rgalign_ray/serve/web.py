@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rgalign_ray import __version__
@@ -21,7 +22,20 @@ Healthy = Callable[[], Awaitable[bool]]
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 """The page is one file and asks nobody but the service."""
-REFUSED: dict[int | str, dict[str, Any]] = {422: {"model": list[api.Refusal], "description": "A field is wrong."}}
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _described(**statuses: str) -> Responses:
+    return {int(status[1:]): {"model": list[api.Refusal], "description": why} for status, why in statuses.items()}
+
+
+ASKED = _described(
+    _401="No key, or none that is known.", _429="Too much is asked; Retry-After tells when to ask again."
+)
+BODY = ASKED | _described(_413="The body is too large.", _422="A field is wrong.")
+KEPT = _described(_507="It could not be written.")
+FEEDBACK = BODY | KEPT | _described(_404="No feedback is kept.")
+READY = _described(_503="A model does not answer.")
 
 
 class BodyLimit:
@@ -101,6 +115,12 @@ def build(
     async def _(_: Request, error: RefusedError) -> JSONResponse:
         return _told(error)
 
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's, for bytes that are no text
+            return _refused([api.Refusal(field="", message="the body is not JSON in UTF-8")])
+        return _told(RefusedError(error.status_code, error.detail, dict(error.headers or {})))
+
     @app.exception_handler(SessionError)
     async def _(_: Request, error: SessionError) -> JSONResponse:
         return _refused([api.Refusal(field=error.field, message=error.message)])
@@ -114,43 +134,43 @@ def build(
             ]
         )
 
-    @app.post("/v1/rank", responses=REFUSED)
+    @app.post("/v1/rank", responses=BODY)
     async def rank(request: api.RankRequest) -> api.RankResponse:
         """The intents for one session."""
         return await gateway.rank(request)
 
-    @app.post("/v1/rank:batch", responses=REFUSED)
+    @app.post("/v1/rank:batch", responses=BODY)
     async def rank_batch(request: api.BatchRequest) -> api.BatchResponse:
         """The intents for several sessions."""
         return api.BatchResponse(responses=await gateway.rank_batch(request.requests))
 
-    @app.post("/v1/feedback", responses=REFUSED)
+    @app.post("/v1/feedback", responses=FEEDBACK)
     async def feedback(request: api.FeedbackRequest) -> api.FeedbackResponse:
         """What became of an answer; acknowledged once it is on the disk."""
         return await gateway.told(request)
 
-    @app.post("/v1/refresh", responses=REFUSED)
+    @app.post("/v1/refresh", responses=BODY)
     async def refresh(request: api.RefreshRequest) -> api.RefreshResponse:
         """Reads a user's situation ahead of her visit."""
         return await gateway.refresh(request)
 
-    @app.delete("/v1/users/{user_id}")
+    @app.delete("/v1/users/{user_id}", responses=BODY | KEPT)
     async def forget(user_id: api.Id) -> api.ForgetResponse:
         """Removes what is kept of a user."""
         return await gateway.forget(user_id)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=ASKED)
     async def models() -> api.Served:
         """What is served."""
         versions = [variant.version for variant in gateway.variants.by_name.values()]
         return api.Served(variants=versions, refused=refused())
 
-    @app.get("/v1/counts")
+    @app.get("/v1/counts", responses=ASKED)
     async def counts() -> api.Counted:
         """What this gateway has done since it started."""
         return gateway.counts.told()
 
-    @app.get("/v1/examples")
+    @app.get("/v1/examples", responses=ASKED)
     async def examples() -> list[api.Example]:
         """Sessions to try."""
         return list(offered)
@@ -164,13 +184,12 @@ def build(
         """The gateway runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    async def readyz(response: Response) -> dict[str, str]:
+    @app.get("/readyz", responses=READY)
+    async def readyz() -> dict[str, str]:
         """All models answer."""
-        if await ready():
-            return {"status": "ready"}
-        response.status_code = 503
-        return {"status": "not ready"}
+        if not await ready():
+            raise RefusedError(503, "a model does not answer")
+        return {"status": "ready"}
 
     return app
 

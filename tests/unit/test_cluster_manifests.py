@@ -16,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from rgalign_ray import config
 from rgalign_ray.config import DATA_CPUS
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.loop import plan
+from rgalign_ray.serve.app import build
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 RAY = importlib.metadata.version("ray")
@@ -127,6 +130,22 @@ class JobManifest(Manifest):
     spec: RayJob
 
 
+class Upgrade(Strict):
+    type: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"]
+
+
+class RayService(Strict):
+    upgrade_strategy: Upgrade
+    exclude_head_pod_from_serve_svc: bool
+    serve_config: Annotated[str, Field(alias="serveConfigV2")]
+    ray_cluster_config: RayCluster
+
+
+class ServiceManifest(Manifest):
+    kind: Literal["RayService"]
+    spec: RayService
+
+
 def read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
     return data
@@ -134,6 +153,17 @@ def read(name: str) -> dict[str, Any]:
 
 def cluster() -> RayCluster:
     return ClusterManifest.model_validate(read("kuberay/raycluster.yaml")).spec
+
+
+def service() -> RayService:
+    return ServiceManifest.model_validate(read("kuberay/rayservice.yaml")).spec
+
+
+def served() -> tuple[dict[str, Any], config.Config]:
+    """The service's one application, and its settings as `serve.app.build` reads them."""
+    data = yaml.safe_load(service().serve_config)
+    (only,) = data["applications"]
+    return only, config.load(only["args"]["config"], only["args"]["set"])
 
 
 def pods(spec: RayCluster) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -184,8 +214,33 @@ def test_the_job_has_the_same_cluster() -> None:
     RuntimeEnv(**(yaml.safe_load(job.runtime_env_yaml) or {}))
 
 
-def test_pods_are_valid_and_safe() -> None:
-    for name, template in pods(cluster()):
+def test_the_service_is_one_that_ray_serve_takes() -> None:
+    data = yaml.safe_load(service().serve_config)
+    (only,) = data["applications"]
+    assert not data.keys() - ServeDeploySchema.model_fields.keys()
+    assert not only.keys() - ServeApplicationSchema.model_fields.keys(), "Ray Serve ignores what it does not know"
+    ServeDeploySchema.model_validate(data)
+    assert only["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert only["args"].keys() == {"config", "set"}
+    _, settings = served()
+    assert settings.serve.keys == "/etc/rgalign/keys", "whoever reaches the port is asked for a key"
+
+
+def test_pods_of_the_service_hold_its_replicas() -> None:
+    it = served()[1].serve
+    gateway, reasoner = service().ray_cluster_config.worker_group_specs
+    cpus = float(container(gateway.template)["resources"]["limits"]["cpu"])
+    assert it.max_gateways is not None and it.max_rankers is not None
+    assert gateway.min_replicas * cpus == (it.gateways + it.rankers) * it.cpus_per_replica
+    assert gateway.max_replicas * cpus == (it.max_gateways + it.max_rankers) * it.cpus_per_replica
+    gpus = float(container(reasoner.template)["resources"]["limits"]["nvidia.com/gpu"])
+    assert gpus == it.reasoner_gpus and float(reasoner.ray_start_params["num-cpus"]) == it.cpus_per_replica
+    assert (reasoner.min_replicas, reasoner.max_replicas) == (it.reasoners, it.max_reasoners)
+
+
+@pytest.mark.parametrize("spec", [cluster(), service().ray_cluster_config], ids=["cluster", "service"])
+def test_pods_are_valid_and_safe(spec: RayCluster) -> None:
+    for name, template in pods(spec):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **template}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
         only = container(template)
@@ -196,7 +251,8 @@ def test_pods_are_valid_and_safe() -> None:
 
 
 def test_the_head_runs_no_worker() -> None:
-    assert cluster().head_group_spec.ray_start_params["num-cpus"] == "0"
+    for spec in (cluster(), service().ray_cluster_config):
+        assert spec.head_group_spec.ray_start_params["num-cpus"] == "0"
     assert read("aws.yaml")["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
@@ -205,8 +261,10 @@ def test_one_version_of_ray_everywhere() -> None:
     docker = (CLUSTER / "Dockerfile").read_text()
     assert pinned is not None and pinned[1] == RAY
     assert f"ARG RAY_VERSION={RAY}\n" in docker
-    assert cluster().ray_version == RAY
-    images = [container(template)["image"] for _, template in pods(cluster())]
+    images = []
+    for spec in (cluster(), service().ray_cluster_config):
+        assert spec.ray_version == RAY
+        images += [container(template)["image"] for _, template in pods(spec)]
     images += [read("aws.yaml")["docker"]["image"], *re.findall(r"-t (\S+)", docker)]
     assert {image.rpartition(":")[2] for image in images} == {f"{RAY}-cpu", f"{RAY}-gpu"}
     torch = re.search(r"^TORCH := (\S+)$", (CLUSTER.parent / "Makefile").read_text(), re.MULTILINE)
@@ -233,6 +291,14 @@ def test_rays_launcher_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
     started = " ".join(data["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in started and "0.0.0.0" not in started
     assert "--env RAY_AUTH_MODE=token" in data["docker"]["run_options"]
+
+
+def test_arguments_of_the_service_that_there_are_not_are_refused() -> None:
+    only, _ = served()
+    with pytest.raises(ConfigError, match="expected config and set, not settings"):
+        build(only["args"] | {"settings": []})
+    with pytest.raises(ConfigError, match=r"serve\.gateway"):
+        build(only["args"] | {"set": ["serve.gateway=2"]})
 
 
 def test_a_field_that_there_is_not_is_refused() -> None:

@@ -85,6 +85,20 @@ def test_alignments_share_queries_and_rewards_and_keep_apart_what_they_learn() -
     assert runs["full"].config.align == runs["leak"].config.align == settings.align
 
 
+def test_an_alignment_that_goes_on_from_another_begins_with_it() -> None:
+    begun = {"align": ["sft", "contrastive"], "rollout": {"n": 8}, "run_dir": "/runs/x"}
+    job = Run(compare.of_seed(config.validate(begun), 0))
+    runs = {name: alignments.run_of(job, name) for name in ALIGNMENTS}
+    for stage in ("selected_1", "align_1_sft"):
+        assert runs["full"].uri(stage) == runs["sft"].uri(stage)
+        apart = {name: run.uri(stage) for name, run in runs.items() if name != "full"}
+        assert len(set(apart.values())) == len(apart), "of another choice, by another objective or on other sessions"
+    assert runs["full"].uri("align_1_contrastive") != runs["contrastive"].uri("align_1_contrastive")
+    assert runs["full"].uri("embeddings_1") != runs["sft"].uri("embeddings_1")
+    other = Run(compare.of_seed(config.validate(begun | {"align": ["gradient"]}), 0))
+    assert alignments.run_of(other, "full").uri("selected_1") == alignments.run_of(other, "gradient").uri("selected_1")
+
+
 def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
     frozen = config.load("ladder")
     assert not alignments.read_by(rows_of(frozen)) and not alignments.read_by(rows_of(config.load("demo")))
