@@ -15,6 +15,8 @@ COUNTERS = {
     "rollout_deaths": "rollout workers that died or were silent for too long",
     "rollout_quarantined": "sessions set aside because every worker that read them died",
     "reward_queries": "latent queries that the reward model has judged",
+    "learner_steps": "optimiser steps of an objective",
+    "ranker_epochs": "epochs of a ranker's training",
     "serve_answers": "answers of the service",
     "serve_fallbacks": "requests that the reasoner was asked for and gave no answer to",
     "serve_feedback": "feedback that was acknowledged",
@@ -23,12 +25,14 @@ COUNTERS = {
 GAUGES = {
     "rollout_workers": "rollout workers at present, those that are starting included",
     "rollout_queue": "work units that wait for a worker",
+    "ranker_gauc": "GAUC of a ranker on validation sessions after its last epoch",
     "serve_drift": "population stability index of a feature, of what is served against what was learned from",
 }
-
-
 HISTOGRAMS = {"serve_milliseconds": "time that a stage of an answer took"}
 TAGS = {
+    "learner_steps": ("objective",),
+    "ranker_epochs": ("ranker",),
+    "ranker_gauc": ("ranker",),
     "serve_answers": ("path", "variant"),
     "serve_fallbacks": ("reason",),
     "serve_drift": ("feature",),

@@ -25,7 +25,7 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
 from transformers import PreTrainedModel
 
-from rgalign_ray import config, progress, ray_train, storage
+from rgalign_ray import config, progress, ray_metrics, ray_train, storage
 from rgalign_ray.learner.engine import Host, LearnerTask, save
 from rgalign_ray.learner.groups import JudgedGroup
 
@@ -101,7 +101,13 @@ def _progress(task: LearnerTask, steps: int, done: int) -> Iterator[progress.Adv
         return
     if done:
         progress.note(f"RG-{task.objective} goes on from step {done}")
-    with progress.track(f"RG-{task.objective}", steps, "steps", before=done) as advance:
+    told = ray_metrics.counter("learner_steps")
+    with progress.track(f"RG-{task.objective}", steps, "steps", before=done) as shown:
+
+        def advance(number: int) -> None:
+            shown(number)
+            told.inc(number, tags={"objective": task.objective})
+
         yield advance
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from os.path import commonprefix  # of any lists
+from itertools import takewhile
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, changed
@@ -87,7 +87,8 @@ def _begun(job: Run, name: str) -> dict[str, str]:
     own = {"align": job.config.align} | ALIGNMENTS[name]
     for other, changes in list(ALIGNMENTS.items())[: list(ALIGNMENTS).index(name)]:
         theirs = {"align": job.config.align} | changes
-        common = len(commonprefix([own["align"], theirs["align"]]))
+        both = zip(own["align"], theirs["align"], strict=False)
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
         if common and own | {"align": None} == theirs | {"align": None}:
             stages = align_stages.stages(settings_of(job.config, name), 1)
             return {stage.name: other for stage in stages[: 1 + common]}

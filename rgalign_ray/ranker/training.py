@@ -36,7 +36,7 @@ import torch
 from ray.train import DataConfig
 from ray.train.torch import TorchConfig
 
-from rgalign_ray import config, ray_train, storage
+from rgalign_ray import config, ray_metrics, ray_train, storage
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalogue
@@ -292,6 +292,8 @@ class _Reporter:
             line += f"validation GAUC {progress.gaucs[-1]:.4f} (best {progress.best_gauc:.4f}), "
             line += f"{clock(now - self.started)}" + ("" if fit.finished else f", at most {clock(left)} more")
             print(line, file=sys.stderr, flush=True)
+            ray_metrics.counter("ranker_epochs").inc(tags={"ranker": self.name})
+            ray_metrics.gauge("ranker_gauc").set(progress.gaucs[-1], tags={"ranker": self.name})
         due = first and now - self.saved >= CHECKPOINT_EVERY_S
         if not fit.group.sum(np.array([due]))[0]:
             return
