@@ -213,6 +213,35 @@ def test_whole_numbers_and_booleans_are_values_too() -> None:
     assert space.edges == {"new": [0.0]}
 
 
+def test_a_session_is_read_alike_alone_in_pieces_and_under_other_types() -> None:
+    names = {"categorical": ["plain", "other", "flag", "count"], "numeric": ["days", "coins", "whole"]}
+    spec = FeatureSpec(fields=[FieldSpec(name=name, kind=kind) for kind, own in names.items() for name in own])
+    columns = {
+        "plain": pa.array(["a", None, "b", "a"]),
+        "other": pa.array(["b", "c", "b", None]),
+        "flag": pa.array([True, False, None, True]),
+        "count": pa.array([7, 8, 7, None], pa.int16()),
+        "days": pa.array([0.5, None, math.nan, 3.0], pa.float32()),
+        "coins": pa.array([1.0, 2.0, 5.0, None]),
+        "whole": pa.array([None, 2, 3, 9], pa.int32()),
+    }
+    whole = table(*(session(number) for number in range(4)))
+    for name, column in columns.items():
+        whole = whole.append_column(name, column)
+    space = FeatureSpace.fit(spec, [whole])
+    read = space.transform(whole)["fields"]
+    assert len(np.unique(read)) > 12
+    for row in range(4):
+        assert (space.transform(whole.slice(row, 1))["fields"] == read[row]).all()
+    pieces = pa.concat_tables([whole.slice(0, 1), whole.slice(1, 0), whole.slice(1)])
+    assert (space.transform(pieces)["fields"] == read).all()
+    encoded = whole
+    for name in ("plain", "other"):  # whose dictionaries differ
+        encoded = encoded.set_column(encoded.schema.get_field_index(name), name, whole[name].dictionary_encode())
+    assert (space.transform(encoded)["fields"] == read).all()
+    assert space.transform(whole.slice(0, 0))["fields"].shape == (0, 7)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
