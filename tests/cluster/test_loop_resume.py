@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from quiet_run import SETTINGS, QuietRun
 
 from rgalign_ray import storage
 from rgalign_ray.config import load
 from rgalign_ray.loop.stages import stages
 
 pytestmark = pytest.mark.slow
-
-SETTINGS = ["--config", "smoke", "--set", "world.sessions=900", "--set", "ranker.epochs=2"]
 
 KILLED_AT_THE_SECOND_STAGE = """
 import os, signal, sys
@@ -50,9 +49,8 @@ def loop(folder: Path, *, killed: bool) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_killed_at_every_boundary_equals_uninterrupted(tmp_path: Path) -> None:
-    quiet = loop(tmp_path / "quiet", killed=False)
-    assert quiet.returncode == 0, quiet.stderr[-3000:]
+def test_killed_at_every_boundary_equals_uninterrupted(quiet_run: QuietRun, tmp_path: Path) -> None:
+    quiet = quiet_run.folder
     names = [stage.name for stage in stages(load("smoke"))]
     for number in range(1, len(names)):
         died = loop(tmp_path / "killed", killed=True)
@@ -63,19 +61,19 @@ def test_killed_at_every_boundary_equals_uninterrupted(tmp_path: Path) -> None:
     last = loop(tmp_path / "killed", killed=False)
     assert last.returncode == 0, last.stderr[-3000:]
     for name in names:
-        ours, theirs = (storage.read_manifest(str(tmp_path / run / name)) for run in ("killed", "quiet"))
+        ours, theirs = (storage.read_manifest(str(run / name)) for run in (tmp_path / "killed", quiet))
         assert ours is not None and theirs is not None
         assert (ours.key, ours.rows, ours.figures) == (theirs.key, theirs.rows, theirs.figures), name
     evaluation = "evaluation/evaluation.json"
-    assert (tmp_path / "killed" / evaluation).read_bytes() == (tmp_path / "quiet" / evaluation).read_bytes()
-    report = (tmp_path / "quiet/report.html").read_text()
+    assert (tmp_path / "killed" / evaluation).read_bytes() == (quiet / evaluation).read_bytes()
+    report = (quiet / "report.html").read_text()
     assert "RGAlign-Rec" in report
-    assert "not separated" in quiet.stdout
+    assert "not separated" in quiet_run.stdout
     hidden = [path for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
     assert not [left for path in hidden for left in path.iterdir()], "nothing is left of the tries that were killed"
-    shown = json.loads((tmp_path / "quiet" / evaluation).read_text())
+    shown = json.loads((quiet / evaluation).read_text())
     assert {row["name"] for row in shown["rows"]} >= {"two-tower", "QE-Rec", "RGAlign-Rec", "base rate"}
-    again = loop(tmp_path / "quiet", killed=False)
+    again = loop(quiet, killed=False)
     assert again.returncode == 0
     assert again.stderr.count("done already") == len(names)
-    assert os.path.getmtime(tmp_path / "quiet" / evaluation) < os.path.getmtime(tmp_path / "quiet/report.html")
+    assert os.path.getmtime(quiet / evaluation) < os.path.getmtime(quiet / "report.html")

@@ -14,6 +14,8 @@ import psutil
 import pyarrow.fs as pafs
 import pytest
 import s3_server
+from quiet_run import SETTINGS as QUIET
+from quiet_run import QuietRun
 
 from rgalign_ray import storage
 from rgalign_ray.errors import ConfigError, InfrastructureError
@@ -22,7 +24,7 @@ from rgalign_ray.ops import local_cluster
 pytestmark = [pytest.mark.slow]
 
 RUN = f"s3://{s3_server.BUCKET}/submitted"
-SETTINGS = ["--config", "smoke", "--set", "world.sessions=900", "--set", "name=shop"]
+SETTINGS = [*QUIET, "--set", "name=shop"]
 PLANTED = "a-key-that-must-stand-nowhere"
 LAST = "rankers_0"
 DEADLINE_S = 600.0
@@ -78,10 +80,8 @@ def kill_the_head() -> None:
     assert not alive
 
 
-def test_a_run_survives_its_cluster(ray_cluster: object, store: None, tmp_path: Path) -> None:
+def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, store: None, tmp_path: Path) -> None:
     """Beside another Ray of the same machine, which has the ports that Ray takes by itself."""
-    quiet = str(tmp_path / "quiet")
-    done("loop", "--until", LAST, *SETTINGS, "--run-dir", quiet)
     told = done("cluster", "up")
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
     refused = rgalign("cluster", "up")
@@ -118,7 +118,7 @@ def test_a_run_survives_its_cluster(ray_cluster: object, store: None, tmp_path: 
     assert f"{LAST} · train" in done("logs", "shop")
     assert "succeeded" in done("status", "shop")
 
-    assert contents(storage.join(RUN, LAST)) == contents(storage.join(quiet, LAST))
+    assert contents(storage.join(RUN, LAST)) == contents(str(quiet_run.folder / LAST))
     fs, _ = storage.filesystem(RUN)
     stands_nowhere(fs, PLANTED, s3_server.SECRET, (tmp_path / "token").read_text())
     assert PLANTED not in told and s3_server.SECRET not in told

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from quiet_run import SETTINGS, QuietRun
 
 pytestmark = [pytest.mark.soak]
 
@@ -26,8 +27,7 @@ VICTIMS = tuple(
 )
 EVALUATION = "evaluation/evaluation.json"
 COMMAND = [
-    *(sys.executable, "-m", "rgalign_ray.cli", "loop", "--config", "smoke"),
-    *("--set", "world.sessions=900", "--set", "ranker.epochs=2"),
+    *(sys.executable, "-m", "rgalign_ray.cli", "loop", *SETTINGS),
     *("--set", "rollout.retries=1000", "--set", "rollout.quarantine=0"),
     *("--set", "ranker.retries=1000", "--set", "learner.retries=1000"),
 ]
@@ -65,12 +65,8 @@ class Killer:
                 continue
 
 
-def test_the_loop_ends_as_if_nobody_had_been_killed(tmp_path: Path) -> None:
-    quiet = subprocess.run(
-        [*COMMAND, "--run-dir", str(tmp_path / "quiet")], capture_output=True, text=True, check=False
-    )
-    assert quiet.returncode == 0, quiet.stderr[-3000:]
-    expected = (tmp_path / "quiet" / EVALUATION).read_bytes()
+def test_the_loop_ends_as_if_nobody_had_been_killed(quiet_run: QuietRun, tmp_path: Path) -> None:
+    expected = (quiet_run.folder / EVALUATION).read_bytes()
     draw, struck = random.Random(SEED), Counter[str]()
     until = time.monotonic() + SOAK_S
     whole = tries = 0
