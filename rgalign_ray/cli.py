@@ -294,6 +294,27 @@ def up(
 
 
 @cluster.command()
+def add(
+    cpus: Annotated[int, typer.Option(min=1, help="Of the node.")] = 1,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="As node_labels ask for it; repeatable.")
+    ] = None,
+) -> None:
+    """Start one more node of the cluster that is up here."""
+    from rgalign_ray.ops import local_cluster
+
+    labels = dict(_label(each) for each in label or [])
+    print(f"{len(local_cluster.add(cpus, labels).nodes)} node(s) by now")
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ConfigError(f"--label {text}: expected NAME=VALUE, as in --label rgalign=rollout.")
+    return name, value
+
+
+@cluster.command()
 def down() -> None:
     """End what `rgalign cluster up` has started, and no other Ray."""
     from rgalign_ray.ops import local_cluster

@@ -101,28 +101,40 @@ def up(
     down()  # nodes of a head that died
     environment.token()
     cpus = cpus or max((os.cpu_count() or 1) // nodes, 1)
-    folder = record().parent
-    folder.mkdir(parents=True, exist_ok=True)
+    record().parent.mkdir(parents=True, exist_ok=True)
     head = [
         *("--head", f"--node-ip-address={host}", f"--port={port}", "--disable-usage-stats"),
         *(f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"),
     ]
     cluster = Cluster(f"{host}:{port}", f"http://{LOOPBACK}:{dashboard_port}", [])
     with progress.track("starting", nodes, "nodes") as advance:
-        for number in range(nodes):
-            log = folder / f"node_{number}.log"
-            if number == 0:
-                arguments = head
-            else:  # nodes that share a folder unpack a job's code over each other, while it runs
-                own = tempfile.mkdtemp(prefix=f"ray-node-{number}-")
-                arguments = [f"--address={cluster.address}", f"--temp-dir={own}"]
-            # Ray's own choice is one number for all nodes and clusters of a machine; without it a node takes no jobs
-            agent = f"--dashboard-agent-listen-port={free_port()}"
-            process = _start([*arguments, f"--num-cpus={cpus}", agent], log)
-            cluster.nodes.append(Node(process.pid, process.create_time()))
-            record().write_text(json.dumps(asdict(cluster)))
-            _wait(process, log, cluster.dashboard, number + 1)
-            advance(1)
+        try:
+            for number in range(nodes):
+                _node(cluster, cpus, head if number == 0 else _joining(cluster))
+                advance(1)
+        except InfrastructureError:
+            down()
+            raise
+    return cluster
+
+
+def add(cpus: int = 1, labels: dict[str, str] | None = None) -> Cluster:
+    """Starts one more node of the cluster that is up, and waits until work can be put on it.
+
+    Args:
+        cpus: that it declares, at least 1.
+        labels: of the node, as `node_labels` of a configuration asks for them.
+
+    Raises:
+        ConfigError: when no cluster is up.
+        InfrastructureError: when the node does not start.
+    """
+    cluster = running()
+    if cluster is None:
+        raise ConfigError("cluster: none is up on this machine; `rgalign cluster up` starts one.")
+    environment.token()
+    labelled = [f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}"] if labels else []
+    _node(cluster, cpus, [*_joining(cluster), *labelled])
     return cluster
 
 
@@ -144,6 +156,24 @@ def down() -> int:
     return len(nodes)
 
 
+def _joining(cluster: Cluster) -> list[str]:
+    # nodes that share a folder unpack a job's code over each other, while it runs
+    own = tempfile.mkdtemp(prefix=f"ray-node-{len(cluster.nodes)}-")
+    return [f"--address={cluster.address}", f"--temp-dir={own}"]
+
+
+def _node(cluster: Cluster, cpus: int, arguments: list[str]) -> None:
+    """Starts a node, records it, and waits for it."""
+    log = record().parent / f"node_{len(cluster.nodes)}.log"
+    # Ray's own choice is one number for all nodes and clusters of a machine; without it a node takes no jobs
+    agent = f"--dashboard-agent-listen-port={free_port()}"
+    before = _alive(cluster.dashboard) if cluster.nodes else set()
+    process = _start([*arguments, f"--num-cpus={cpus}", agent], log)
+    cluster.nodes.append(Node(process.pid, process.create_time()))
+    record().write_text(json.dumps(asdict(cluster)))
+    _wait(process, log, cluster.dashboard, before)
+
+
 def _start(arguments: list[str], log: Path) -> psutil.Process:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
     variables = environment.QUIET | environment.LOCAL | os.environ
@@ -161,26 +191,25 @@ def _start(arguments: list[str], log: Path) -> psutil.Process:
     return psutil.Process(started.pid)
 
 
-def _wait(node: psutil.Process, log: Path, dashboard: str, nodes: int) -> None:
-    """Until the dashboard answers and tells of so many nodes."""
+def _wait(node: psutil.Process, log: Path, dashboard: str, before: set[str]) -> None:
+    """Until the dashboard answers and tells of a node that was not there before."""
     until = time.monotonic() + START_DEADLINE_S
-    while not (_answers(f"{dashboard}/api/version") and _alive(dashboard) >= nodes):
+    while not (_answers(f"{dashboard}/api/version") and _alive(dashboard) - before):
         if node.status() == psutil.STATUS_ZOMBIE or time.monotonic() > until:
             told = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-            down()
             raise InfrastructureError(f"cluster: a node did not start; the end of {log}:\n{told}")
         time.sleep(ASK_EVERY_S)
 
 
-def _alive(dashboard: str) -> int:
-    """How many nodes can be given work: the dashboard answers before the head's own has told what it has."""
+def _alive(dashboard: str) -> set[str]:
+    """The nodes that can be given work: the dashboard answers before the head's own has told what it has."""
     from ray.util.state import list_nodes  # after `environment.token`: ray reads the mode as it is imported
     from ray.util.state.exception import RayStateApiException
 
     with suppress(RayStateApiException):
         found = list_nodes(address=dashboard)
-        return sum(node.state == "ALIVE" and bool((node.resources_total or {}).get("CPU")) for node in found)
-    return 0
+        return {node.node_id for node in found if node.state == "ALIVE" and (node.resources_total or {}).get("CPU")}
+    return set()
 
 
 def _answers(url: str) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import s3_server
 from quiet_run import SETTINGS as QUIET
 from quiet_run import QuietRun
+from ray.util.state import list_nodes
 
 from rgalign_ray import storage
 from rgalign_ray.errors import ConfigError, InfrastructureError
@@ -108,6 +109,9 @@ def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, st
     assert gone.returncode == ConfigError.exit_code and "`rgalign cluster up` starts one" in gone.stderr
 
     told += done("cluster", "up")
+    assert "2 node(s)" in done("cluster", "add", "--label", "rgalign=rollout")
+    found = list_nodes(address=local_cluster.running().dashboard, detail=True)
+    assert [node.labels.get("rgalign") for node in found if not node.is_head_node] == ["rollout"]
     unknown = rgalign("resume", "shop")
     assert unknown.returncode == ConfigError.exit_code and "no run of that name" in unknown.stderr
     told += done("submit", "prepare", *SETTINGS, "--run-dir", RUN)
@@ -122,7 +126,7 @@ def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, st
     fs, _ = storage.filesystem(RUN)
     stands_nowhere(fs, PLANTED, s3_server.SECRET, (tmp_path / "token").read_text())
     assert PLANTED not in told and s3_server.SECRET not in told
-    done("cluster", "down")
+    assert done("cluster", "down").startswith("2 node(s)")
     assert local_cluster.running() is None
 
 

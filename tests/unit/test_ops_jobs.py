@@ -215,6 +215,10 @@ def test_the_command_line_names_the_verbs_and_the_cluster_that_is_missing(
     assert isinstance(met, ConfigError) and str(met).startswith("submit dance: not one of prepare, train_ranker, ")
     met = CliRunner().invoke(cli.app, ["status"]).exception
     assert isinstance(met, ConfigError) and "`rgalign cluster up` starts one" in str(met)
+    met = CliRunner().invoke(cli.app, ["cluster", "add"]).exception
+    assert isinstance(met, ConfigError) and "`rgalign cluster up` starts one" in str(met)
+    met = CliRunner().invoke(cli.app, ["cluster", "add", "--label", "rollout"]).exception
+    assert isinstance(met, ConfigError) and "expected NAME=VALUE" in str(met)
 
 
 def test_a_cluster_whose_head_died_is_not_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,15 +235,16 @@ def test_a_cluster_whose_head_died_is_not_up(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_node_counts_once_it_can_be_given_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dashboard answers before its own node has told what it has, and jobs were refused then."""
-    told: list[Any] = [ServerUnavailable, [], [("ALIVE", {})], [("ALIVE", {"CPU": 2.0}), ("DEAD", {"CPU": 2.0})]]
+    up, dead = ("up", "ALIVE", {"CPU": 2.0}), ("dead", "DEAD", {"CPU": 2.0})
+    told: list[Any] = [ServerUnavailable, [], [("up", "ALIVE", {})], [up, dead]]
 
     def listed(address: str) -> list[SimpleNamespace]:
         if not isinstance(found := told.pop(0), list):
             raise found
-        return [SimpleNamespace(state=state, resources_total=has) for state, has in found]
+        return [SimpleNamespace(node_id=node, state=state, resources_total=has) for node, state, has in found]
 
     monkeypatch.setattr("ray.util.state.list_nodes", listed)
-    assert [local_cluster._alive("http://there") for _ in range(len(told))] == [0, 0, 0, 1]
+    assert [local_cluster._alive("http://there") for _ in range(len(told))] == [set(), set(), set(), {"up"}]
 
 
 def test_table_of_jobs() -> None:
