@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 import s3_server
 from quiet_run import SETTINGS as QUIET
 from quiet_run import QuietRun
-from ray.util.state import list_nodes
 
 from rgalign_ray import storage
 from rgalign_ray.errors import ConfigError, InfrastructureError
@@ -81,6 +81,28 @@ def kill_the_head() -> None:
     assert not alive
 
 
+def node_labels() -> list[dict[str, str]]:
+    """Asked by a process of its own: this one has the token of the other Ray."""
+    cluster = local_cluster.running()
+    assert cluster is not None
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "list",
+            "nodes",
+            f"--address={cluster.dashboard}",
+            "--format=json",
+        ],
+        env=os.environ | {"RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [node["labels"] for node in json.loads(told.stdout)]
+
+
 def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, store: None, tmp_path: Path) -> None:
     """Beside another Ray of the same machine, which has the ports that Ray takes by itself."""
     told = done("cluster", "up")
@@ -110,8 +132,7 @@ def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, st
 
     told += done("cluster", "up")
     assert "2 node(s)" in done("cluster", "add", "--label", "rgalign=rollout")
-    found = list_nodes(address=local_cluster.running().dashboard, detail=True)
-    assert [node.labels.get("rgalign") for node in found if not node.is_head_node] == ["rollout"]
+    assert [labels["rgalign"] for labels in node_labels() if "rgalign" in labels] == ["rollout"]
     unknown = rgalign("resume", "shop")
     assert unknown.returncode == ConfigError.exit_code and "no run of that name" in unknown.stderr
     told += done("submit", "prepare", *SETTINGS, "--run-dir", RUN)
