@@ -56,7 +56,9 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     pairs = {(it.better, it.worse) for it in made.comparisons}
     assert {("RGAlign-Rec", "QE-Rec"), ("RGAlign-Rec", "ranking gradient"), ("ranking gradient", "QE-Rec")} <= pairs
     seed = tmp_path / "seed_0"
-    assert {path.name for path in seed.glob("aligned_*")} == {f"aligned_{name}" for name in ALIGNMENTS}
+    assert {path.parent.name for path in seed.glob("aligned_*/row_*")} == {f"aligned_{name}" for name in ALIGNMENTS}
+    assert {path.name for path in (seed / "aligned_sft").iterdir()} == {"selected_1", "align_1_sft"}
+    assert not (seed / "aligned_full/align_1_sft").exists(), "begins with RG-SFT, which stands where its own row has it"
     own = {path.parent.name for path in seed.glob("aligned_*/rollouts_1")}
     assert own == {"aligned_leak"} and (seed / "rollouts_1").is_dir(), "shared, but by what learns from other sessions"
     log = storage.read_table(str(seed / "sessions/sessions"), ["session_id", "role"])
