@@ -173,12 +173,8 @@ class FeatureSpace:
         """int64 [names, B]."""
         rows, ids = table.num_rows, np.empty((len(names), table.num_rows), np.int64)
         for own, values in _by_type(table, names):
-            strings = _strings(values)
-            places = [
-                _place(strings.slice(number * rows, rows), self._vocabulary_arrays[names[column]])
-                for number, column in enumerate(own)
-            ]
-            ids[own] = _ids(pa.concat_arrays(places), strings).reshape(len(own), rows)
+            vocabularies = [self._vocabulary_arrays[names[column]] for column in own]
+            ids[own] = _encode(_strings(values), *vocabularies).reshape(len(own), rows)
         return ids
 
     def _buckets(self, table: pa.Table, names: list[str]) -> np.ndarray:
@@ -194,8 +190,7 @@ class FeatureSpace:
         offset = 0
         for position, field in enumerate(self._multis):
             vocabulary = self._vocabulary_arrays[field.name]
-            values = _strings(lists.flat(table[field.name]))
-            ids = _ids(_place(values, vocabulary), values)
+            ids = _encode(_strings(lists.flat(table[field.name])), vocabulary)
             ids = np.where(ids >= FIRST, ids + offset, ids)
             counts = lists.lengths(table[field.name])
             out[:, position, : field.length] = lists.padded(counts, ids, field.length, MISSING)
@@ -204,8 +199,7 @@ class FeatureSpace:
 
     def _history(self, table: pa.Table) -> np.ndarray:
         counts, events = lists.past_events(table)
-        names = _strings(pc.struct_field(events, "event"))
-        ids = _ids(_place(names, self._vocabulary_arrays["history"]), names)
+        ids = _encode(_strings(pc.struct_field(events, "event")), self._vocabulary_arrays["history"])
         ids = np.where(ids == MISSING, UNKNOWN, ids)  # an event without a name is still an event
         from_newest = np.repeat(counts, counts) - lists.places(counts) - 1
         keep = from_newest < self.history_length
@@ -295,13 +289,16 @@ def _edges(values: np.ndarray, buckets: int) -> list[float]:
     return edges[edges < distinct[-1]].tolist()
 
 
-def _place(values: pa.Array, vocabulary: pa.Array) -> pa.Array:
-    """Where strings stand in the vocabulary, null for those that do not."""
-    return pc.index_in(values, value_set=vocabulary, skip_nulls=True)
+def _encode(values: pa.Array, *vocabularies: pa.Array) -> np.ndarray:
+    """int64 ids of strings: `FIRST` + place in the vocabulary, `UNKNOWN`, or `MISSING` for null.
 
-
-def _ids(places: pa.Array, values: pa.Array) -> np.ndarray:
-    """int64 ids of strings: `FIRST` + place in the vocabulary, `UNKNOWN`, or `MISSING` for null."""
+    With several vocabularies each is that of an equal part of the values.
+    """
+    size = len(values) // len(vocabularies)
+    parts = [values.slice(number * size, size) for number in range(len(vocabularies))]
+    places = pa.concat_arrays(
+        [pc.index_in(part, value_set=own, skip_nulls=True) for part, own in zip(parts, vocabularies, strict=True)]
+    )
     ids = pc.fill_null(places, UNKNOWN - FIRST).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST
     if values.null_count:
         ids[pc.is_null(values).to_numpy(zero_copy_only=False)] = MISSING

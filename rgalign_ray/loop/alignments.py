@@ -85,7 +85,9 @@ def _begun(job: Run, name: str) -> dict[str, str]:
     its own and for all that go on from it.
     """
     own = {"align": job.config.align} | ALIGNMENTS[name]
-    for other, changes in list(ALIGNMENTS.items())[: list(ALIGNMENTS).index(name)]:
+    for other, changes in ALIGNMENTS.items():
+        if other == name:
+            break
         theirs = {"align": job.config.align} | changes
         both = zip(own["align"], theirs["align"], strict=False)
         common = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))

@@ -333,9 +333,8 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         ConfigError: for any other argument, and as `config.load` and `application`.
     """
-    unknown = sorted(args.keys() - {"config", "set"})
-    if unknown or "config" not in args:
-        raise ConfigError(f"args: expected config and set, not {', '.join(unknown) or 'none'}.")
+    if not {"config"} <= args.keys() <= {"config", "set"}:
+        raise ConfigError(f"args: expected config and, if need be, set; there is {', '.join(args) or 'nothing'}.")
     return application(config.load(args["config"], args.get("set")))
 
 

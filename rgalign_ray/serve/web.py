@@ -25,17 +25,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 Responses = dict[int | str, dict[str, Any]]
 
 
-def _described(**statuses: str) -> Responses:
-    return {int(status[1:]): {"model": list[api.Refusal], "description": why} for status, why in statuses.items()}
+def _described(statuses: dict[int, str]) -> Responses:
+    return {status: {"model": list[api.Refusal], "description": why} for status, why in statuses.items()}
 
 
-ASKED = _described(
-    _401="No key, or none that is known.", _429="Too much is asked; Retry-After tells when to ask again."
-)
-BODY = ASKED | _described(_413="The body is too large.", _422="A field is wrong.")
-KEPT = _described(_507="It could not be written.")
-FEEDBACK = BODY | KEPT | _described(_404="No feedback is kept.")
-READY = _described(_503="A model does not answer.")
+ASKED = _described({401: "No key, or none that is known.", 429: "Too much is asked; Retry-After tells when to return."})
+BODY = ASKED | _described({413: "The body is too large.", 422: "A field is wrong."})
+KEPT = _described({507: "It could not be written."})
+FEEDBACK = BODY | KEPT | _described({404: "No feedback is kept."})
+READY = _described({503: "A model does not answer."})
 
 
 class BodyLimit:

@@ -295,8 +295,10 @@ def test_rays_launcher_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_arguments_of_the_service_that_there_are_not_are_refused() -> None:
     only, _ = served()
-    with pytest.raises(ConfigError, match="expected config and set, not settings"):
+    with pytest.raises(ConfigError, match=r"expected config and, .* there is config, set, settings"):
         build(only["args"] | {"settings": []})
+    with pytest.raises(ConfigError, match="there is nothing"):
+        build({})
     with pytest.raises(ConfigError, match=r"serve\.gateway"):
         build(only["args"] | {"set": ["serve.gateway=2"]})
 

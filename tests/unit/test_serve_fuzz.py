@@ -51,11 +51,17 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     log.close()
 
 
+@pytest.fixture(scope="module")
+def operations(app: FastAPI) -> list[schemathesis.APIOperation]:
+    document = schemathesis.openapi.from_asgi("/openapi.json", app, config=SETTINGS)
+    return [found.ok() for found in document.get_all_operations()]
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-def test_what_the_document_allows_and_what_it_does_not(app: FastAPI, data: st.DataObject) -> None:
-    document = schemathesis.openapi.from_asgi("/openapi.json", app, config=SETTINGS)
-    operations = [found.ok() for found in document.get_all_operations()]
+def test_what_the_document_allows_and_what_it_does_not(
+    operations: list[schemathesis.APIOperation], data: st.DataObject
+) -> None:
     operation = data.draw(st.sampled_from(operations))
     case = data.draw(operation.as_strategy(generation_mode=data.draw(st.sampled_from(GenerationMode))))
     # which columns a session may give, and which intents there are, is known to the run and not to the document
