@@ -648,8 +648,11 @@ class Serve(Settings):
     """A model that is at one batch for longer is started anew."""
     cpus_per_replica: Positive = 0.3
     reasoner_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    ongoing: Count = 128
+    """Requests that a replica has in work at once, at most. A gateway takes fewer where answers come later than
+    `budget_ms`, and tells the others to come back (429)."""
     max_queued: Count = 200
-    """Requests that wait for a gateway, beyond which others are told to come back (429)."""
+    """Requests that wait for a gateway, beyond which others are refused likewise."""
     max_body_bytes: Count = 1_000_000
     examples: Annotated[int, Field(ge=0)] | None = None
     """Sessions of the log's test users that the page offers; None: some of a simulated log, and none of real users."""

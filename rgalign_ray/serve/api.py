@@ -183,7 +183,7 @@ class Counted(Strict):
     answers: dict[str, dict[str, int]]
     """By variant and path."""
     others: dict[str, int]
-    """feedback, fallbacks and lost_answers, with their reasons."""
+    """feedback, overload, fallbacks and lost_answers, with their reasons."""
     total_ms: dict[str, float]
     """p50 and p99 of the last answers."""
 

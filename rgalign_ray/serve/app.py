@@ -32,6 +32,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop.connection import join
 from rgalign_ray.serve import api, pair, web
 from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.admission import RETRY_AFTER_S
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
@@ -46,10 +47,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
 EXAMPLES = 12
-LEAST_ONGOING = 32
-"""Requests that a replica takes at once; beyond them they wait where they come in."""
-RETRY_AFTER_S = 1
-"""Told to those who are refused for load."""
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
 QUERY = {"temperature", "top_p", "max_new_tokens"}
@@ -345,7 +342,7 @@ def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -
         growth = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": it.batch}
         replicas = {"autoscaling_config": growth}
     options = {"num_cpus": it.cpus_per_replica, **resources}
-    return {"max_ongoing_requests": max(LEAST_ONGOING, 4 * it.batch), "ray_actor_options": options, **replicas}
+    return {"max_ongoing_requests": it.ongoing, "ray_actor_options": options, **replicas}
 
 
 def run(settings: Config, blocking: bool = True) -> None:

@@ -26,6 +26,7 @@ from rgalign_ray.evaluate import plackett_luce
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.serve import api
 from rgalign_ray.serve.access import RefusedError
+from rgalign_ray.serve.admission import Admission
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import Answer, FeedbackLog
 from rgalign_ray.serve.query_store import Kept
@@ -33,6 +34,8 @@ from rgalign_ray.serve.session_reader import Row, SessionError
 from rgalign_ray.serve.variants import Variant, Variants
 
 PARTS = tuple(api.ScoreParts.model_fields)
+LEAST_OF_BATCH = 4
+"""The models answer a fourth of a batch almost as quickly as one session."""
 LOG = logging.getLogger("rgalign_ray.serve")
 
 
@@ -49,6 +52,11 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         self.stages[name] = round(self.elapsed_ms - sum(self.stages.values()), 3)
+
+    @property
+    def of_budget_ms(self) -> float:
+        """Without the reasoner, who has a deadline of its own, or is waited for by name."""
+        return self.elapsed_ms - self.stages.get("reasoner", 0.0)
 
     def report(self) -> dict[str, float]:
         return {**self.stages, "total": round(self.elapsed_ms, 3)}
@@ -86,20 +94,39 @@ class Gateway:
         self.variants = variants
         self.counts = counts or Counts()
         self.feedback = feedback
+        least = max(1, settings.batch // LEAST_OF_BATCH)
+        self.admission = Admission(settings.budget_ms, least, min(settings.batch, settings.ongoing), settings.ongoing)
 
     async def rank_batch(self, requests: list[api.RankRequest]) -> list[api.RankResponse]:
-        """Answers several requests at once, or refuses them all for the fault of one."""
-        places = [f"requests.{number}." for number in range(len(requests))]
-        prepared = [self._prepare(request, place) for request, place in zip(requests, places, strict=True)]
-        return list(await asyncio.gather(*map(self._answer, prepared)))
+        """Answers several requests at once, or refuses them all for the fault of one.
+
+        Raises:
+            SessionError, RefusedError: as `rank`.
+        """
+        self._enter(len(requests))
+        try:
+            places = [f"requests.{number}." for number in range(len(requests))]
+            prepared = [self._prepare(request, place) for request, place in zip(requests, places, strict=True)]
+            return list(await asyncio.gather(*map(self._answer, prepared)))
+        finally:
+            self.admission.leave(len(requests))  # how long a batch takes depends on its size
 
     async def rank(self, request: api.RankRequest) -> api.RankResponse:
         """Answers one request.
 
         Raises:
             SessionError: for a field that is wrong.
+            RefusedError: 429 where more are in work than are answered in time.
         """
-        return await self._answer(self._prepare(request))
+        self._enter(1)
+        took_ms = None
+        try:
+            prepared = self._prepare(request)
+            answer = await self._answer(prepared)
+            took_ms = prepared.watch.of_budget_ms
+            return answer
+        finally:
+            self.admission.leave(1, took_ms)
 
     async def told(self, request: api.FeedbackRequest) -> api.FeedbackResponse:
         """Keeps feedback.
@@ -140,6 +167,13 @@ class Gateway:
             return api.ForgetResponse(answers=0)
         now = datetime.now(UTC).replace(tzinfo=None)
         return api.ForgetResponse(answers=await self._written(self.feedback.forget(user_id, now)))
+
+    def _enter(self, number: int) -> None:
+        try:
+            self.admission.enter(number)
+        except RefusedError:
+            self.counts.add("overload", number=number)
+            raise
 
     def _log(self) -> FeedbackLog:
         if self.feedback is None:

@@ -54,8 +54,8 @@ def read_as(folder: Path) -> SessionReader:
 class Models:
     """What the gateway waits for."""
 
-    def __init__(self, slow_s: float = 0.0, fails: Exception | None = None) -> None:
-        self.slow_s, self.fails = slow_s, fails
+    def __init__(self, slow_s: float = 0.0, fails: Exception | None = None, slow_ranker_s: float = 0.0) -> None:
+        self.slow_s, self.fails, self.slow_ranker_s = slow_s, fails, slow_ranker_s
         self.read_texts: list[str] = []
         self.scored: list[tuple[dict[str, Any], list[int], bool]] = []
 
@@ -68,6 +68,7 @@ class Models:
 
     async def score(self, row: dict[str, Any], candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
         self.scored.append((row, candidates.tolist(), vector is not None))
+        await asyncio.sleep(self.slow_ranker_s)
         return -candidates.astype(np.float32)
 
     async def parts(self, row: dict[str, Any], candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:

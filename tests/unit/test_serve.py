@@ -20,11 +20,11 @@ from serve_data import INTENTS, SESSION, VECTOR, Models, gateway, read_as, varia
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.serve import api, feedback, query_store, web
-from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.access import Access, RefusedError
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
 from rgalign_ray.serve.query_store import QueryStore
-from rgalign_ray.serve.session_reader import SessionReader
+from rgalign_ray.serve.session_reader import SessionError, SessionReader
 from rgalign_ray.serve.variants import Variants
 
 
@@ -85,6 +85,34 @@ def test_a_reasoner_that_is_late_or_dead_is_done_without(reader: SessionReader, 
     if models.fails:
         with pytest.raises(RuntimeError, match="dead"):
             ask(made, path="live")
+
+
+def test_beyond_what_is_answered_in_time_requests_are_refused_at_once(reader: SessionReader) -> None:
+    models = Models()
+    made = gateway(reader, models, batch=4, ongoing=4, budget_ms=5000.0)
+
+    async def crowd() -> list[Any]:
+        request = api.RankRequest.model_validate({"session": SESSION, "path": "null"})
+        together = await asyncio.gather(*[made.rank(request) for _ in range(10)], return_exceptions=True)
+        return [*together, await made.rank(request)]
+
+    answers = asyncio.run(crowd())
+    assert sum(isinstance(answer, api.RankResponse) for answer in answers[:10]) == 4
+    assert {answer.status for answer in answers[:10] if isinstance(answer, RefusedError)} == {429}
+    assert isinstance(answers[10], api.RankResponse), "there is room again"
+    assert made.counts.others == {("overload", ""): 6} and len(models.scored) == 5
+    with pytest.raises(SessionError):
+        ask(made, variant="none")
+    assert made.admission.in_work == 0
+
+
+@pytest.mark.parametrize(("path", "limit"), [("live", 4.0), ("null", 3.2)])
+def test_the_ranker_that_is_late_lowers_the_limit_and_the_reasoner_does_not(
+    reader: SessionReader, path: str, limit: float
+) -> None:
+    made = gateway(reader, Models(slow_s=0.1, slow_ranker_s=0.1 * (path == "null")), batch=4, ongoing=4, budget_ms=50.0)
+    ask(made, path=path)
+    assert made.admission.limit == pytest.approx(limit)
 
 
 def test_a_kept_vector_comes_before_the_reasoner(reader: SessionReader) -> None:
