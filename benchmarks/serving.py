@@ -4,8 +4,8 @@
 
 Client, gateway and models share this machine's cores, so that requests per second say little by themselves: what counts
 are the ratios, taken in one run. Saturation is what as many clients as `--clients` get who ask again at once; latencies
-are those of four clients who together ask for 70 % of that. The overload asks for 120 %, of a service that has been told
-to answer within its usual budget; for the others there is none, so that saturation is not what is refused.
+are those of four clients who together ask for 70 % of that. The overload asks for 120 %, of a service with its usual
+budget; for the others it is without end, so that nobody is refused.
 """
 
 from __future__ import annotations
