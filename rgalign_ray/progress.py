@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 Advance = Callable[[int], None]
 
@@ -13,16 +14,57 @@ LINE_EVERY_S = 15.0
 """Without a terminal (logs, CI) one line at most this often."""
 TELLS_FROM = 0.1
 """Share of the work from which the remaining time is told."""
+SILENT_S = 60.0
+"""Without a step for as long, a line says so."""
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "", before: int = 0) -> Iterator[Advance]:
+def track(
+    label: str, total: int, unit: str = "", before: int = 0, idle: Callable[[], str] | None = None
+) -> Iterator[Advance]:
     """Shows how far `total` steps of `label` have come; the block calls `advance(n)` after each n of them.
 
-    `before` of them were done by an earlier run: they say nothing about the time that is left.
+    Args:
+        label: of the work.
+        total: steps.
+        unit: of them.
+        before: those that an earlier run has done: they say nothing about the time that is left.
+        idle: asked, in a thread of its own, what may be missing when there is no step for a minute; None: nobody is.
     """
-    with (_bar if sys.stderr.isatty() else _lines)(label, total, unit, before) as advance:
-        yield advance
+    shown = (_bar if sys.stderr.isatty() else _lines)(label, total, unit, before)
+    with shown as advance, _listening(label, unit, idle) if idle else nullcontext(_unheard) as heard:
+
+        def step(n: int) -> None:
+            heard()
+            advance(n)
+
+        yield step
+
+
+def _unheard() -> None:
+    pass
+
+
+@contextmanager
+def _listening(label: str, unit: str, idle: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Says when there was no step for a minute, and for another."""
+    heard, over = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        silent = 0
+        while not over.wait(SILENT_S):
+            silent = 0 if heard.is_set() else silent + 1
+            heard.clear()
+            if silent:
+                note(f"{label}: no {unit} for {clock(silent * SILENT_S)}; {idle()}")
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield heard.set
+    finally:
+        over.set()
+        listener.join()
 
 
 @contextmanager

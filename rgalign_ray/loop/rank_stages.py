@@ -215,7 +215,8 @@ def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec)
         roles = roles | {role: ingested["clicked"].get(role, 0) for role in encode.TRAINING}
     if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
         plan = replace(plan, kept_uri=run.config.encode.kept)
-    with progress.track("encode", sum(roles.get(role, 0) for role in plan.roles), "sessions") as advance:
+    sessions = sum(roles.get(role, 0) for role in plan.roles)
+    with progress.track("encode", sessions, "sessions", idle=partial(encode.room, plan.encode)) as advance:
         return encode.encode(plan, engine, out, advance)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from rgalign_ray import __version__, config, storage
@@ -209,6 +210,17 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         if posixpath.basename(uri).removesuffix(".parquet") not in keys:
             storage.delete(uri)
     return counts
+
+
+def room(settings: config.Encode) -> str:
+    """What the cluster has free beside what each encoder asks for, where Ray is up."""
+    free, there = ray.available_resources(), ray.cluster_resources()
+    asked = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    return ", ".join(
+        f"{free.get(name, 0.0):g} of {there.get(name, 0.0):g} {name}s are free, an encoder asks for {each:g}"
+        for name, each in asked.items()
+        if each
+    )
 
 
 def encode_items(engine: EngineSpec, ids: list[str], texts: list[str], batch_size: int, uri: str) -> None:

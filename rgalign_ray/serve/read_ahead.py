@@ -6,6 +6,7 @@ situations (a log, whose outcomes are not read) ──▶ encoders (actor pool) 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from ray.data import ActorPoolStrategy
 
 from rgalign_ray import config, progress
 from rgalign_ray.logs import stream
+from rgalign_ray.rollout.encode import room
 from rgalign_ray.serve import query_store
 from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
 from rgalign_ray.serve.query_store import Kept
@@ -66,7 +68,7 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
     )
 
     def kept() -> Iterator[Kept]:
-        with progress.track("read ahead", total, "sessions") as advance:
+        with progress.track("read ahead", total, "sessions", idle=partial(room, encode)) as advance:
             for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in block.to_pylist():
                     yield Kept(row["user_id"], row["ts"], np.frombuffer(row["vector"], np.float16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 
@@ -102,3 +103,26 @@ def test_clock(seconds: float, text: str) -> None:
 def test_a_note_goes_beside_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
     progress.note("no tests ran")
     assert capsys.readouterr().err == "  no tests ran\n"
+
+
+def test_a_silent_minute_is_told_with_what_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_S", 0.05)
+    monkeypatch.setattr(progress, "clock", lambda seconds: f"{seconds:.2f}")
+    asked = threading.Semaphore(0)
+
+    def idle() -> str:
+        asked.release()
+        return "0 of 2 CPUs are free"
+
+    with progress.track("encode", 10, "sessions", idle=idle) as advance:
+        for _ in range(3):
+            assert asked.acquire(timeout=10)
+        advance(10)
+        for _ in range(3):
+            assert asked.acquire(timeout=10)
+    told = [line for line in capsys.readouterr().err.splitlines() if "CPUs" in line]
+    assert told[0] == "  encode: no sessions for 0.05; 0 of 2 CPUs are free"
+    assert told[2] == "  encode: no sessions for 0.15; 0 of 2 CPUs are free"
+    assert told[3:].count(told[0]) == 1, "a step begins a new silence"
