@@ -375,8 +375,8 @@ class Reward(Placed):
     """Where sessions have several clicks: the reward reads one half of a session's, drawn by hash, and the auditor the
     other, so that the auditor confirms what the clicks have in common and not those that chose the query."""
     judge_seeds: Annotated[int, Field(ge=2)] = 2
-    """Rankers of different seeds that score every rollout: the first is the reward, the others measure
-    its noise."""
+    """Rankers of different seeds that score every rollout. The last measures the noise of the reward, which is the mean
+    of the others' (an ensemble, if there are several); objectives that ask as they learn ask the first alone."""
     cpus: Positive = 0.5
     """CPUs of the reward actor."""
 

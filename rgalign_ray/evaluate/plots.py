@@ -147,7 +147,11 @@ def best_of_n(gate: RewardGate) -> Markup:
 
 def true_best_of_n(worth: QueryWorth) -> Markup:
     """True value of the best of the first N queries: as the reward chooses, and as the truth itself would."""
-    lines = {"the reward chooses": worth.by_reward, "the truth chooses": worth.by_truth}
+    lines = {
+        "the reward chooses": worth.by_reward,
+        "the same, for a ranker that had no say": worth.held_out,
+        "the truth chooses": worth.by_truth,
+    }
 
     def draw(axes: Axes) -> None:
         for (label, estimates), colour in zip(lines.items(), SERIES, strict=False):

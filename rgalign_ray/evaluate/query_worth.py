@@ -26,8 +26,11 @@ from rgalign_ray.reward.gate import best_of
 from rgalign_ray.reward.judging import query_scores
 from rgalign_ray.world.oracle import Oracle
 
-CHOICES = ("reward", "truth")
+REWARD, TRUTH = "reward", "truth"
 """Who chooses: the reward, or the truth itself, which is the most that any choice can reach."""
+HELD_OUT = "held_out"
+"""The reward's choice for a ranker that had no say in it, as none that is trained later had."""
+CURVES = (REWARD, HELD_OUT, TRUTH)
 NULL = "null"
 
 
@@ -57,19 +60,31 @@ def true_values(
     return TrueValues(np.stack(values[:-1], axis=1), values[-1])
 
 
-def chosen(reward: np.ndarray, values: TrueValues) -> dict[str, np.ndarray]:
+def chosen(reward: np.ndarray, values: TrueValues, held_out: TrueValues) -> dict[str, np.ndarray]:
     """True value of the choice among the first n valid queries, above the mean of the session's queries.
 
     Args:
         reward: float [S, N], nan where a query is not valid; every session has a valid one.
+        values: of a ranker that gives the reward.
+        held_out: of one that does not.
 
     Returns:
-        by who chooses (`CHOICES`) float64 [S, N] for n = 1 … N, and `NULL` [S]: that of no query.
+        `CURVES` float64 [S, N] for n = 1 … N, and `NULL` [S]: that of no query.
     """
-    valid = np.where(np.isfinite(reward), values.queries, np.nan)
-    mean = np.nanmean(valid, axis=1)
-    above = valid - mean[:, None]
-    return {"reward": best_of(reward, above), "truth": best_of(above, above), NULL: values.null - mean}
+    above, other = (
+        np.where(np.isfinite(reward), each.queries, np.nan) - _mean(reward, each)[:, None]
+        for each in (values, held_out)
+    )
+    return {
+        REWARD: best_of(reward, above),
+        HELD_OUT: best_of(reward, other),
+        TRUTH: best_of(above, above),
+        NULL: values.null - _mean(reward, values),
+    }
+
+
+def _mean(reward: np.ndarray, values: TrueValues) -> np.ndarray:
+    return np.nanmean(np.where(np.isfinite(reward), values.queries, np.nan), axis=1)
 
 
 def summarise(
@@ -87,12 +102,14 @@ def summarise(
         )
         return Estimate(value=found.mean, low=found.users[0], high=found.users[1])
 
-    numbers = range(seeds[0][1]["reward"].shape[1])
+    numbers = range(seeds[0][1][REWARD].shape[1])
+    by_reward, held_out, by_truth = ([mean(name, n) for n in numbers] for name in CURVES)
     return QueryWorth(
         metric=f"true CTR@{k}",
         sessions=sum(len(users) for users, _ in seeds),
-        by_reward=[mean("reward", n) for n in numbers],
-        by_truth=[mean("truth", n) for n in numbers],
+        by_reward=by_reward,
+        held_out=held_out,
+        by_truth=by_truth,
         null=mean(NULL),
     )
 
@@ -106,6 +123,7 @@ def sentence(found: QueryWorth) -> str:
 
     return (
         f"In truth, over the mean of a session's queries ({found.sessions} sessions): {found.metric} "
-        f"{told(found.by_reward[-1])} for the reward's best of {n}, {told(found.by_truth[-1])} for the best of {n} by "
+        f"{told(found.by_reward[-1])} for the reward's best of {n}, {told(found.held_out[-1])} in the eyes of a ranker "
+        f"that had no say in the choice, {told(found.by_truth[-1])} for the best of {n} by "
         f"the truth itself, {told(found.null)} without a query."
     )

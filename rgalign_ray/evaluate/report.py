@@ -117,6 +117,8 @@ class QueryWorth(Part):
     sessions: int
     by_reward: list[Estimate]
     """Chosen by the reward, N = 1, 2, …"""
+    held_out: list[Estimate]
+    """The same choice, for a ranker that had no say in it."""
     by_truth: list[Estimate]
     """Chosen by the truth itself: the most that any reward could reach."""
     null: Estimate

@@ -16,6 +16,7 @@ from rgalign_ray.evaluate.report import QueryWorth
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop import round_sessions
 from rgalign_ray.loop.judge_stages import SCORED
+from rgalign_ray.loop.rank_stages import judge_names
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import scoring
 from rgalign_ray.reward.actor import QueryUnit
@@ -34,7 +35,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"worth_{round_}",
             "hold the choice among queries against the truth",
             partial(judge, round_=round_),
-            ("evaluate",),
+            ("evaluate", "reward.judge_seeds"),
             ("sessions", *made, *truth_inputs(config)),
         )
     ]
@@ -43,20 +44,24 @@ def stages(config: Config, round_: int) -> list[Stage]:
 def judge(run: Run, out: str, round_: int) -> Outcome:
     """Writes `worth.parquet`: what `query_worth.chosen` finds of every session with two valid queries."""
     assert run.truth is not None, "the stage exists where the truth is known"
-    ranker = scoring.load(run.uri(f"rankers_{round_ - 1}", "qe_rec"))
+    names = judge_names(run.config)
+    rankers = [scoring.load(run.uri(f"rankers_{round_ - 1}", name)) for name in (*names[0], *names[-1])]
     catalogue, oracle = Catalogue.load(run.uri("sessions")), Oracle.load(run.truth)
     parts = []
     for sessions, rollouts_uri, embeddings_uri in round_sessions.judged(run.uri(f"rollouts_{round_}")):
         unit = QueryUnit.load(rollouts_uri, embeddings_uri)
-        ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
+        for ranker in rankers:
+            ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
         scored = storage.read_table(run.uri(f"rewards_{round_}", SCORED, posixpath.basename(rollouts_uri)))
         reward = scored["reward"].to_numpy().reshape(len(unit.session_ids), -1)
         usable = np.isfinite(reward).sum(axis=1) >= 2
         if usable.any():
             kept = sessions.filter(pa.array(usable))
-            k = run.config.evaluate.k
-            values = query_worth.true_values(ranker, kept, unit.embeddings[usable], catalogue, oracle, k)
-            found = query_worth.chosen(reward[usable], values)
+            own, held_out = (
+                query_worth.true_values(ranker, kept, unit.embeddings[usable], catalogue, oracle, run.config.evaluate.k)
+                for ranker in rankers
+            )
+            found = query_worth.chosen(reward[usable], own, held_out)
             columns = {name: pa.array(list(each)) for name, each in found.items()}
             parts.append(pa.table({name: kept[name] for name in ("session_id", "user_id")} | columns))
     table = pa.concat_tables(parts)
@@ -73,7 +78,7 @@ def found(runs: Sequence[Run], round_: int) -> QueryWorth | None:
     seeds = [
         (
             table["user_id"].to_pylist(),
-            {name: np.array(table[name].to_pylist()) for name in (*query_worth.CHOICES, query_worth.NULL)},
+            {name: np.array(table[name].to_pylist()) for name in (*query_worth.CURVES, query_worth.NULL)},
         )
         for table in tables
     ]

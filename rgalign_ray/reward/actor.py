@@ -1,10 +1,11 @@
 """The reward model: the frozen ranker judges what each latent query is worth.
 
   rollouts + embeddings e(x,q) of a unit ──▶ user and item towers once a session ──▶ scores of N queries at once
-  ──▶ reward, uplift over the null query, the other judges' rewards, the auditor's
+  ──▶ reward, uplift over the null query, the last judge's reward, the auditor's
 
 `RewardModel` is a plain class; `remote` makes it an actor. Judges are rankers of the same data and the
-same encoder under different seeds: the first one's word is the reward, the others measure its noise.
+same encoder under different seeds: the last measures the noise of the reward, which is the mean of the others' (reward
+model ensembles, Coste et al. 2024: what one of them is wrong about, the others seldom are).
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class RewardModel:
     """Scores rollouts with frozen rankers.
 
     Args:
-        rankers: ranker artefacts (QE-Rec), a list a judge, the reward's own first: of each fold of users the ranker
-            that has not learned from it, or one ranker for all.
+        rankers: ranker artefacts (QE-Rec), a list a judge, at least two: of each fold of users the ranker that has not
+            learned from it, or one ranker for all.
         log_uri: the ingested log, for the knowledge base.
         settings: which reward.
         auditor: a second pair that judges the same queries, if there is one.
@@ -98,8 +99,8 @@ class RewardModel:
 
         Returns:
             scored: `schema.SCORED`, a row per rollout, by session and sample.
-            judged: float64 [sessions, N, judges], every judge's reward; nan for invalid rollouts. Sessions
-                stand as in `scored`.
+            judged: float64 [sessions, N, 2], the reward and what the last judge says; nan for invalid rollouts.
+                Sessions stand as in `scored`.
 
         Raises:
             DataError: when the embeddings are of another reasoner version than a judge was trained on.
@@ -116,13 +117,15 @@ class RewardModel:
         rewards, nulls = zip(
             *(self._by_fold(judge, fold, batch, labels, unit.embeddings) for judge in self.judges), strict=True
         )
-        judged = np.where(valid[..., None], np.stack(rewards, axis=-1), np.nan)
+        reward, null = np.mean(rewards[:-1], axis=0), np.mean(nulls[:-1], axis=0)
+        judged = np.where(valid[..., None], np.stack([reward, rewards[-1]], axis=-1), np.nan)
         audit = np.full(valid.shape, np.nan)
         if self.auditor:
             asked = self.auditor.rewards(sessions, rollouts["query"].to_pylist(), self.catalogue, self.settings)
             audit = np.where(valid, asked, np.nan)
-        versions = np.array([ranker.meta.version for ranker in self.judges[0]])[fold]
-        return self._table(rollouts, judged[..., 0], nulls[0], audit, versions), judged
+        ensembles = zip(*self.judges[:-1], strict=True)  # a tuple of rankers a fold
+        versions = np.array(["+".join(ranker.meta.version for ranker in rankers) for rankers in ensembles])
+        return self._table(rollouts, judged[..., 0], null, audit, versions[fold]), judged
 
     def _by_fold(
         self,

@@ -22,7 +22,7 @@ class Gate:
     spread: float
     """Mean over sessions of the standard deviation of the reward within the session."""
     noise: float
-    """The same of half the judges' difference: sd(r_1 - r_2) / sqrt(2)."""
+    """The same of half the judges' difference, sd(r_1 - r_2) / sqrt(2); where the reward is a mean, its own is less."""
     reliability: float
     """Correlation of two judges' rewards within sessions; 0 says that the reward is noise."""
     agreement: float
@@ -42,7 +42,7 @@ class Gate:
 
 
 def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
-    """The gate's figures from judged rewards [S, N, J], nan where a query is not valid; J at least 2.
+    """The gate's figures from [S, N, 2], the reward and what another judge says; nan where a query is not valid.
 
     `audited` [S, N] are the auditor's rewards of the same queries, if there is one; a session that it has no click to
     judge by is nan throughout.

@@ -13,14 +13,17 @@ from rgalign_ray.evaluate.query_worth import TrueValues, chosen, sentence, summa
 SETTINGS = config.Evaluate(bootstrap=200)
 
 
-def drawn(seed: int, sessions: int = 300, queries: int = 6, agree: float = 0.0) -> tuple[np.ndarray, TrueValues]:
-    """Rewards with invalid ones, and true values that follow them as far as `agree` says."""
+def drawn(
+    seed: int, sessions: int = 300, queries: int = 6, agree: float = 0.0
+) -> tuple[np.ndarray, TrueValues, TrueValues]:
+    """Rewards with invalid ones, true values that follow them as far as `agree` says, and some that do not at all."""
     random = np.random.default_rng(seed)
     reward = random.normal(size=(sessions, queries))
     values = agree * reward + (1 - agree) * random.normal(size=(sessions, queries))
     reward[random.random(reward.shape) < 0.2] = np.nan
     reward[:, :2] = np.nan_to_num(reward[:, :2])  # two valid ones at least
-    return reward, TrueValues(values, random.normal(size=sessions))
+    none = random.normal(size=sessions)
+    return reward, TrueValues(values, none), TrueValues(random.normal(size=(sessions, queries)), none)
 
 
 @settings(deadline=None, max_examples=20)
@@ -38,13 +41,17 @@ def test_a_reward_that_knows_nothing_gains_nothing_however_many_queries_it_has()
     assert low is not None and high is not None and low < 0 < high
     assert sees.by_reward[-1].low is not None and sees.by_reward[-1].low > 0.5
     assert blind.by_truth[-1].value > 1, "there was something to choose"
+    low, high = sees.held_out[-1].low, sees.held_out[-1].high
+    assert low is not None and high is not None and low < 0 < high, "the other ranker sees nothing in it"
     assert "true CTR@3" in sentence(blind) and "best of 6" in sentence(blind)
 
 
 def test_values_stand_above_the_mean_of_a_sessions_valid_queries() -> None:
     reward = np.array([[1.0, np.nan, 3.0]])
-    found = chosen(reward, TrueValues(np.array([[0.2, 9.0, 0.4]]), np.array([0.25])))
+    values = TrueValues(np.array([[0.2, 9.0, 0.4]]), np.array([0.25]))
+    found = chosen(reward, values, TrueValues(np.array([[0.4, 9.0, 0.3]]), np.array([0.0])))
     np.testing.assert_allclose(found["reward"], [[-0.1, 0.1, 0.1]])
+    np.testing.assert_allclose(found["held_out"], [[0.05, -0.05, -0.05]])
     np.testing.assert_allclose(found["null"], [-0.05])
 
 

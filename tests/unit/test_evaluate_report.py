@@ -82,7 +82,14 @@ def report(text: str = "plain", **changes: Any) -> Report:
             best_of_n=[-3.0, -2.9],
             valid_rate=0.9,
         ),
-        "worth": QueryWorth(metric=text, sessions=40, by_reward=[figures] * 2, by_truth=[figures] * 2, null=figures),
+        "worth": QueryWorth(
+            metric=text,
+            sessions=40,
+            by_reward=[figures] * 2,
+            held_out=[figures] * 2,
+            by_truth=[figures] * 2,
+            null=figures,
+        ),
         "diagnoses": [
             Diagnosis(
                 name=text,

@@ -220,6 +220,20 @@ def test_each_fold_of_users_is_judged_by_the_ranker_that_has_not_seen_it(place: 
         np.testing.assert_allclose(uplift, other, atol=1e-6)
 
 
+def test_of_several_judges_the_mean_is_the_reward_and_the_last_measures_it(place: Path, tmp_path: Path) -> None:
+    files = unit(tmp_path)[:2]
+    a, b = (reward_model(place, f"{name} {name}").score(sessions_table(), *files) for name in "ab")
+    scored, judged = reward_model(place, "a b a").score(sessions_table(), *files)
+    assert judged.shape == (len(SESSIONS), N, 2)
+    np.testing.assert_allclose(judged[..., 0], (a[1][..., 0] + b[1][..., 0]) / 2, atol=1e-9)
+    np.testing.assert_array_equal(judged[..., 1], a[1][..., 0])
+    for name in ("reward", "uplift"):
+        found, one, other = (table[name].to_numpy(zero_copy_only=False) for table in (scored, a[0], b[0]))
+        np.testing.assert_allclose(found, (one + other) / 2, atol=1e-5)
+    versions = "+".join(each[0]["ranker_version"][0].as_py() for each in (a, b))
+    assert scored["ranker_version"].unique().to_pylist() == [versions]
+
+
 def test_inputs_of_another_kind_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="reasoner 'r1'"):
         reward_model(place).score(sessions_table(), *unit(tmp_path, version="r1")[:2])
