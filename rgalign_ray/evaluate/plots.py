@@ -149,7 +149,7 @@ def true_best_of_n(worth: QueryWorth) -> Markup:
     """True value of the best of the first N queries: as the reward chooses, and as the truth itself would."""
     lines = {
         "the reward chooses": worth.by_reward,
-        "the same, for a ranker that had no say": worth.held_out,
+        "the same, for another ranker": worth.held_out,
         "the truth chooses": worth.by_truth,
     }
 
@@ -165,10 +165,10 @@ def true_best_of_n(worth: QueryWorth) -> Markup:
         axes.set(
             xlabel="queries sampled, N", ylabel=f"{worth.metric} over the session's mean", title="Best of N, in truth"
         )
-        axes.legend()
+        axes.figure.legend(loc="outside lower center", ncols=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _svg("true best of n", draw)
+    return _svg("true best of n", draw, height=3.3)
 
 
 def curves(it: Curves) -> Markup:
