@@ -3,9 +3,9 @@
     python -m benchmarks.serving --run-dir runs/demo --out runs/serving      # needs `hey` (Debian: apt-get install hey)
 
 Client, gateway and models share this machine's cores, so that requests per second say little by themselves: what counts
-are the ratios, taken in one run. Saturation is what as many clients as `--clients` get who ask again at once; latencies
-are those of four clients who together ask for 70 % of that. The overload asks for 120 %, of a service with its usual
-budget; for the others it is without end, so that nobody is refused.
+are the ratios, taken in one run. Saturation is what as many clients as `--clients` get who ask again at once. Latencies
+are of requests that come at random times (a Poisson process), answered or not, at 70 % of that. The overload is 120 %
+of it likewise, of a service with its usual budget; for the others it is without end, so that nobody is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import aiohttp
 import numpy as np
 import psutil
 import typer
@@ -43,8 +44,7 @@ from rgalign_ray.loop import environment
 from rgalign_ray.ops.local_cluster import free_port
 
 PATHS = ("store", "null", "live")
-PACED_CLIENTS = 4
-"""hey's clients ask all at one moment; few of them are no burst."""
+CALM = 0.7
 START_S = 180.0
 PATIENT_MS = 60_000.0
 """A budget that no answer exceeds."""
@@ -61,18 +61,52 @@ class Load:
     p99_ms: float
     statuses: dict[str, int]
 
+    @classmethod
+    def of(cls, seconds: float, answers: Sequence[tuple[str, float]]) -> Load:
+        """Of statuses and the seconds that each took."""
+        p50, p99 = np.quantile([took for status, took in answers if status == "200"] or [np.nan], [0.5, 0.99]) * MS
+        statuses = Counter(status for status, _ in answers)
+        return cls(statuses["200"] / seconds, float(p50), float(p99), dict(statuses))
 
-def hey(url: str, body: Path, seconds: float, clients: int, per_s: float | None = None) -> Load:
-    """Asks for `seconds`, each client again as it is answered, or all together `per_s` times a second."""
-    pace = [] if per_s is None else ["-q", f"{per_s / clients:.4f}"]
-    words = ["hey", "-z", f"{seconds:g}s", "-c", str(clients), *pace, "-t", "60", "-o", "csv", "-m", "POST"]
+
+def hey(url: str, body: Path, seconds: float, clients: int) -> Load:
+    """Asks for `seconds`, each client again as it is answered."""
+    words = ["hey", "-z", f"{seconds:g}s", "-c", str(clients), "-t", "60", "-o", "csv", "-m", "POST"]
     words += ["-T", "application/json", "-D", str(body), f"{url}/v1/rank"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    good = np.array([float(row["response-time"]) for row in rows if row["status-code"] == "200"] or [np.nan])
-    statuses = dict(Counter(row["status-code"] for row in rows))
-    p50, p99 = np.quantile(good, [0.5, 0.99]) * MS
-    return Load(statuses.get("200", 0) / seconds, float(p50), float(p99), statuses)
+    rows = csv.DictReader(io.StringIO(done.stdout))
+    return Load.of(seconds, [(row["status-code"], float(row["response-time"])) for row in rows])
+
+
+def arrivals(url: str, body: Path, seconds: float, per_s: float) -> Load:
+    """Asks at random times, `per_s` times a second on average, whether or not what was asked before is answered."""
+    said = body.read_bytes()
+
+    async def all_of_them() -> list[tuple[str, float]]:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=60),
+            headers={"Content-Type": "application/json"},
+        ) as session:
+
+            async def ask() -> tuple[str, float]:
+                started = time.perf_counter()
+                try:
+                    async with session.post(f"{url}/v1/rank", data=said) as answer:
+                        await answer.read()
+                        return str(answer.status), time.perf_counter() - started
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    return type(error).__name__, time.perf_counter() - started
+
+            asked, next_at = [], time.perf_counter()
+            random, end = np.random.default_rng(0), next_at + seconds
+            while next_at < end:
+                await asyncio.sleep(max(0.0, next_at - time.perf_counter()))
+                asked.append(asyncio.create_task(ask()))
+                next_at += random.exponential(1 / per_s)
+            return await asyncio.gather(*asked)
+
+    return Load.of(seconds, asyncio.run(all_of_them()))
 
 
 def until_ready(url: str) -> None:
@@ -262,7 +296,7 @@ def measure(
                 found[f"{name}, {path}"] = {"saturated": full.__dict__}
                 told = f"{name}, {path}: {full.per_s:.1f}/s"
                 if name == "service":
-                    paced = hey(url, bodies[path], seconds, PACED_CLIENTS, 0.7 * full.per_s)
+                    paced = arrivals(url, bodies[path], seconds, CALM * full.per_s)
                     found[f"{name}, {path}"]["at 70 %"] = paced.__dict__
                     told += f"; at 70 %: p50 {paced.p50_ms:.1f} ms, p99 {paced.p99_ms:.1f} ms"
                 progress.note(told)
@@ -271,7 +305,7 @@ def measure(
             hey(url, bodies["store"], 3, clients)
             before = memory_mb()
             rate = OVER * found["service, store"]["saturated"]["per_s"]
-            over = hey(url, bodies["store"], overload_s, 16 * clients, rate)
+            over = arrivals(url, bodies["store"], overload_s, rate)
             found["overload"] = {**over.__dict__, "memory_mb": [before, memory_mb()]}
     storage.write_json(str(out / "serving.json"), found)
     show(found)
