@@ -45,6 +45,8 @@ STACKS_S = 10.0
 """Wait for the stacks of a silent worker."""
 STACKS_AT = 0.9
 """Share of its deadline after which a worker notes where it is."""
+NODE_LOSS_S = 60.0
+"""Within which Ray notices that a node has died; until then whatever is put there dies as well."""
 QUARANTINE = "quarantine"
 """Folder, beside the units' files, of sessions that were set aside."""
 STACKS = "stacks"
@@ -106,7 +108,10 @@ class RolloutPool:
         self.quarantined: list[str] = []
         """Ids of the sessions that were set aside."""
         self._losers: set[str] = set()
-        """Units that lost a worker and are not known to be at fault, and workers that died with none in hand."""
+        """Units that lost a worker and are not known to be at fault, and workers that died with none in hand. Of what a
+        node that dies takes with it, the first."""
+        self._struck: tuple[str, float] = ("", -math.inf)
+        """Node, empty where the worker had not started, and time of the last loss that was one of its own."""
         self._actor_class = _watched(worker, settings.deadline_s * STACKS_AT).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
@@ -272,11 +277,13 @@ class RolloutPool:
         at, rest = (tasks[0], tasks[1:]) if tasks else (None, [])
         again: list[_Task] = []
         if at is None or not self._any_done:  # where none can work, no session is at fault
-            self._losers.add(f"worker {self.deaths}")
+            if at is not None or not self._with_its_node(member):
+                self._losers.add(f"worker {self.deaths}")
             again = [at] if at else []
         elif at.losses < (1 if len(at.unit.session_ids) > 1 else 2):
             at.losses += 1
-            self._losers.add(at.key)
+            if not self._with_its_node(member):
+                self._losers.add(at.key)
             again = [at]
         elif len(at.unit.session_ids) > 1:
             self._losers.discard(at.key)
@@ -293,6 +300,15 @@ class RolloutPool:
                 f"rollout: a worker {why}; loss {len(self._losers)}, with rollout.retries = {self.settings.retries}; "
                 "the same command resumes from the units that are done."
             )
+
+    def _with_its_node(self, member: _Member) -> bool:
+        """Whether a worker that is lost was so with the node of the loss before it, as far as can be known."""
+        node, now = member.stacks[0], time.monotonic()
+        struck, when = self._struck
+        if now - when < NODE_LOSS_S and node in ("", struck):
+            return True
+        self._struck = node, now
+        return False
 
     def _set_aside(self, task: _Task, why: str) -> None:
         [session], [text] = task.unit.session_ids, task.unit.texts

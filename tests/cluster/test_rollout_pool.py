@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample
-from rgalign_ray.rollout.pool import RolloutPool
+from rgalign_ray.rollout.pool import RolloutPool, _Member
 from rgalign_ray.rollout.worker import Instruction, Unit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -36,7 +36,8 @@ class FakeEngine:
     """Both the spec and the engine: it tells the seeds, and leaves a note of what it does in `notes`.
 
     `trouble` is what happens at the text of `at`: die, die once, raise, hang once, or fail to start. `die everywhere`
-    minds no text. `company`: the first text waits for a second worker to have one, the last for its end.
+    minds no text, and `four starts fail` ends the first workers as they start. `company`: the first text waits for a
+    second worker to have one, the last for its end.
     """
 
     notes: str
@@ -49,6 +50,11 @@ class FakeEngine:
     def start(self) -> FakeEngine:
         if self.trouble == "fail to start":
             raise ConfigError("reasoner.model: cannot load it.")
+        started = Path(self.notes) / "starts"
+        if self.trouble == "four starts fail" and (not started.exists() or started.stat().st_size < 4):
+            with started.open("a") as note:
+                note.write(".")
+            os.kill(os.getpid(), signal.SIGKILL)
         return self
 
     def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
@@ -172,6 +178,28 @@ def test_a_worker_that_hangs_past_its_deadline_is_replaced(quiet: Path, tmp_path
     stacks = found.pop(f"/stacks/{UNITS[3].key('context')}.txt")
     assert b"in misbehave" in stacks, "what it was at is told"
     assert found == contents(quiet)
+
+
+def test_workers_that_die_one_after_the_other_as_they_start_are_one_loss(quiet: Path, tmp_path: Path) -> None:
+    """As on a node that has died, until Ray has noticed."""
+    with pool(tmp_path, trouble="four starts fail", retries=1) as made:
+        assert len(list(made.run(UNITS, "context"))) == len(UNITS)
+        assert made.deaths >= 4
+    assert contents(tmp_path) == contents(quiet)
+
+
+@pytest.mark.parametrize(("nodes", "losses"), [("aaaa", 1), ("abab", 4), ("a aa", 1), ("ab b", 2)])
+def test_what_a_node_takes_with_it_is_one_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: str, losses: int
+) -> None:
+    """A blank is a worker that had not told its node."""
+    now = 1000.0
+    monkeypatch.setattr("rgalign_ray.rollout.pool.time.monotonic", lambda: now)
+    with pool(tmp_path) as made:
+        lost = [_Member(None, None, 0.0, stacks=(node.strip(), "")) for node in nodes]
+        assert sum(not made._with_its_node(member) for member in lost) == losses
+        now += 61.0
+        assert not made._with_its_node(lost[-1]), "another minute, another loss"
 
 
 def test_more_losses_than_retries_end_the_run_which_then_resumes(quiet: Path, tmp_path: Path) -> None:
