@@ -42,6 +42,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    ASIDE: ClassVar[tuple[str, ...]] = ()
+    """Settings that decide no result, but who computes it, where, and how often that may fail: no stage is made anew
+    for their sake."""
+
 
 class World(Settings):
     """The simulated shop (`log.source: shop`)."""
@@ -185,6 +189,8 @@ class Reasoner(Settings):
     lora: Lora | None = Lora()
     """Adapter settings for every alignment objective; null trains all weights."""
 
+    ASIDE: ClassVar[tuple[str, ...]] = ("vllm",)
+
 
 class Endpoint(Settings):
     """An HTTP endpoint that speaks OpenAI's protocol, and how it is treated."""
@@ -241,7 +247,6 @@ class Placed(Settings):
     """Labels that a node must carry to hold them, as in {rgalign: rollout}; {}: any node."""
 
     ASIDE: ClassVar[tuple[str, ...]] = ("node_labels",)
-    """Settings that decide no result."""
 
 
 class Trained(Placed):
@@ -281,8 +286,18 @@ class Rollout(Placed):
     quarantine: Annotated[int, Field(ge=0)] = 10
     """Sessions that may be set aside because every worker that reads them dies."""
 
-    DECIDES: ClassVar[tuple[str, ...]] = ("n", "max_new_tokens", "temperature", "top_p", "unit_sessions")
-    """What is sampled depends on these alone, not on who samples it."""
+    ASIDE: ClassVar[tuple[str, ...]] = (
+        *Placed.ASIDE,
+        "workers",
+        "min_workers",
+        "idle_s",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "in_flight_per_worker",
+        "deadline_s",
+        "retries",
+        "quarantine",
+    )
 
     @model_validator(mode="after")
     def _range(self) -> Rollout:
@@ -311,6 +326,8 @@ class Encode(Placed):
     no loss reads of them is passed over: less to read and to train, the rarer clicks are."""
     kept: Place | None = None
     """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
+
+    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "workers", "cpus_per_worker", "gpus_per_worker", "kept")
 
 
 class QueryInput(Settings):
@@ -379,6 +396,8 @@ class Reward(Placed):
     of the others' (an ensemble, if there are several); objectives that ask as they learn ask the first alone."""
     cpus: Positive = 0.5
     """CPUs of the reward actor."""
+
+    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "cpus")
 
 
 class Select(Settings):

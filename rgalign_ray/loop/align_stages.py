@@ -19,7 +19,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import model_card, on_policy, round_sessions
-from rgalign_ray.loop.judge_stages import DECIDES, SCORED
+from rgalign_ray.loop.judge_stages import SCORED
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner import models
@@ -37,7 +37,7 @@ OBJECTIVE_NAMES = {
 }
 LEARNS_FROM = {"sft": SELECTED, "dpo": PAIRS}
 """Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
-ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", *DECIDES)}
+ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
 """Settings of objectives that ask for rewards as they learn."""
 
 

@@ -21,7 +21,7 @@ from rgalign_ray.evaluate.statistics import Estimate, paired_bootstrap
 from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import SENTENCE_SETTINGS, encode_pass, sentence_items
+from rgalign_ray.loop.rank_stages import QUERIES, SENTENCE_SETTINGS, encode_pass, sentence_items
 from rgalign_ray.loop.readers import engine_spec, sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.ranker import training
@@ -54,7 +54,7 @@ def making_stages(config: Config) -> list[Stage]:
             "queries_audit",
             "sample a query for every audit session",
             ask,
-            ("prompt", "reasoner", "encode", "rollout"),
+            ("prompt", "reasoner", "encode", *QUERIES),
             ("sessions",),
             ray=True,
             units=True,

@@ -19,7 +19,7 @@ from operator import getitem
 from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
-from rgalign_ray.config import Config, Placed
+from rgalign_ray.config import Config, Settings
 from rgalign_ray.errors import ConfigError, is_no_space
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
@@ -173,11 +173,9 @@ def stage_key(job: Run, stage: Stage) -> str:
     # a name stands for a file, and the file may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
-    del settings["encode"]["kept"]  # where something is kept decides nothing
     for name, section in job.config:
-        for aside in section.ASIDE if isinstance(section, Placed) else ():
-            del settings[name][aside]  # nor where something runs, and how often it may die
-    del settings["reasoner"]["vllm"]  # nor where vLLM is, and what it may take
+        for aside in section.ASIDE if isinstance(section, Settings) else ():
+            del settings[name][aside]
     for teacher in settings["teachers"]:
         if teacher["template"]:
             teacher["template"] = Template.load(teacher["template"]).key

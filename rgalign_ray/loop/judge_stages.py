@@ -30,8 +30,6 @@ SCORED = "scored"
 """Folder of judged queries, a file a work unit."""
 ENDPOINT_ANSWERS = ".answers"
 """Folder of a run that keeps the answers of paid endpoints, whatever becomes of the stage that asked."""
-DECIDES = tuple(f"rollout.{name}" for name in Rollout.DECIDES)
-"""Who samples, how many at a time and with how much patience, changes no query."""
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
@@ -43,7 +41,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"rollouts_{round_}",
             f"sample {config.rollout.n + sum(teacher.n for teacher in config.teachers)} queries a session",
             partial(roll_out, round_=round_),
-            (*DECIDES, "teachers", "prompt", "reasoner", "crossfit"),
+            ("rollout", "teachers", "prompt", "reasoner", "crossfit"),
             ("sessions", "features", *((previous,) if previous else ())),
             ray=True,
             units=True,
@@ -113,7 +111,7 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
 
 def sampling(config: Config) -> dict:
     """Those settings of rollouts that decide what is sampled."""
-    return config.rollout.model_dump(include=set(Rollout.DECIDES))
+    return config.rollout.model_dump(exclude=set(Rollout.ASIDE))
 
 
 def ask(run: Run, out: str, teacher: Teacher, template: Template, sessions: int, round_: int) -> int:

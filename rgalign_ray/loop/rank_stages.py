@@ -25,6 +25,13 @@ from rgalign_ray.rollout import encode
 ITEMS_DEADLINE_S = 1800.0
 ENCODED = ("rank", "valid", "test")
 """Roles that the encode pass reads; align is read by the rollout workers."""
+QUERIES = ("rollout.temperature", "rollout.top_p", "rollout.max_new_tokens")
+"""How the encode pass samples a session's query."""
+QUERIED = (
+    *("evaluate.readout", "evaluate.examples", "evaluate.first_example", "evaluate.hit_rate_sessions"),
+    "early_stop",
+)
+"""Which sessions get one."""
 
 
 def reading_stages(config: Config, round_: int) -> list[Stage]:
@@ -35,7 +42,7 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
         f"embeddings_{round_}",
         f"read sessions with the {who}",
         partial(encode_sessions, round_=round_),
-        ("prompt", "reasoner", "encode", "rollout", "evaluate", "early_stop"),
+        ("prompt", "reasoner", "encode", *QUERIES, *QUERIED),
         ("sessions", *truth_inputs(config), *((reasoner,) if reasoner else ())),
         ray=True,
         units=True,
@@ -52,7 +59,7 @@ def rankers_stage(config: Config, round_: int) -> Stage:
         f"rankers_{round_}",
         "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
         partial(train_rankers, round_=round_),
-        ("ranker", "reward", "baselines", "crossfit"),
+        ("ranker", "reward.judge_seeds", "baselines", "crossfit"),
         ("sessions", "features", "items", f"embeddings_{round_}"),
         ray=True,
     )
@@ -64,7 +71,7 @@ def pair_stage(config: Config) -> Stage:
         "rankers_0",
         "train the reward: " + ", ".join(name for folds in judge_names(config) for name in folds),
         partial(train_rankers, round_=0, judges_alone=True),
-        ("ranker", "reward", "crossfit"),
+        ("ranker", "reward.judge_seeds", "crossfit"),
         ("sessions", "features", "items", "embeddings_0"),
         ray=True,
     )

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rgalign_ray import config, storage
 from rgalign_ray.loop import controller
+from rgalign_ray.loop.rank_stages import reading_stages
 from rgalign_ray.loop.stage import RECORDS, Outcome, Run, Stage
+
+READINGS: list[dict[str, object]] = [
+    {"rollout": {"temperature": 1.0}},
+    {"rollout": {"top_p": 0.5}},
+    {"rollout": {"max_new_tokens": 8}},
+    {"encode": {"query_share": 0.5}},
+    {"evaluate": {"readout": "query"}},
+    {"evaluate": {"examples": 7}},
+    {"early_stop": True, "roles": {"rank": 0.5, "audit": 0.1}},
+]
+"""Changes for each of which sessions have to be read anew."""
 
 
 class Training:
@@ -64,4 +77,19 @@ def test_where_workers_run_and_how_often_they_may_die_decides_no_key(tmp_path: P
     bound = {"node_labels": {"rgalign": "here"}}
     assert key(**dict.fromkeys(sections, bound)) == key()
     assert key(ranker={"retries": 9}, learner={"retries": 9}) == key()
+    more_of_them = {"workers": 4, "cpus_per_worker": 1, "gpus_per_worker": 1}
+    assert key(rollout=more_of_them | {"min_workers": 1, "deadline_s": 9}, encode=more_of_them) == key()
+    assert key(reward={"cpus": 2}) == key()
+    assert key(rollout={"n": 8}) != key() != key(encode={"batch_size": 8})
     assert key(learner=bound | {"micro_batch": 2}) != key()
+
+
+def test_sessions_are_read_again_for_what_changes_the_reading_alone(tmp_path: Path) -> None:
+    def key(**settings: object) -> str:
+        changed = config.validate({"run_dir": str(tmp_path), **settings})
+        (reading,) = [stage for stage in reading_stages(changed, 0) if stage.name == "embeddings_0"]
+        return controller.stage_key(Run(changed), replace(reading, inputs=()))
+
+    assert key(rollout={"n": 8, "unit_sessions": 4}) == key()
+    assert key(evaluate={"bootstrap": 2000, "k": 5, "confidence": 0.9}) == key()
+    assert len({key(), *(key(**changes) for changes in READINGS)}) == 1 + len(READINGS)
