@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -95,12 +95,20 @@ class Sessions:
 
 
 class Judge:
-    """The frozen pair: reads queries, and tells their rewards."""
+    """The frozen pair: reads queries, and tells their rewards.
 
-    def __init__(self, task: LearnerTask) -> None:
-        assert task.pair is not None
+    Args:
+        task: the objective's work.
+        on_gpu: where the ranker computes; None: where the learners do, of whom this is then a part.
+    """
+
+    def __init__(self, task: LearnerTask, on_gpu: bool | None = None) -> None:
+        pair = task.pair
+        assert pair is not None
+        if on_gpu is not None:
+            task = replace(task, learner=task.learner.model_copy(update={"use_gpu": on_gpu}))
         self.task = task
-        self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, task.pair.encoder)
+        self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, pair.encoder)
         self.ranker = FrozenRanker(task)
         self.sessions = Sessions(task, self.ranker.table)
 

@@ -77,7 +77,8 @@ def fit(
 ) -> dict[str, Any]:
     """As `training.fit`, with groups from samplers and a judge that run beside the learners.
 
-    A sampler that dies is replaced and its task sampled by another, within `rollout.retries`.
+    The judge reads queries as the encode pass reads sessions, so it is placed as one of its workers. A sampler that
+    dies is replaced and its task sampled by another, within `rollout.retries`.
 
     Raises:
         InfrastructureError: when more of them died, or one waits in vain.
@@ -92,12 +93,17 @@ def fit(
         .options(name=stream_name, num_cpus=0)
         .remote(plan, task.optimisation.staleness, settings.unit_sessions, WAIT * settings.deadline_s)
     )
+    reads = config.encode
     judge = (
         ray.remote(Judge)
         .options(
-            num_cpus=config.reward.cpus, label_selector=config.reward.node_labels, max_restarts=3, max_task_retries=3
+            num_cpus=reads.cpus_per_worker,
+            num_gpus=reads.gpus_per_worker,
+            label_selector=reads.node_labels,
+            max_restarts=3,
+            max_task_retries=3,
         )
-        .remote(task)
+        .remote(task, on_gpu=reads.gpus_per_worker > 0)
     )
     keeper = Keeper(task, config, plan, stream, judge)
     try:

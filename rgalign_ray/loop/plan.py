@@ -59,7 +59,7 @@ def asks(config: Config) -> list[Ask]:
     if "grpo" in config.align and config.grpo.sampler == "pool":
         found += [
             readers("align", "sampler", "rollout.workers", rollout, rollout.workers),
-            Ask("align", "judge", 1, reward.cpus, 0.0, "reward.cpus", reward),
+            readers("align", "judge", "encode.cpus_per_worker", config.encode, 1),
         ]
     return found
 

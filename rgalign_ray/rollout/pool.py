@@ -121,6 +121,8 @@ class RolloutPool:
         self._any_done = False
         self._looked = -math.inf
         """When the cluster was last asked for room."""
+        self._requested = False
+        """Whether the cluster has been told to grow."""
         self._members: list[_Member] = []
         self._queue: deque[_Task] = deque()
 
@@ -158,6 +160,8 @@ class RolloutPool:
             ray.kill(member.actor)
         self._members = []
         self._queue.clear()
+        if self._requested:
+            self._request(0)
         ray_metrics.gauge("rollout_workers").set(0)
         ray_metrics.gauge("rollout_queue").set(0)
 
@@ -190,7 +194,7 @@ class RolloutPool:
             self._looked = now
             self._members += [self._start() for _ in range(min(self._room(), wanted - len(self._members)))]
             if len(self._members) < wanted:  # a cluster that can grow learns what for
-                request_resources(bundles=[self._asked] * wanted)
+                self._request(wanted)
         for member in reversed(self._members):
             idle = not member.calls and member.starting is None and now - member.since > settings.idle_s
             if idle and not self._queue and len(self._members) > settings.least_workers:
@@ -204,6 +208,11 @@ class RolloutPool:
         """Resources of one worker."""
         asked = {"CPU": self.settings.cpus_per_worker, "GPU": self.settings.gpus_per_worker}
         return {name: amount for name, amount in asked.items() if amount}
+
+    def _request(self, workers: int) -> None:
+        """Has a cluster that can grow make room for so many workers, and keep it until it is told otherwise."""
+        request_resources(bundles=[self._asked] * workers, bundle_label_selectors=[self.settings.node_labels] * workers)
+        self._requested = workers > 0
 
     def _room(self) -> int:
         """Workers that the cluster can take beside Ray Data, which would wait for ever for a CPU that actors hold."""

@@ -71,6 +71,11 @@ def test_a_plan_passes_exactly_where_its_largest_stage_fits(chosen: config.Confi
             r"^learner\.workers: 2 x 0\.5 CPUs for learners and 4 x 0\.5 CPUs for samplers and 1 x 0\.5 CPUs for "
             r"judges and 1 for Ray Data make 4\.5; the cluster has 4\.",
         ),
+        (
+            {"align": ["grpo"], "grpo": {"sampler": "pool"}, "encode": {"gpus_per_worker": 1, "workers": 1}}
+            | {"learner": {"use_gpu": True, "workers": 1, "micro_batch": 16}},
+            r"^learner\.workers: 1 x 1 GPUs for learners and 1 x 1 GPUs for judges make 2; the cluster has 1\.",
+        ),
         ({"reasoner": {"engine": "sentence"}}, r"^reasoner\.engine: a sentence encoder writes no queries"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
