@@ -27,6 +27,8 @@ VISIBLE = ("ts", "region", "history")
 
 HIDDEN = frozenset({*schema.SESSIONS.names, *schema.SESSIONS_OPTIONAL.names, schema.ROLE.name, "dt"} - set(VISIBLE))
 
+KEPT = "prompt.json"
+
 _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
@@ -55,6 +57,25 @@ class Template(BaseModel):
         """
         where = f"prompt.template: {name_or_path}"
         return parse(cls, read_config(name_or_path, "prompts", where), where)
+
+    @classmethod
+    def of_run(cls, embeddings_uri: str) -> Template:
+        """The template that sessions were read with, whatever has become of the file that it came from.
+
+        Args:
+            embeddings_uri: an artefact of embeddings.
+
+        Raises:
+            DataError: where there is none.
+        """
+        place = storage.join(embeddings_uri, KEPT)
+        if not storage.exists(place):
+            raise DataError(f"{place} is not there; `rgalign loop` makes it.")
+        return cls.model_validate(storage.read_json(place))
+
+    def keep(self, embeddings_uri: str) -> None:
+        """Writes the template beside what was read with it."""
+        storage.write_json(storage.join(embeddings_uri, KEPT), self.model_dump())
 
     @model_validator(mode="after")
     def _sees_nothing_hidden(self) -> Template:

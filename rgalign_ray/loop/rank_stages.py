@@ -187,6 +187,7 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         run_seed=config.seed if run.reading_seed is None else run.reading_seed,
     )
     counts = encode_pass(run, out, plan, engine_spec(run, round_))
+    plan.template.keep(out)
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
 
 

@@ -45,8 +45,8 @@ class PairSpec:
     sessions_uri: str
     ranker_uri: str
     engine: EngineSpec
-    prompt: str
-    """Name or path of the template."""
+    prompt: Template
+    """That the pair was made with."""
     round_: int
     meta: scoring.Meta
     """Of the ranker."""
@@ -67,7 +67,7 @@ class PairSpec:
         return self.meta.sizes["embedding_dim"]
 
     def reader(self) -> SessionReader:
-        return SessionReader(self.sessions_uri, self.meta.feature_spec, Template.load(self.prompt))
+        return SessionReader(self.sessions_uri, self.meta.feature_spec, self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,13 @@ def find(run_uri: str, round_: int | None = None) -> PairSpec:
     missing = f"rankers_{rounds[-1]}" if not whole else "sessions"
     if not whole or storage.read_manifest(run.uri("sessions")) is None:
         raise ConfigError(f"serve.round: {run_uri} has no whole {missing}; `rgalign loop` makes it.")
-    ranker_uri = run.uri(f"rankers_{whole[0]}", "qe_rec")
+    ranker_uri, embeddings = run.uri(f"rankers_{whole[0]}", "qe_rec"), run.uri(f"embeddings_{whole[0]}")
     return PairSpec(
         run_uri=run_uri,
         sessions_uri=run.uri("sessions"),
         ranker_uri=ranker_uri,
         engine=engine_spec(run, whole[0]),
-        prompt=made.prompt.template,
+        prompt=Template.of_run(embeddings),
         round_=whole[0],
         meta=scoring.load_meta(ranker_uri),
         simulated=made.log.source == "shop",
@@ -281,7 +281,7 @@ class FrozenReasoner:
     """
 
     def __init__(self, spec: PairSpec) -> None:
-        template, reasoner_version = Template.load(spec.prompt), spec.meta.reasoner_version
+        template, reasoner_version = spec.prompt, spec.meta.reasoner_version
         self.engine = spec.engine.start()
         self.instruction = Instruction(template.prefix, template.suffix, template.version)
         if reasoner_version is not None and self.engine.version != reasoner_version:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run with a first ranker, as its user serves it: under other settings of the service."""
+    """A run with a first ranker, as its user serves it: under other settings of the service, and elsewhere than where
+    the file of its prompt was.
+    """
     folder = tmp_path_factory.mktemp("served")
-    settings = config.load("smoke", ["world.sessions=900", "ranker.epochs=2", f"run_dir={folder}"])
+    prompt = folder / "prompt.yaml"
+    prompt.write_bytes((files("rgalign_ray") / "configs/prompts/shop.yaml").read_bytes())
+    words = ["world.sessions=900", "ranker.epochs=2", f"run_dir={folder}", f"prompt.template={prompt}"]
+    settings = config.load("smoke", words)
     controller.run(settings, until="rankers_0")
+    prompt.unlink()
     serves = {"port": free_port(), "batch_wait_ms": 20.0, "watch_s": 1.0, "rankers": 2}
     serves |= {"feedback": str(folder / "feedback"), "store": str(folder / "store")}
     return config.changed(settings, {f"serve.{name}": value for name, value in serves.items()})

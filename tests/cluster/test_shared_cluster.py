@@ -16,7 +16,7 @@ from quiet_run import SETTINGS
 from rgalign_ray import storage
 from rgalign_ray.ops import local_cluster
 
-pytestmark = [pytest.mark.soak]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 LONGER = [*SETTINGS, "--set", "rollout.n=8", "--set", "rollout.unit_sessions=1"]
 """So that there is something to take over when a node joins."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -29,6 +31,13 @@ def test_an_event_after_the_entry_never_reaches_the_prompt() -> None:
     with_later, without = TEMPLATE.sessions(table(session(history=[before, after]), session(history=[before])))
     assert with_later == without
     assert "refund" not in with_later
+
+
+def test_a_run_keeps_the_template_that_it_was_made_with(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"prompt\.json is not there; `rgalign loop` makes it"):
+        Template.of_run(str(tmp_path))
+    TEMPLATE.keep(str(tmp_path))
+    assert Template.of_run(str(tmp_path)) == TEMPLATE
 
 
 @pytest.mark.parametrize("column", sorted(HIDDEN))
