@@ -140,10 +140,10 @@ def read_ahead(
     connect(settings)
     read = set()
     for name, spec in pairs.items():
-        if spec.meta.reasoner_version not in read:
+        if spec.reads not in read:
             users = write(spec, log, start, settings.serve.store, settings.encode)
             print(f"{settings.serve.store}: {users:,} users for {name}")
-            read.add(spec.meta.reasoner_version)
+            read.add(spec.reads)
 
 
 @app.command()

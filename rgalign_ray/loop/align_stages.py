@@ -21,7 +21,7 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import SCORED
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage
-from rgalign_ray.loop.stage import Outcome, Run, Stage
+from rgalign_ray.loop.stage import KEY_LETTERS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import sample_seed, written
 from rgalign_ray.reward.functions import Labels
@@ -268,7 +268,7 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         prompt=config.prompt,
         rollout=config.rollout,
         out=out,
-        version=f"{config.reasoner.model}+{round_}.{objective}",
+        version=f"{config.reasoner.model}+{round_}.{objective}@{run.stage_key[:KEY_LETTERS]}",
         seed=config.seed * 1000 + round_,
     )
     table = storage.join(task.data, LEARNS_FROM.get(objective, POSITIVES))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.loop.stage import Run
+from rgalign_ray.loop.stage import KEY_LETTERS, Run
 from rgalign_ray.loop.stages import stages
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 WIDTH = 140
 """Columns of the table on a narrower terminal: a version that is wrapped cannot be copied."""
-KEY_LETTERS = 8
-"""Of a stage's key, enough to tell two apart."""
 
 
 def table(run_dir: str) -> Table:

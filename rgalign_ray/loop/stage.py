@@ -16,6 +16,8 @@ from rgalign_ray.config import Config
 
 RECORDS = ".train"
 """Folder of a run for what Ray Train writes while a stage trains."""
+KEY_LETTERS = 8
+"""Of a stage's key, enough to tell two apart."""
 
 
 @dataclass(frozen=True)

@@ -245,8 +245,8 @@ class GatewayDeployment:
                 features=reader.features,
                 read=[name for name in reader.template.columns if name in reader.features],
             )
-            if it.store is not None and reasoner not in self.stores:
-                self.stores[reasoner] = QueryStore(it.store, reasoner, spec.dim, 3600 * it.store_max_age_h)
+            if it.store is not None and spec.reads not in self.stores:
+                self.stores[spec.reads] = QueryStore(it.store, spec.reads, spec.dim, 3600 * it.store_max_age_h)
             made.append(
                 Variant(
                     name,
@@ -257,7 +257,7 @@ class GatewayDeployment:
                     read=partial(_again, self.reasoner.read, source),
                     score=partial(_again, self.ranker.score, source),
                     parts=partial(_again, self.ranker.parts, source),
-                    store=self.stores.get(reasoner),
+                    store=self.stores.get(spec.reads),
                 )
             )
         return Variants(made)

@@ -58,6 +58,11 @@ class PairSpec:
         return f"{self.meta.reasoner_version}-{self.meta.version}"
 
     @property
+    def reads(self) -> str:
+        """Who reads what of a session: vectors of one reader mean nothing to a ranker that learned from another's."""
+        return f"{self.meta.reasoner_version}-{storage.content_key(self.prompt.key, self.engine.max_session_tokens)}"
+
+    @property
     def source(self) -> Source:
         return Source(self.run_uri, self.round_, self.version)
 

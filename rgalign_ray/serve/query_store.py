@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -51,8 +52,9 @@ class Kept:
         return self.user_id, _seconds(self.ts), self.vector.astype("<f2").tobytes(), self.query
 
 
-def base_path(folder: str, reasoner_version: str) -> Path:
-    return Path(folder, f"{reasoner_version}.sqlite")
+def base_path(folder: str, reader: str) -> Path:
+    """The file of a reader's vectors; the reader may be named after a repository or a folder."""
+    return Path(folder, f"{quote(reader, safe='+@')}.sqlite")
 
 
 def write(folder: str, reasoner_version: str, kept: Iterable[Kept]) -> int:

@@ -74,4 +74,4 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
                     yield Kept(row["user_id"], row["ts"], np.frombuffer(row["vector"], np.float16))
                 advance(block.num_rows)
 
-    return query_store.write(folder, spec.meta.reasoner_version or "", kept())
+    return query_store.write(folder, spec.reads, kept())

@@ -117,7 +117,7 @@ def test_users_that_were_read_ahead_are_looked_up(run: Config, log: pa.Table) ->
     users = read_ahead(spec, f"{run.run_dir}/sessions", None, run.serve.store, run.encode)
     sessions = storage.read_table(f"{run.run_dir}/sessions/sessions", columns=["user_id"])
     assert users == len(pa.compute.unique(sessions["user_id"]))
-    store = QueryStore(run.serve.store, spec.meta.reasoner_version or "", spec.dim, max_age_s=1e9)
+    store = QueryStore(run.serve.store, spec.reads, spec.dim, max_age_s=1e9)
     newest = {row["user_id"]: row["session_id"] for row in log.sort_by("ts").to_pylist()}
     embeddings = Embeddings.load(f"{run.run_dir}/embeddings_0")
     user, session = newest.popitem()

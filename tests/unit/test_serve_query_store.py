@@ -37,6 +37,13 @@ def looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_store, "LOOKS_EVERY_S", 0.0)
 
 
+def test_a_reader_may_be_named_after_a_repository_or_a_folder(tmp_path: Path) -> None:
+    for reader in ("Qwen/Qwen3-4B+1.sft@0123abcd", "/models/mine", "../mine"):
+        query_store.write(str(tmp_path / "store"), reader, [kept("anna", 1, 1.0)])
+        assert value(QueryStore(str(tmp_path / "store"), reader, 3, DAY_S), "anna") == 1.0
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}, "nothing lies beside the folder"
+
+
 def test_the_newest_of_a_user_is_kept_and_what_is_too_old_is_not_used(tmp_path: Path) -> None:
     rows = [kept("a", 2, 1), kept("a", 1, 2, "newest"), kept("a", 3, 3), kept("b", 25, 4)]
     assert query_store.write(str(tmp_path), "r1", rows) == 2
