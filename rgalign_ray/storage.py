@@ -3,6 +3,10 @@
 An artefact is a folder with a `manifest.json`, written last. A folder without one does not exist for
 any reader. On filesystems that rename (file, hdfs) the folder also appears in one move; on object
 stores the manifest, which is written last, is what makes it appear.
+
+A URI may carry a query (`s3://bucket/log?endpoint_override=…`), and holds names percent-encoded, where Arrow
+gives a path without the one and with the names as they are. So no URI is cut out of another by a path's
+length: `join` and `pure_path` are the two ways between names and URIs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -24,21 +30,48 @@ from pydantic import BaseModel, ConfigDict
 from rgalign_ray.errors import DataError
 
 MANIFEST = "manifest.json"
+PATH_CHARACTERS = "/=:@!$&'()*+,;"
+"""Stand in the path of a URI as they are, beside letters, digits and -._~ (RFC 3986); all else is percent-encoded."""
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` (file path, file://, s3://, gs://, hdfs://) and the path inside it."""
     if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        return pafs.LocalFileSystem(), _absolute(uri)
     try:
         return pafs.FileSystem.from_uri(uri)
     except pa.ArrowException as error:
         raise DataError(f"{uri}: no filesystem for this URI ({error}).") from None
 
 
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """A URI and its query; a file path has none."""
+    if "://" not in uri:
+        return uri, ""
+    place, mark, query = uri.partition("?")
+    return place, mark + query
+
+
 def join(uri: str, *parts: str) -> str:
-    """`uri` extended by path parts."""
-    return posixpath.join(uri, *parts)
+    """`uri` extended by path parts, which are names as the filesystem has them: a URI holds them percent-encoded,
+    before its query.
+    """
+    place, query = _split(uri)
+    if "://" in uri:
+        parts = tuple(quote(part, safe=PATH_CHARACTERS) for part in parts)
+    return posixpath.join(place, *parts) + query
+
+
+def pure_path(uri: str) -> PurePosixPath:
+    """For the names in `uri`, as the filesystem has them: its own, those of its folders, and those below another URI.
+
+    Nothing is opened by it.
+    """
+    return PurePosixPath(unquote(_split(uri)[0]) if "://" in uri else _absolute(uri))
 
 
 def content_key(*parts: Any) -> str:
@@ -119,7 +152,7 @@ def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expressio
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.Directory:
         return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
-    files = [filesystem(file)[1] for file in list_files(uri, ".parquet")]
+    files = list_paths(fs, path, ".parquet")
     folders = posixpath.dirname(files[0][len(path) :]).split("/") if files else []
     names = [folder.partition("=")[0] for folder in folders if "=" in folder]
     # typed, since pyarrow would take a region "07" for the number 7
@@ -131,10 +164,14 @@ def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expressio
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Full URIs of the files under a folder, sorted by name; partial writes are not listed."""
     fs, path = filesystem(uri)
+    return [join(_absolute(uri), file[len(path) :].lstrip("/")) for file in list_paths(fs, path, suffix)]
+
+
+def list_paths(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[str]:
+    """`list_files` for a folder of a filesystem: paths inside it."""
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
     files = [i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)]
-    return sorted(prefix + p for p in files if ".tmp-" not in posixpath.basename(p))
+    return sorted(file for file in files if ".tmp-" not in posixpath.basename(file))
 
 
 def delete(uri: str) -> None:
@@ -173,20 +210,22 @@ def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     works in `uri` itself, and the manifest alone marks the artefact as complete.
     """
     fs, path = filesystem(uri)
-    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
     if not _renames(fs):
         delete(join(uri, MANIFEST))
         yield uri
         return
     parent, name = posixpath.split(path)
-    work = posixpath.join(parent, f".{name}.{resume_key or os.getpid()}")
+    hidden = f".{name}.{resume_key or os.getpid()}"
+    work = posixpath.join(parent, hidden)
     fs.create_dir(parent, recursive=True)
     for info in fs.get_file_info(pafs.FileSelector(parent)):
         stale = info.path != work or resume_key is None
         if posixpath.basename(info.path).startswith(f".{name}.") and stale:
             fs.delete_dir(info.path)
     fs.create_dir(work, recursive=True)
-    yield prefix + work
-    assert read_manifest(prefix + work) is not None, f"{uri}: written without a manifest"
+    place, query = _split(_absolute(uri))
+    work_uri = join(posixpath.dirname(place.rstrip("/")) + query, hidden)
+    yield work_uri
+    assert read_manifest(work_uri) is not None, f"{uri}: written without a manifest"
     delete(uri)
     fs.move(work, path)

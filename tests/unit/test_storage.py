@@ -224,6 +224,51 @@ def test_a_folder_that_cannot_be_renamed_is_written_in_place(tmp_path: Path, mon
     assert found is not None and found.key == "new"
 
 
+@pytest.mark.parametrize(
+    "name", ["a b", "100%", "a%20b", "a%2Fb", "é", "what?", "a#b", "a;b", "a:b+c@d", "dt=2026-01-01", "[x]", '"', "~"]
+)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_name_is_kept_whatever_it_holds(tmp_path: Path, scheme: str, name: str) -> None:
+    root = f"{scheme}{tmp_path}"
+    folder = storage.join(root, name)
+    storage.write_bytes(storage.join(folder, name), b"1")
+    assert names(tmp_path) == [name] and names(tmp_path / name) == [name]
+    (file,) = storage.list_files(folder)
+    assert storage.exists(file) and file == storage.join(root, name, name)
+    assert storage.pure_path(file).parts[-2:] == (name, name)
+    assert storage.pure_path(file).relative_to(storage.pure_path(root)).as_posix() == f"{name}/{name}"
+    with storage.writing(folder) as work:
+        finish(work)
+        assert storage.pure_path(work).parent == storage.pure_path(root)
+    assert names(tmp_path / name) == ["manifest.json"]
+    storage.keep_only(root, "nothing")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["{}/", "file://{}/", "file://{}?x=1/2", "file://{}/?x=1"])
+def test_a_folder_is_found_under_every_form_of_its_name(tmp_path: Path, form: str) -> None:
+    """A slash at its end, or a query, which stays behind the name that a file adds."""
+    place = form.format(tmp_path / "log")
+    with storage.writing(place) as work:
+        storage.write_table(storage.join(work, "dt=1", "a.parquet"), pa.table({"x": [1]}))
+        finish(work)
+    found = storage.list_files(place)
+    assert [storage.filesystem(file)[1] for file in found] == [
+        str(tmp_path / "log" / name) for name in ("dt=1/a.parquet", "manifest.json")
+    ]
+    assert storage.read_table(place).to_pydict() == {"x": [1], "dt": ["1"]}
+    assert {file.partition("?")[2] for file in found} == {place.partition("?")[2]}
+    assert names(tmp_path) == ["log"]
+
+
+def test_names_are_added_before_the_query_of_a_uri() -> None:
+    server = "scheme=http&endpoint_override=127.0.0.1:9000"
+    assert storage.join(f"s3://runs/demo/?{server}", "a b", "c") == f"s3://runs/demo/a%20b/c?{server}"
+    assert storage.join("hdfs://host:8020/runs", "dt=1", "x") == "hdfs://host:8020/runs/dt=1/x"
+    assert storage.join("what?/runs", "x") == "what?/runs/x", "a path has no query"
+    assert storage.pure_path(f"s3://runs/a%20b/x.parquet?{server}").stem == "x"
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     numbers=st.lists(st.integers(-9, 9) | st.none(), min_size=1, max_size=5),
