@@ -30,6 +30,9 @@ from pydantic import BaseModel, ConfigDict
 from rgalign_ray.errors import DataError
 
 MANIFEST = "manifest.json"
+RESUME_KEY = ".tmp-resume-key"
+"""Beside the units of an artefact that is in work where it lies, under its `resume_key`; named as partial writes are,
+which nothing lists."""
 PATH_CHARACTERS = "/=:@!$&'()*+,;"
 """Stand in the path of a URI as they are, beside letters, digits and -._~ (RFC 3986); all else is percent-encoded."""
 
@@ -204,15 +207,15 @@ def read_manifest(uri: str) -> Manifest | None:
 def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     """A folder to write an artefact into; it becomes `uri` when the block ends without an error.
 
-    With `resume_key` the working folder carries the key in its name and survives a killed process, so
-    that units already written under the same key are found again; folders of other keys are removed.
-    The block must write the manifest, last. Where folders cannot be renamed (object stores) the block
-    works in `uri` itself, and the manifest alone marks the artefact as complete.
+    With `resume_key` the units of a killed process are found again by the next under the same key, and by no other:
+    the working folder carries the key in its name, and folders of other keys are removed. The block must write the
+    manifest, last. Where folders cannot be renamed (object stores) the block works in `uri` itself, which is emptied
+    unless it holds units of that very key; the manifest alone marks the artefact as complete.
     """
     fs, path = filesystem(uri)
     if not _renames(fs):
-        delete(join(uri, MANIFEST))
-        yield uri
+        with _in_place(uri, resume_key):
+            yield uri
         return
     parent, name = posixpath.split(path)
     hidden = f".{name}.{resume_key or os.getpid()}"
@@ -229,3 +232,23 @@ def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     assert read_manifest(work_uri) is not None, f"{uri}: written without a manifest"
     delete(uri)
     fs.move(work, path)
+
+
+@contextmanager
+def _in_place(uri: str, resume_key: str | None) -> Iterator[None]:
+    """Empties `uri`, but for units under `resume_key`, before the block and leaves a marker there until its end.
+
+    The order makes a death at any point safe. The manifest goes first, so that no reader takes for whole what is being
+    removed; the old marker before what it vouches for, so that half of it is not resumed; and a new one comes before
+    any unit. A marker that is left beside a manifest vouches for units of that manifest's key, all of them there.
+    """
+    marker = join(uri, RESUME_KEY)
+    delete(join(uri, MANIFEST))
+    if resume_key is None or not exists(marker) or read_json(marker) != resume_key:
+        delete(marker)
+        delete(uri)
+        if resume_key is not None:
+            write_json(marker, resume_key)
+    yield
+    if resume_key is not None:
+        delete(marker)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 import s3_server
 from s3_server import BUCKET, Trouble
@@ -48,6 +50,35 @@ def test_what_is_written_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert names == ["/artefact/manifest.json", "/artefact/part/dt=1/rows.parquet"]
     storage.delete(root)
     assert storage.list_files(root) == [] and not storage.exists(artefact)
+
+
+def test_what_is_redone_under_another_key_starts_empty(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(port, monkeypatch)
+    artefact = f"s3://{BUCKET}/redone/artefact"
+
+    def tried(key: str | None, unit: str, whole: bool) -> list[str]:
+        """What a try finds, which then writes a unit and, if it lives, the manifest."""
+        with suppress(RuntimeError), storage.writing(artefact, resume_key=key) as work:
+            found = [storage.pure_path(file).name for file in storage.list_files(work)]
+            storage.write_json(storage.join(work, "units", unit), key)
+            if not whole:
+                raise RuntimeError("killed")
+            finish(work, key or "")
+        return found
+
+    assert tried("a", "a0", whole=False) == []
+    assert tried("a", "a1", whole=False) == ["a0"], "its own"
+    assert tried("b", "b0", whole=False) == []
+    assert tried("b", "b1", whole=True) == ["b0"]
+    files = ["manifest.json", "part/dt=1/rows.parquet", "units/b0", "units/b1"]
+    everything = storage.filesystem(artefact)[0].get_file_info(pafs.FileSelector(f"{BUCKET}/redone", recursive=True))
+    assert sorted(each.path for each in everything if each.type == pafs.FileType.File) == [
+        f"{BUCKET}/redone/artefact/{file}" for file in files
+    ], "nor is a marker left"
+    assert tried(None, "c0", whole=False) == []
+    assert tried(None, "c1", whole=True) == []
+    found = storage.read_manifest(artefact)
+    assert found is not None and found.key == ""
 
 
 @pytest.mark.parametrize("form", ["s3://{}/forms/", "s3://{}/forms?{}", "s3://{}/forms/?{}"])
