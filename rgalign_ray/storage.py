@@ -3,6 +3,10 @@
 An artefact is a folder with a `manifest.json`, written last. A folder without one does not exist for
 any reader. On filesystems that rename (file, hdfs) the folder also appears in one move; on object
 stores the manifest, which is written last, is what makes it appear.
+
+A URI may carry a query (`s3://bucket/log?endpoint_override=…`), and holds names percent-encoded, where Arrow
+gives a path without the one and with the names as they are. So no URI is cut out of another by a path's
+length: `join` and `pure_path` are the two ways between names and URIs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -24,21 +30,51 @@ from pydantic import BaseModel, ConfigDict
 from rgalign_ray.errors import DataError
 
 MANIFEST = "manifest.json"
+RESUME_KEY = ".tmp-resume-key"
+"""Beside the units of an artefact that is in work where it lies, under its `resume_key`; named as partial writes are,
+which nothing lists."""
+PATH_CHARACTERS = "/=:@!$&'()*+,;"
+"""Stand in the path of a URI as they are, beside letters, digits and -._~ (RFC 3986); all else is percent-encoded."""
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` (file path, file://, s3://, gs://, hdfs://) and the path inside it."""
     if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        return pafs.LocalFileSystem(), _absolute(uri)
     try:
         return pafs.FileSystem.from_uri(uri)
     except pa.ArrowException as error:
         raise DataError(f"{uri}: no filesystem for this URI ({error}).") from None
 
 
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """A URI and its query; a file path has none."""
+    if "://" not in uri:
+        return uri, ""
+    place, mark, query = uri.partition("?")
+    return place, mark + query
+
+
 def join(uri: str, *parts: str) -> str:
-    """`uri` extended by path parts."""
-    return posixpath.join(uri, *parts)
+    """`uri` extended by path parts, which are names as the filesystem has them: a URI holds them percent-encoded,
+    before its query.
+    """
+    place, query = _split(uri)
+    if "://" in uri:
+        parts = tuple(quote(part, safe=PATH_CHARACTERS) for part in parts)
+    return posixpath.join(place, *parts) + query
+
+
+def pure_path(uri: str) -> PurePosixPath:
+    """For the names in `uri`, as the filesystem has them: its own, those of its folders, and those below another URI.
+
+    Nothing is opened by it.
+    """
+    return PurePosixPath(unquote(_split(uri)[0]) if "://" in uri else _absolute(uri))
 
 
 def content_key(*parts: Any) -> str:
@@ -119,7 +155,7 @@ def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expressio
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.Directory:
         return pq.read_table(path, filesystem=fs, columns=columns, filters=filters)
-    files = [filesystem(file)[1] for file in list_files(uri, ".parquet")]
+    files = list_paths(fs, path, ".parquet")
     folders = posixpath.dirname(files[0][len(path) :]).split("/") if files else []
     names = [folder.partition("=")[0] for folder in folders if "=" in folder]
     # typed, since pyarrow would take a region "07" for the number 7
@@ -131,10 +167,14 @@ def read_table(uri: str, columns: list[str] | None = None, filters: ds.Expressio
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Full URIs of the files under a folder, sorted by name; partial writes are not listed."""
     fs, path = filesystem(uri)
+    return [join(_absolute(uri), file[len(path) :].lstrip("/")) for file in list_paths(fs, path, suffix)]
+
+
+def list_paths(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[str]:
+    """`list_files` for a folder of a filesystem: paths inside it."""
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
     files = [i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)]
-    return sorted(prefix + p for p in files if ".tmp-" not in posixpath.basename(p))
+    return sorted(file for file in files if ".tmp-" not in posixpath.basename(file))
 
 
 def delete(uri: str) -> None:
@@ -167,26 +207,48 @@ def read_manifest(uri: str) -> Manifest | None:
 def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     """A folder to write an artefact into; it becomes `uri` when the block ends without an error.
 
-    With `resume_key` the working folder carries the key in its name and survives a killed process, so
-    that units already written under the same key are found again; folders of other keys are removed.
-    The block must write the manifest, last. Where folders cannot be renamed (object stores) the block
-    works in `uri` itself, and the manifest alone marks the artefact as complete.
+    With `resume_key` the units of a killed process are found again by the next under the same key, and by no other:
+    the working folder carries the key in its name, and folders of other keys are removed. The block must write the
+    manifest, last. Where folders cannot be renamed (object stores) the block works in `uri` itself, which is emptied
+    unless it holds units of that very key; the manifest alone marks the artefact as complete.
     """
     fs, path = filesystem(uri)
-    prefix = uri[: len(uri) - len(path)] if "://" in uri else ""
     if not _renames(fs):
-        delete(join(uri, MANIFEST))
-        yield uri
+        with _in_place(uri, resume_key):
+            yield uri
         return
     parent, name = posixpath.split(path)
-    work = posixpath.join(parent, f".{name}.{resume_key or os.getpid()}")
+    hidden = f".{name}.{resume_key or os.getpid()}"
+    work = posixpath.join(parent, hidden)
     fs.create_dir(parent, recursive=True)
     for info in fs.get_file_info(pafs.FileSelector(parent)):
         stale = info.path != work or resume_key is None
         if posixpath.basename(info.path).startswith(f".{name}.") and stale:
             fs.delete_dir(info.path)
     fs.create_dir(work, recursive=True)
-    yield prefix + work
-    assert read_manifest(prefix + work) is not None, f"{uri}: written without a manifest"
+    place, query = _split(_absolute(uri))
+    work_uri = join(posixpath.dirname(place.rstrip("/")) + query, hidden)
+    yield work_uri
+    assert read_manifest(work_uri) is not None, f"{uri}: written without a manifest"
     delete(uri)
     fs.move(work, path)
+
+
+@contextmanager
+def _in_place(uri: str, resume_key: str | None) -> Iterator[None]:
+    """Empties `uri`, but for units under `resume_key`, before the block and leaves a marker there until its end.
+
+    The order makes a death at any point safe. The manifest goes first, so that no reader takes for whole what is being
+    removed; the old marker before what it vouches for, so that half of it is not resumed; and a new one comes before
+    any unit. A marker that is left beside a manifest vouches for units of that manifest's key, all of them there.
+    """
+    marker = join(uri, RESUME_KEY)
+    delete(join(uri, MANIFEST))
+    if resume_key is None or not exists(marker) or read_json(marker) != resume_key:
+        delete(marker)
+        delete(uri)
+        if resume_key is not None:
+            write_json(marker, resume_key)
+    yield
+    if resume_key is not None:
+        delete(marker)

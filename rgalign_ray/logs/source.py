@@ -6,7 +6,6 @@ does not (see `faults`).
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,7 +132,8 @@ def _file_uris(uri: str) -> list[str]:
 def _open(source: str, uri: str, spec: FeatureSpec) -> SourceFile:
     with _parquet(uri) as parquet:
         found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-    name = posixpath.relpath(uri, posixpath.dirname(uri) if uri == source else source)
+    place = storage.pure_path(uri)
+    name = str(place.relative_to(place.parent if uri == source else storage.pure_path(source)))
     folders = dict(part.split("=", 1) for part in name.split("/")[:-1] if "=" in part)
     region = unquote(folders["region"]) if "region" in folders and "region" not in found.names else None
     required = [field for field in schema.SESSIONS if field.name != "region" or region is None]
@@ -144,9 +144,7 @@ def _open(source: str, uri: str, spec: FeatureSpec) -> SourceFile:
         have = "both are there" if candidates else "both are missing"
         raise DataError(f"{uri}: expected one of the columns 'candidates' and 'candidate_set'; {have}.")
     spec.check(found if region is None else found.append(schema.SESSIONS.field("region")), uri)
-    return SourceFile(
-        uri, posixpath.relpath(uri, posixpath.dirname(uri) if uri == source else source), rows, found, region
-    )
+    return SourceFile(uri, name, rows, found, region)
 
 
 @contextmanager

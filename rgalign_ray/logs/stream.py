@@ -38,7 +38,8 @@ def sessions(
         DataError: when the log has no sessions, or none of these days and regions.
     """
     folder = storage.join(uri, "sessions")
-    files = [file for file in storage.list_files(folder, ".parquet") if _wanted(file, start, end, regions)]
+    fs, root = storage.filesystem(folder)
+    files = [file for file in storage.list_paths(fs, root, ".parquet") if _wanted(file, start, end, regions)]
     if not files:
         days = f"days {start or 'first'} to {end or 'last'}"
         raise DataError(f"{folder}: holds no Parquet file of {days}, regions {regions or 'all'}.")
@@ -46,9 +47,9 @@ def sessions(
     context.execution_options.preserve_order = True
     # the other reader starts actors to read footers, which takes longer than a small log; both push filters down
     context.use_datasource_v2 = False
-    hive = Partitioning("hive", base_dir=storage.filesystem(folder)[1], field_types={"dt": str, "region": str})
+    hive = Partitioning("hive", base_dir=root, field_types={"dt": str, "region": str})
     # a block a file; left to itself Ray cuts a log into two hundred blocks at least, and each costs milliseconds
-    dataset = ray.data.read_parquet(files, partitioning=hive, override_num_blocks=len(files))
+    dataset = ray.data.read_parquet(files, filesystem=fs, partitioning=hive, override_num_blocks=len(files))
     if roles is not None:
         dataset = dataset.filter(expr=col("role").is_in(roles))
     return dataset.select_columns(columns)
@@ -61,6 +62,6 @@ def batches(dataset: ray.data.Dataset, rows: int = BATCH_ROWS) -> Iterator[pa.Ta
 
 def _wanted(file: str, start: str | None, end: str | None, regions: list[str] | None) -> bool:
     """Whether a file's day and region, which its folders name, are among those asked for."""
-    named = dict(part.split("=", 1) for part in unquote(file).split("/") if "=" in part)
+    named = dict(unquote(part).split("=", 1) for part in file.split("/") if "=" in part)
     day = named["dt"]
     return (start or day) <= day <= (end or day) and (regions is None or named["region"] in regions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -213,7 +212,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     rewards, audits = [], []
     with progress.track("rewards", units, "units") as advance:
         for (_, file, _), scored, judged in actor.score_all(model, round_sessions.judged(rolled_out)):
-            storage.write_table(storage.join(out, SCORED, posixpath.basename(file)), scored)
+            storage.write_table(storage.join(out, SCORED, storage.pure_path(file).name), scored)
             rows.update({"rollouts": scored.num_rows, "valid": pc.sum(scored["valid"]).as_py()})
             rewards.append(judged)
             audits.append(scored["audit"].to_numpy().reshape(judged.shape[:2]))

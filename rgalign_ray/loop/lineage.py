@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from typing import TYPE_CHECKING
 
 from rgalign_ray import config, storage
@@ -63,6 +62,6 @@ def _versions(run: Run, stage: str) -> list[str]:
     lines = []
     for place in storage.list_files(uri, scoring.META):
         meta = scoring.Meta.model_validate(storage.read_json(place))
-        name = posixpath.basename(posixpath.dirname(place))
+        name = storage.pure_path(place).parent.name
         lines.append(f"{name} {meta.version[:KEY_LETTERS]}, reads {meta.reasoner_version or 'no reasoner'}")
     return lines

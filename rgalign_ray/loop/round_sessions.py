@@ -8,7 +8,6 @@ log ──▶ sessions with a click ──▶ sessions/000000.parquet … (at mo
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -91,7 +90,7 @@ def _write_part(out: str, sessions: pa.Table, first: int) -> int:
 def parts(folder: str) -> Iterator[tuple[str, pa.Table]]:
     """Name and sessions, sorted by id, of each part of the round whose rollouts are in `folder`."""
     for file in storage.list_files(storage.join(folder, FOLDER), ".parquet"):
-        yield posixpath.basename(file).removesuffix(".parquet"), storage.read_table(file)
+        yield storage.pure_path(file).stem, storage.read_table(file)
 
 
 def drop(folder: str, session_ids: Sequence[str]) -> None:
@@ -121,7 +120,7 @@ def by_part(folder: str) -> dict[str, list[str]]:
     """Files of units in `folder`, by the part that their names begin with."""
     found: dict[str, list[str]] = {}
     for file in storage.list_files(folder, ".parquet"):
-        found.setdefault(posixpath.basename(file).partition("-")[0], []).append(file)
+        found.setdefault(storage.pure_path(file).name.partition("-")[0], []).append(file)
     return found
 
 
@@ -135,4 +134,4 @@ def judged(folder: str) -> Iterator[tuple[pa.Table, str, str]]:
         for file in files.get(name, []):
             ids = sorted(set(storage.read_table(file, columns=["session_id"])["session_id"].to_pylist()))
             rows = sessions.take(pa.array([place[session] for session in ids]))
-            yield rows, file, storage.join(folder, "embeddings", posixpath.basename(file))
+            yield rows, file, storage.join(folder, "embeddings", storage.pure_path(file).name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from functools import partial
 
@@ -52,7 +51,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
         unit = QueryUnit.load(rollouts_uri, embeddings_uri)
         for ranker in rankers:
             ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
-        scored = storage.read_table(run.uri(f"rewards_{round_}", SCORED, posixpath.basename(rollouts_uri)))
+        scored = storage.read_table(run.uri(f"rewards_{round_}", SCORED, storage.pure_path(rollouts_uri).name))
         reward = scored["reward"].to_numpy().reshape(len(unit.session_ids), -1)
         usable = np.isfinite(reward).sum(axis=1) >= 2
         if usable.any():

@@ -138,7 +138,7 @@ def disk(config: Config) -> Finding:
     """Whether a local run directory has room."""
     if "://" in config.run_uri and not config.run_uri.startswith("file://"):
         return Finding("disk", "ok", f"{config.run_uri} is not on this machine")
-    place = Path(config.run_uri.removeprefix("file://")).absolute()
+    place = Path(storage.filesystem(config.run_uri)[1])
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 2**30

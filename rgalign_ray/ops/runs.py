@@ -39,7 +39,6 @@ class RunFolder:
 def found(folder: str) -> list[RunFolder]:
     """The runs in a folder or under a URI, the latest last; empty where it is absent."""
     fs, root = storage.filesystem(folder)
-    prefix = folder[: len(folder) - len(root)] if "://" in folder else ""
     files: dict[str, list[pafs.FileInfo]] = defaultdict(list)
     for info in fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True)):
         if info.type == pafs.FileType.File:
@@ -58,7 +57,7 @@ def found(folder: str) -> list[RunFolder]:
         stages = {stage: when for stage, when in manifests.items() if not stage.startswith(".")}
         runs.append(
             RunFolder(
-                uri=prefix + place,
+                uri=storage.join(folder, name),
                 name=name,
                 artefacts=len(stages),
                 last=max(stages, key=lambda stage: stages[stage]) if stages else "",

@@ -8,7 +8,6 @@ its content, so that a killed pass redoes only the units in flight, and nothing 
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -207,7 +206,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
                 counts[name] += row[name]
             advance(row["sessions"])
     for uri in storage.list_files(out_uri, ".parquet"):
-        if posixpath.basename(uri).removesuffix(".parquet") not in keys:
+        if storage.pure_path(uri).stem not in keys:
             storage.delete(uri)
     return counts
 

@@ -274,7 +274,7 @@ def _sessions(spec: PairSpec, role: str, columns: list[str], files: int) -> Iter
     stored = [name for name in columns if name != "region"]
     for file in found[:: max(1, len(found) // files)]:
         table = storage.read_table(file, columns=stored, filters=pc.field("role") == role)
-        (region,) = (unquote(part[7:]) for part in file.split("/") if part.startswith("region="))
+        (region,) = (unquote(part[7:]) for part in storage.pure_path(file).parts if part.startswith("region="))
         yield table.append_column("region", pa.repeat(region, len(table))).select(columns)
 
 

@@ -14,7 +14,7 @@ from logs_data import ENTRY, INTENTS, SCHEMA, SPEC, event, run, session, table, 
 from rgalign_ray import schema, storage
 from rgalign_ray.config import Log, Roles
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs import faults
+from rgalign_ray.logs import faults, ingest
 from rgalign_ray.logs.feature_spec import FieldSpec
 
 Spoil = Callable[[Path], Any]
@@ -277,6 +277,30 @@ def test_the_layout_is_by_day_and_region_and_partitions_of_the_source_are_read(t
         "out/sessions/dt=2026-01-10/region=M%20Y/part-00000.parquet"
     ]
     assert storage.read_table(str(tmp_path / "out/sessions"))["region"].to_pylist() == ["M Y"]
+
+
+@pytest.mark.parametrize("end", ["", "/", "?x=1/2"])
+def test_a_log_behind_a_uri_is_read_and_written_as_one_in_a_folder(tmp_path: Path, end: str) -> None:
+    place = tmp_path / "my log"
+    folder = place / "source" / "dt=2026-01-10" / "region=M%20Y"
+    folder.mkdir(parents=True)
+    write(place)
+    pq.write_table(table(session(0), session(0)).drop_columns(["region"]), folder / "a.parquet")
+    uri = f"file://{tmp_path}/my%20log"
+    ingest.ingest(
+        f"{uri}/source{end}",
+        f"{uri}/intents.parquet",
+        None,
+        f"{uri}/out{end}",
+        Roles(test_days=0),
+        rounds=1,
+        log=Log(),
+        feature_columns=SPEC,
+    )
+    (aside,) = storage.read_table(str(place / "out/quarantine.parquet")).to_pylist()
+    assert (aside["file"], aside["reason"]) == ("dt=2026-01-10/region=M%20Y/a.parquet", "duplicate_session")
+    assert (place / "out/sessions/dt=2026-01-10/region=M%20Y/part-00000.parquet").exists()
+    assert storage.read_table(f"{uri}/out/sessions{end}")["region"].to_pylist() == ["M Y"]
 
 
 def test_history_is_written_oldest_first_and_cut_to_the_newest(tmp_path: Path) -> None:

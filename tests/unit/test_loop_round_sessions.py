@@ -59,7 +59,7 @@ def write_round(run: Run, cuts: Sequence[int]) -> None:
             storage.write_table(run.uri("rewards_1", SCORED, name), judged)
 
 
-def run_in(folder: Path, **select: object) -> Run:
+def run_in(folder: Path | str, **select: object) -> Run:
     settings = config.load("smoke", [f"run_dir={folder}"])
     return Run(settings.model_copy(update={"select": config.Select.model_validate(select)}))
 
@@ -104,8 +104,9 @@ def test_units_are_named_after_their_part_and_hold_every_session_once(tmp_path: 
         assert [single.key("context")[:7] for single in unit.singly()] == [f"{unit.part}-"] * len(unit.texts)
 
 
-def test_judged_units_come_with_their_own_sessions(tmp_path: Path) -> None:
-    run = run_in(tmp_path)
+@pytest.mark.parametrize("place", ["{}", "file://{}/", "file://{}?x=1/2-3"])
+def test_judged_units_come_with_their_own_sessions(tmp_path: Path, place: str) -> None:
+    run = run_in(place.format(tmp_path))
     write_round(run, [7])
     seen = []
     for rows, file, embeddings in round_sessions.judged(run.uri("rollouts_1")):

@@ -95,6 +95,14 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, stat
     assert found(doctor.disk, settings(tmp_path, run_dir="s3://bucket/run"))[0] == "ok"
 
 
+def test_disk_is_that_of_the_folder_that_a_uri_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: asked.append(place) or Usage(0, 0, 2**40))
+    found(doctor.disk, settings(tmp_path, run_dir=f"file://{tmp_path}/a%20b/run/"))
+    assert asked == [tmp_path / "a b"]
+
+
 def test_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     chosen = settings(tmp_path, cluster={"address": "10.0.0.5:6379"})
     place = tmp_path / "token"

@@ -69,3 +69,12 @@ def test_nothing_is_removed_before_it_is_asked_for(folder: Path) -> None:
     assert "2 of 3 runs" in shown.stdout and (folder / "old").exists()
     run(cli.app, ["runs", "prune", str(folder), "--keep", "1", "--yes"])
     assert sorted(path.name for path in folder.iterdir()) == ["new", "notes"]
+
+
+def test_what_is_said_to_be_removed_is_removed_whatever_the_uri(tmp_path: Path) -> None:
+    place = tmp_path / "my runs"
+    make(place, "old run", 90, "log")
+    uri = f"file://{str(place).replace(' ', '%20')}/"
+    shown = CliRunner().invoke(cli.app, ["runs", "prune", uri, "--keep", "0", "--yes"])
+    assert "1 of 1 runs" in shown.stdout
+    assert not (place / "old run").exists()

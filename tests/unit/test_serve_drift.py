@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from rgalign_ray import storage
+from rgalign_ray.logs.partitions import PartitionWriter
+from rgalign_ray.serve import pair
 from rgalign_ray.serve.drift import HISTORY, Drift
 
 
@@ -43,3 +50,14 @@ def test_few_sessions_tell_nothing() -> None:
     assert drift.psi() == {}
     drift.add(features(np.ones((1, 1), int)))
     assert drift.psi().keys() == {"tab", HISTORY}
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}/"])
+def test_what_is_served_is_held_against_sessions_with_their_own_regions(tmp_path: Path, place: str) -> None:
+    uri, regions = place.format(tmp_path), ["A/B", "M Y", "SG"]
+    writer = PartitionWriter(storage.join(uri, "sessions"))
+    entries = pa.array([0] * len(regions), pa.timestamp("us"))
+    writer.write(pa.table({"region": regions, "ts": entries, "session_id": regions, "role": ["rank"] * len(regions)}))
+    writer.close()
+    read = pair._sessions(SimpleNamespace(sessions_uri=uri), "rank", ["session_id", "region"], files=8)  # type: ignore[arg-type]
+    assert [row for table in read for row in table.to_pylist()] == [{"session_id": r, "region": r} for r in regions]

@@ -7,10 +7,12 @@ import posixpath
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,24 +197,43 @@ def test_folders_of_other_keys_and_only_those_are_removed(tmp_path: Path, resume
     assert names(tmp_path) == sorted([*others, "artefact"])
 
 
+class ObjectStore:
+    """A folder as an object store: no renames, and a folder is removed object by object."""
+
+    type_name = "s3"
+
+    def __init__(self, fs: pafs.FileSystem, before_change: Callable[[], None]) -> None:
+        self.fs = fs
+        self.before_change = before_change
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.fs, name)
+
+    def open_output_stream(self, path: str) -> object:
+        self.before_change()
+        self.fs.create_dir(posixpath.dirname(path))
+        return self.fs.open_output_stream(path)
+
+    def delete_file(self, path: str) -> None:
+        self.before_change()
+        self.fs.delete_file(path)
+
+    def delete_dir(self, path: str) -> None:
+        files = [file for file in Path(path).rglob("*") if file.is_file()]
+        # a store promises no order; this one is the worst for who trusts what is hidden until all else is gone
+        for file in sorted(files, key=lambda file: (file.name.startswith("."), file)):
+            self.delete_file(str(file))
+        self.fs.delete_dir(path)
+
+
+def as_object_store(monkeypatch: pytest.MonkeyPatch, before_change: Callable[[], None] = lambda: None) -> None:
+    real = storage.filesystem
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (ObjectStore(real(uri)[0], before_change), real(uri)[1]))
+
+
 def test_a_folder_that_cannot_be_renamed_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an object store: the old manifest goes first, so that a half-written artefact is not taken for whole."""
-
-    class ObjectStore:
-        type_name = "s3"
-
-        def __init__(self, fs: object) -> None:
-            self.fs = fs
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.fs, name)
-
-        def open_output_stream(self, path: str) -> object:
-            self.fs.create_dir(posixpath.dirname(path))
-            return self.fs.open_output_stream(path)
-
-    real = storage.filesystem
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (ObjectStore(real(uri)[0]), real(uri)[1]))
+    as_object_store(monkeypatch)
     monkeypatch.setattr(storage.pafs, "FileSelector", lambda *args, **kwargs: pytest.fail("nothing to look for"))
     place = str(tmp_path / "artefact")
     finish(place, key="old")
@@ -222,6 +243,128 @@ def test_a_folder_that_cannot_be_renamed_is_written_in_place(tmp_path: Path, mon
         finish(work, key="new")
     found = storage.read_manifest(place)
     assert found is not None and found.key == "new"
+
+
+@pytest.mark.parametrize("resume_key", ["k2", None])
+@pytest.mark.parametrize("before", ["k1", None])
+def test_in_place_nothing_of_another_key_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, resume_key: str | None
+) -> None:
+    as_object_store(monkeypatch)
+    place = str(tmp_path / "artefact")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_and_fail(place, resume_key=before)
+    with storage.writing(place, resume_key=resume_key) as work:
+        assert storage.list_files(work) == []
+        storage.write_bytes(storage.join(work, "new"), b"")
+        finish(work)
+    assert names(tmp_path / "artefact") == ["manifest.json", "new"]
+
+
+def test_in_place_units_under_the_same_key_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_object_store(monkeypatch)
+    place = str(tmp_path / "artefact")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_and_fail(place, resume_key="k1")
+    with storage.writing(place, resume_key="k1") as work:
+        assert storage.list_files(work) == [storage.join(place, "unit")], "and the marker is not among the files"
+        finish(work)
+    assert names(tmp_path / "artefact") == ["manifest.json", "unit"]
+
+
+def test_in_place_a_death_between_any_two_changes_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try under k2 dies over what k1 has written, and either key is tried again.
+
+    A unit is two objects: `done/x` says that `data/x` is there.
+    """
+    left = sys.maxsize
+
+    def dies() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("killed")
+
+    def write(place: str, key: str, units: int) -> None:
+        with storage.writing(place, resume_key=key) as work:
+            for folder in ("data", "done"):
+                for file in storage.list_files(storage.join(work, folder)):
+                    assert storage.read_json(file) == key
+                    assert storage.exists(storage.join(work, "data", posixpath.basename(file)))
+            for unit in range(units):
+                for folder in ("data", "done"):
+                    storage.write_json(storage.join(work, folder, f"{unit}.json"), key)
+            finish(work, key=key)
+
+    as_object_store(monkeypatch, dies)
+    for again in ("k1", "k2"):
+        deaths = 0
+        while True:
+            place = str(tmp_path / f"{again}-{deaths}")
+            write(place, "k1", 3)
+            storage.write_json(storage.join(place, storage.RESUME_KEY), "k1")  # died just before it would have gone
+            left = deaths
+            try:
+                write(place, "k2", 2)
+            except RuntimeError:
+                pass
+            else:
+                break
+            finally:
+                left = sys.maxsize
+            whole = storage.read_manifest(place)
+            if whole is not None:
+                files = [file for file in storage.list_files(place) if not file.endswith(storage.MANIFEST)]
+                assert len(files) == {"k1": 6, "k2": 4}[whole.key]
+                assert {storage.read_json(file) for file in files} == {whole.key}
+            write(place, again, 2)
+            deaths += 1
+        assert deaths > 10, "one a change: what goes, the marker, the units, the manifest"
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "100%", "a%20b", "a%2Fb", "é", "what?", "a#b", "a;b", "a:b+c@d", "dt=2026-01-01", "[x]", '"', "~"]
+)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_name_is_kept_whatever_it_holds(tmp_path: Path, scheme: str, name: str) -> None:
+    root = f"{scheme}{tmp_path}"
+    folder = storage.join(root, name)
+    storage.write_bytes(storage.join(folder, name), b"1")
+    assert names(tmp_path) == [name] and names(tmp_path / name) == [name]
+    (file,) = storage.list_files(folder)
+    assert storage.exists(file) and file == storage.join(root, name, name)
+    assert storage.pure_path(file).parts[-2:] == (name, name)
+    assert storage.pure_path(file).relative_to(storage.pure_path(root)).as_posix() == f"{name}/{name}"
+    with storage.writing(folder) as work:
+        finish(work)
+        assert storage.pure_path(work).parent == storage.pure_path(root)
+    assert names(tmp_path / name) == ["manifest.json"]
+    storage.keep_only(root, "nothing")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["{}/", "file://{}/", "file://{}?x=1/2", "file://{}/?x=1"])
+def test_a_folder_is_found_under_every_form_of_its_name(tmp_path: Path, form: str) -> None:
+    """A slash at its end, or a query, which stays behind the name that a file adds."""
+    place = form.format(tmp_path / "log")
+    with storage.writing(place) as work:
+        storage.write_table(storage.join(work, "dt=1", "a.parquet"), pa.table({"x": [1]}))
+        finish(work)
+    found = storage.list_files(place)
+    assert [storage.filesystem(file)[1] for file in found] == [
+        str(tmp_path / "log" / name) for name in ("dt=1/a.parquet", "manifest.json")
+    ]
+    assert storage.read_table(place).to_pydict() == {"x": [1], "dt": ["1"]}
+    assert {file.partition("?")[2] for file in found} == {place.partition("?")[2]}
+    assert names(tmp_path) == ["log"]
+
+
+def test_names_are_added_before_the_query_of_a_uri() -> None:
+    server = "scheme=http&endpoint_override=127.0.0.1:9000"
+    assert storage.join(f"s3://runs/demo/?{server}", "a b", "c") == f"s3://runs/demo/a%20b/c?{server}"
+    assert storage.join("hdfs://host:8020/runs", "dt=1", "x") == "hdfs://host:8020/runs/dt=1/x"
+    assert storage.join("what?/runs", "x") == "what?/runs/x", "a path has no query"
+    assert storage.pure_path(f"s3://runs/a%20b/x.parquet?{server}").stem == "x"
 
 
 @settings(max_examples=25, deadline=None)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 import s3_server
 from s3_server import BUCKET, Trouble
+from typer.testing import CliRunner
 
 from rgalign_ray import cli, storage
 from rgalign_ray.errors import ConfigError, refused_by_storage
 from rgalign_ray.loop import controller
+from rgalign_ray.ops import runs
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,58 @@ def test_what_is_written_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert names == ["/artefact/manifest.json", "/artefact/part/dt=1/rows.parquet"]
     storage.delete(root)
     assert storage.list_files(root) == [] and not storage.exists(artefact)
+
+
+def test_what_is_redone_under_another_key_starts_empty(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(port, monkeypatch)
+    artefact = f"s3://{BUCKET}/redone/artefact"
+
+    def tried(key: str | None, unit: str, whole: bool) -> list[str]:
+        """What a try finds, which then writes a unit and, if it lives, the manifest."""
+        with suppress(RuntimeError), storage.writing(artefact, resume_key=key) as work:
+            found = [storage.pure_path(file).name for file in storage.list_files(work)]
+            storage.write_json(storage.join(work, "units", unit), key)
+            if not whole:
+                raise RuntimeError("killed")
+            finish(work, key or "")
+        return found
+
+    assert tried("a", "a0", whole=False) == []
+    assert tried("a", "a1", whole=False) == ["a0"], "its own"
+    assert tried("b", "b0", whole=False) == []
+    assert tried("b", "b1", whole=True) == ["b0"]
+    files = ["manifest.json", "part/dt=1/rows.parquet", "units/b0", "units/b1"]
+    everything = storage.filesystem(artefact)[0].get_file_info(pafs.FileSelector(f"{BUCKET}/redone", recursive=True))
+    assert sorted(each.path for each in everything if each.type == pafs.FileType.File) == [
+        f"{BUCKET}/redone/artefact/{file}" for file in files
+    ], "nor is a marker left"
+    assert tried(None, "c0", whole=False) == []
+    assert tried(None, "c1", whole=True) == []
+    found = storage.read_manifest(artefact)
+    assert found is not None and found.key == ""
+
+
+@pytest.mark.parametrize("form", ["s3://{}/forms/", "s3://{}/forms?{}", "s3://{}/forms/?{}"])
+def test_a_slash_at_the_end_and_a_server_in_the_query_keep_the_bucket(
+    port: int, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    use(port, monkeypatch)
+    if "?" in form:
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+    folder = form.format(BUCKET, f"scheme=http&endpoint_override=127.0.0.1:{port}")
+    for name in ("old", "new run"):
+        storage.write_json(storage.join(folder, name, runs.SETTINGS), {})
+        with storage.writing(storage.join(folder, name, "log"), resume_key="k") as work:
+            finish(work, "k")
+    there = runs.found(folder)
+    assert sorted((run.name, run.artefacts) for run in there) == [("new run", 1), ("old", 1)]
+    assert {run.uri for run in there} == {storage.join(folder, name) for name in ("old", "new run")}
+    log = storage.join(folder, "new run", "log", "part")
+    assert storage.read_table(log).to_pydict() == {"a": [1, 2], "dt": ["1", "1"]}
+    assert [storage.read_table(file).num_rows for file in storage.list_files(log)] == [2]
+    removed = CliRunner().invoke(cli.app, ["runs", "prune", folder, "--keep", "0", "--older-than-days", "0", "--yes"])
+    assert removed.exit_code == 0 and "2 of 2 runs" in removed.stdout
+    assert runs.found(folder) == [] and storage.list_files(folder) == []
 
 
 def test_a_json_file_is_one_object_and_no_rename(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
