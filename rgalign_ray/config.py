@@ -209,7 +209,7 @@ class Endpoint(Settings):
     deadline_s: Positive = 60.0
     """Longest wait for one answer."""
     max_tokens: Count | None = None
-    """Tokens, prompts included, after which it is asked no more; what it has proposed by then is used."""
+    """Tokens of a run, prompts included, after which it is asked no more; what it has proposed by then is used."""
 
 
 class Teacher(Settings):

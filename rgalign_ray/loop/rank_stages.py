@@ -7,9 +7,11 @@ from functools import partial
 from typing import Literal
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Baseline, Config
+from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
@@ -167,7 +169,14 @@ def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
         settings.batch_size,
         storage.join(out, "items.parquet"),
     )
-    ray.get(done, timeout=ITEMS_DEADLINE_S)
+    try:
+        ray.get(done, timeout=ITEMS_DEADLINE_S)
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except RayError as error:  # its deadline, or deaths
+        raise InfrastructureError(
+            f"items: the knowledge base was not read ({first_line(error)}); the same command tries again."
+        ) from None
     return Outcome(rows={"intents": catalogue.size})
 
 

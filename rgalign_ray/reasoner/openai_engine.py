@@ -25,7 +25,7 @@ class OpenAIEngine:
     Args:
         teacher: model, endpoint and limits.
         shared: sampling settings, where the teacher has none of its own.
-        cache_uri: folder that keeps the answers.
+        cache_uri: folder that keeps the answers, each teacher's in a folder of its own, and what they have cost.
 
     Raises:
         ConfigError: without the package `openai`.
@@ -38,10 +38,11 @@ class OpenAIEngine:
             raise ConfigError(
                 f"teachers.{teacher.name}: engine openai needs the package openai; pip install 'rgalign_ray[openai]'."
             ) from None
-        self.teacher, self.endpoint, self.cache_uri = teacher, teacher.endpoint, cache_uri
+        self.teacher, self.endpoint = teacher, teacher.endpoint
+        self.cache_uri = storage.join(cache_uri, teacher.name)
         drawn = sampling(teacher, shared)
         self.sampling = {"max_tokens": drawn.pop("max_new_tokens"), **drawn}
-        self.tokens = 0
+        self.tokens = 0 if self.endpoint.max_tokens is None else self._tokens_before()
         self._openai = openai
 
     def propose(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:
@@ -84,15 +85,21 @@ class OpenAIEngine:
     async def _answer(self, client: Any, gate: asyncio.Semaphore, request: dict[str, Any]) -> Proposal | None:
         place = storage.join(self.cache_uri, f"{storage.content_key(self.endpoint.base_url, request)}.json")
         if storage.exists(place):
-            return Proposal(**storage.read_json(place))
+            found = storage.read_json(place)
+            return Proposal(found["query"], found["finish"])
         async with gate:
             if self.endpoint.max_tokens is not None and self.tokens >= self.endpoint.max_tokens:
                 return None
-            proposal = await self._ask(client, request)
-        storage.write_json(place, {"query": proposal.query, "finish": proposal.finish})
+            proposal, tokens = await self._ask(client, request)
+        storage.write_json(place, {"query": proposal.query, "finish": proposal.finish, "tokens": tokens})
         return proposal
 
-    async def _ask(self, client: Any, request: dict[str, Any]) -> Proposal:
+    def _tokens_before(self) -> int:
+        """What the answers that are kept have cost: the budget is the run's, however often it is resumed."""
+        return sum(storage.read_json(place)["tokens"] for place in storage.list_files(self.cache_uri, ".json"))
+
+    async def _ask(self, client: Any, request: dict[str, Any]) -> tuple[Proposal, int]:
+        """The endpoint's proposal, and the tokens that it took."""
         where = f"teachers.{self.teacher.name}: {self.endpoint.base_url}"
         ask = client.chat.completions.create if self.endpoint.api == "chat" else client.completions.create
         try:
@@ -112,11 +119,12 @@ class OpenAIEngine:
         except self._openai.APIStatusError as error:
             said = _short(error.message.replace(self._key, "…"))
             raise ConfigError(f"{where} refuses the request ({error.status_code}: {said}).") from None
-        self.tokens += answer.usage.total_tokens if answer.usage else 0
+        tokens = answer.usage.total_tokens if answer.usage else 0
+        self.tokens += tokens
         choice = answer.choices[0]
         text = choice.message.content if self.endpoint.api == "chat" else choice.text
         lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-        return Proposal(lines[0] if lines else "", "length" if choice.finish_reason == "length" else "stop")
+        return Proposal(lines[0] if lines else "", "length" if choice.finish_reason == "length" else "stop"), tokens
 
 
 def _short(message: str, most: int = 200) -> str:

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rgalign_ray import config, ray_metrics, schema, storage
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.roles import fold_of
@@ -204,5 +204,10 @@ def _result(call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:
         ) from None
     except RayTaskError as error:
         raise error.as_instanceof_cause() from None
+    except RayError as error:
+        raise InfrastructureError(
+            f"rewards: the reward model died more often than it is started again ({first_line(error)}); the same "
+            "command tries again."
+        ) from None
     ray_metrics.counter("reward_queries").inc(scored.num_rows)
     return scored, judged

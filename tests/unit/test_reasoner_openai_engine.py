@@ -126,8 +126,8 @@ def test_a_rerun_asks_only_what_is_new_and_keeps_no_key(server: Server, tmp_path
     again = engine(server, tmp_path).propose(PROMPTS, [[1, 2], [3, 5]])
     assert sorted(request["seed"] for request in server.asked) == [1, 2, 3, 4, 5]
     assert again[0] == first[0] and again[1][0] == first[1][0]
-    assert len(list((tmp_path / "answers").iterdir())) == 5
-    assert not [path for path in (tmp_path / "answers").iterdir() if KEY in path.read_text()]
+    assert len(list((tmp_path / "answers" / "big").iterdir())) == 5
+    assert not [path for path in (tmp_path / "answers" / "big").iterdir() if KEY in path.read_text()]
 
 
 def test_requests_in_flight_are_bounded(server: Server, tmp_path: Path) -> None:
@@ -149,6 +149,9 @@ def test_what_it_has_by_the_end_of_its_budget_is_used(server: Server, tmp_path: 
     assert len(server.asked) == 3, "40 tokens each: the third passes 100"
     assert sum(one is not None for one in flat) == 3
     assert made.propose(PROMPTS, [[1, 2], [3, 4]]) == found, "what is known costs nothing"
+    again = engine(server, tmp_path, max_tokens=100, concurrency=1)
+    again.propose(PROMPTS, [[5, 6], [7, 8]])
+    assert len(server.asked) == 3, "whoever goes on with a run has what is left of its budget"
 
 
 @pytest.mark.parametrize(
