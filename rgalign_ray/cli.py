@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -123,7 +124,9 @@ def collect(
 @app.command("read-ahead")
 def read_ahead(
     log: Annotated[str, typer.Option(help="Prepared log with the users' situations.")],
-    start: Annotated[str | None, typer.Option(help="First day (YYYY-MM-DD) on which users count as active.")] = None,
+    start: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First day on which users count as active.")
+    ] = None,
     config: ConfigName = "demo",
     override: Overrides = None,
     run_dir: RunDir = None,
@@ -138,10 +141,11 @@ def read_ahead(
 
     pairs = pair.pairs(settings)
     connect(settings)
+    first = None if start is None else f"{start:%Y-%m-%d}"
     read = set()
     for name, spec in pairs.items():
         if spec.reads not in read:
-            users = write(spec, log, start, settings.serve.store, settings.encode)
+            users = write(spec, log, first, settings.serve.store, settings.encode)
             print(f"{settings.serve.store}: {users:,} users for {name}")
             read.add(spec.reads)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -89,9 +90,9 @@ class Log(Settings):
     """parquet: the `candidate_sets` table, where sessions name a set instead of listing candidates."""
     history_length: Count = 20
     """Events of a session's history that features read, newest last."""
-    start: str | None = None
+    start: date | None = None
     """First day (YYYY-MM-DD) to read; None reads from the first."""
-    end: str | None = None
+    end: date | None = None
     """Last day to read."""
     regions: list[str] | None = None
 
@@ -756,7 +757,7 @@ class Config(Settings):
     @property
     def run_uri(self) -> str:
         """`run_dir` with the name filled in; a path is made absolute, since workers run in other folders."""
-        place = self.run_dir.format(name=self.name)
+        place = self.run_dir.replace("{name}", self.name)
         return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
     @property

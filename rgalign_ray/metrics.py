@@ -68,11 +68,6 @@ def coverage(labels: np.ndarray, groups: np.ndarray) -> float:
     return float(np.mean((positives > 0) & (positives < size))) if len(keys) else float("nan")
 
 
-def error_reduction(value: float, baseline: float) -> float:
-    """Share of the baseline's error that is gone: (g - b) / (1 - b); nan for a baseline without error."""
-    return (value - baseline) / (1 - baseline) if baseline != 1 else float("nan")
-
-
 def recall_at_k(scores: np.ndarray, relevant: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
     """Share of each session's relevant candidates that stand among its first k.
 

@@ -28,7 +28,7 @@ from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.faults import Examination, Examiner
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.partitions import PartitionWriter
-from rgalign_ray.logs.roles import NONE, role_of
+from rgalign_ray.logs.roles import role_of
 
 __all__ = ["QUARANTINE_FILE", "Summary", "ingest", "role_of"]
 
@@ -47,9 +47,9 @@ class Summary:
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason (`faults.REASONS`)."""
     roles: Counter[str] = field(default_factory=Counter)
+    """Kept rows by role, those of role `none`, which no stage reads, included."""
     clicked: Counter[str] = field(default_factory=Counter)
     """Sessions with a click, by role."""
-    """Kept rows by role, those of role `none` included."""
     without_click: int = 0
     """Kept rows without a click; they are part of the log."""
     cold_intents: int = 0
@@ -58,11 +58,6 @@ class Summary:
     """Kept rows whose history was cut to its newest `log.history_length` events."""
     first_day: str = ""
     last_day: str = ""
-
-    @property
-    def without_role(self) -> int:
-        """Kept rows that no role may read."""
-        return self.roles[NONE]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

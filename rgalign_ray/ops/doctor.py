@@ -29,7 +29,7 @@ from rgalign_ray.loop import plan
 
 PACKAGE = "rgalign_ray"
 SHOWN = ("ray", "torch", "transformers", "trl", "deepspeed", "pyarrow")
-MEMORY_GB = 6.0
+MEMORY_GB = 8.0
 """What the demo needs, measured."""
 DISK_GB = (1.0, 5.0)
 """Too little, and little: the demo writes about half a gigabyte, a comparison several."""

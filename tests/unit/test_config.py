@@ -56,6 +56,7 @@ def test_a_misspelt_key_is_refused_by_full_name_with_the_nearest_valid_one(key: 
         ("reward.kind=clicks", "reward.kind"),
         ("cluster.num_cpus=0", "cluster.num_cpus"),
         ("align=[sft, prayer]", "align.1"),
+        ("log.start=yesterday", "log.start"),
     ],
 )
 def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, override: str, key: str) -> None:
@@ -120,7 +121,12 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(empty: str) -> None:
     assert loaded.learner.use_gpu is True
     assert loaded.align == ["sft"]
     assert loaded.seed == 2
-    assert loaded.run_dir.format(name=loaded.name) == "runs/a=b"
+    assert loaded.run_uri.endswith("/runs/a=b")
+
+
+def test_a_day_may_be_written_as_yaml_takes_it_for_a_date(empty: str) -> None:
+    quoted, bare = (config.load(empty, [f"log.start={day}"]) for day in ("'2026-01-31'", "2026-01-31"))
+    assert quoted == bare and str(bare.log.start) == "2026-01-31"
 
 
 def test_an_override_keeps_the_rest_of_its_group(tmp_path: Path) -> None:
@@ -154,6 +160,7 @@ def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
     monkeypatch.chdir(tmp_path)
     assert config.validate({"name": "a"}).run_uri == str(tmp_path / "runs/a")
     assert config.validate({"run_dir": "s3://bucket/{name}", "name": "a"}).run_uri == "s3://bucket/a"
+    assert config.validate({"run_dir": "s3://bucket/{x}/{name}", "name": "a"}).run_uri == "s3://bucket/{x}/a"
 
 
 def test_the_shop_grows_by_a_factor_and_no_other_log_does() -> None:

@@ -317,7 +317,7 @@ def test_counts_of_sessions_without_a_click_and_without_a_role(tmp_path: Path) -
     write(tmp_path, table(*rows))
     summary = run(tmp_path, roles=Roles(rank=0.5, align=0.5, valid=0, test=0, test_days=3))
     assert summary.without_click == 1
-    assert summary.without_role == 3
+    assert summary.roles["none"] == 3
     assert summary.roles["rank"] + summary.roles["align_1"] == 9
     assert (summary.first_day, summary.last_day) == ("2025-12-30", "2026-01-10")
 

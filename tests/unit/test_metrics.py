@@ -179,8 +179,3 @@ def test_top_k_refuses_bad_input(metric) -> None:
         metric(good[0] + np.nan, *good[1:], 3)
     with pytest.raises(ValueError, match="at least 1"):
         metric(*good, 0)
-
-
-def test_error_reduction_is_the_share_of_the_error_that_is_gone() -> None:
-    assert metrics.error_reduction(0.95, 0.9) == pytest.approx(0.5)
-    assert math.isnan(metrics.error_reduction(1.0, 1.0))

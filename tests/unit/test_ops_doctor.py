@@ -78,7 +78,7 @@ def test_processors(tmp_path: Path) -> None:
 
 def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(2**30))
-    assert found(doctor.memory, settings(tmp_path))[1].startswith("1.0 GiB free; the demo needs 6 →")
+    assert found(doctor.memory, settings(tmp_path))[1].startswith("1.0 GiB free; the demo needs 8 →")
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
