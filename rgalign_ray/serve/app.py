@@ -286,6 +286,9 @@ class GatewayDeployment:
                 await _again(self.reasoner.load, source)
                 await _again(self.ranker.load, source)
 
+    def check_health(self) -> None:
+        self.gateway.check()
+
     async def ready(self) -> bool:
         try:
             await self.loaded(self.pairs, READY_DEADLINE_S)

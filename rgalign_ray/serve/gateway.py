@@ -28,7 +28,7 @@ from rgalign_ray.serve import api
 from rgalign_ray.serve.access import RefusedError
 from rgalign_ray.serve.admission import Admission
 from rgalign_ray.serve.counts import Counts
-from rgalign_ray.serve.feedback import Answer, FeedbackLog
+from rgalign_ray.serve.feedback import BUSY_S, Answer, FeedbackLog
 from rgalign_ray.serve.query_store import Kept
 from rgalign_ray.serve.session_reader import Row, SessionError
 from rgalign_ray.serve.variants import Variant, Variants
@@ -36,6 +36,8 @@ from rgalign_ray.serve.variants import Variant, Variants
 PARTS = tuple(api.ScoreParts.model_fields)
 LEAST_OF_BATCH = 4
 """The models answer a fourth of a batch almost as quickly as one session."""
+WRITTEN_DEADLINE_S = BUSY_S + 5.0
+"""For the disk: what has waited for another gateway's transaction as long as it may is told by then."""
 LOG = logging.getLogger("rgalign_ray.serve")
 
 
@@ -132,7 +134,7 @@ class Gateway:
         """Keeps feedback.
 
         Raises:
-            RefusedError: 404 where none is kept, 507 where it cannot be written.
+            RefusedError: 404 where none is kept, 507 where it cannot be written, or is not within `WRITTEN_DEADLINE_S`.
         """
         body = request.model_dump(exclude={"request_id"}, exclude_defaults=True)
         await self._written(self._log().told(request.request_id, body))
@@ -168,6 +170,11 @@ class Gateway:
         now = datetime.now(UTC).replace(tzinfo=None)
         return api.ForgetResponse(answers=await self._written(self.feedback.forget(user_id, now)))
 
+    def check(self) -> None:
+        """Raises RuntimeError where it can no longer do what it is there for, and has to be started anew."""
+        if self.feedback is not None:
+            self.feedback.check()
+
     def _enter(self, number: int) -> None:
         try:
             self.admission.enter(number)
@@ -182,7 +189,12 @@ class Gateway:
 
     async def _written(self, done: Future[int]) -> int:
         try:
-            return await asyncio.wrap_future(done)
+            async with asyncio.timeout(WRITTEN_DEADLINE_S):
+                # what was asked for is done, whether or not who asked hangs up
+                return await asyncio.shield(asyncio.wrap_future(done))
+        except TimeoutError:
+            told = f"the disk has not taken it within {WRITTEN_DEADLINE_S:g} s"
+            raise RefusedError(507, told, {"Retry-After": "1"}) from None
         except (sqlite3.Error, OSError) as error:
             raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 

@@ -7,9 +7,11 @@ import shutil
 import sqlite3
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from serve_data import INTENTS, SESSION, VECTOR, Models, gateway, read_as, varia
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.serve import api, feedback, query_store, web
+from rgalign_ray.serve import api, app, feedback, query_store, web
+from rgalign_ray.serve import gateway as gateways
 from rgalign_ray.serve.access import Access, RefusedError
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
@@ -278,15 +281,85 @@ def test_feedback_that_cannot_be_written_is_not_acknowledged(reader: SessionRead
     assert sum(lost) == 1
 
 
+def busy(log: FeedbackLog) -> tuple[threading.Event, Future[int]]:
+    """Has the writer at work until the event is set, and what it then says."""
+    held = threading.Event()
+    first = log._put(lambda _: int(held.wait(60)))
+    while not log._waiting.empty():
+        time.sleep(0.01)
+    return held, first
+
+
+def test_who_hangs_up_holds_up_nobody_else(reader: SessionReader, tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    made = gateway(reader, Models(), feedback=log)
+    held, _ = busy(log)
+    called_off = log.told("r0", {})
+    assert called_off.cancel()
+
+    async def users() -> None:
+        asked = asyncio.create_task(made.told(api.FeedbackRequest(request_id="r1")))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        held.set()
+        for _ in range(2):
+            await asyncio.wait_for(made.told(api.FeedbackRequest(request_id="r2")), 10)
+
+    asyncio.run(users())
+    made.check()
+    log.close()
+    (file,) = feedback.files(str(tmp_path))
+    assert [request_id for request_id, _ in feedback.feedback(file)] == ["r1", "r2", "r2"], "r1 had been asked for"
+
+
+def test_a_fault_in_one_work_does_not_end_the_writer(tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    with pytest.raises(ZeroDivisionError):
+        log._put(lambda _: 1 // 0).result(10)
+    assert log.told("r1", {}).result(10) == 1
+    log.close()
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_with_a_deadline(
+    reader: SessionReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "WRITTEN_DEADLINE_S", 0.05)
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    held, _ = busy(log)
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        for refused in (http.post("/v1/feedback", json={"request_id": "r1"}), http.delete("/v1/users/u1")):
+            assert refused.status_code == 507 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == "the disk has not taken it within 0.05 s"
+    held.set()
+    log.close()
+
+
+def test_a_gateway_whose_writer_has_ended_says_so_and_is_started_anew(reader: SessionReader, tmp_path: Path) -> None:
+    lost: list[int] = []
+    log = FeedbackLog(str(tmp_path), lost=lost.append)
+    made = gateway(reader, Models(), feedback=log)
+    deployed, check_health = SimpleNamespace(gateway=made), app.GatewayDeployment.func_or_class.check_health
+    with client(made) as http:
+        assert http.get("/healthz").status_code == 200
+        check_health(deployed)
+        log.close()
+        for path in ("/healthz", "/readyz"):
+            refused = http.get(path)
+            assert refused.status_code == 503 and refused.json()[0]["message"] == "the writer of feedback has ended"
+        assert http.post("/v1/feedback", json={"request_id": "r1"}).status_code == 507
+        assert http.post("/v1/rank", json={"session": SESSION}).status_code == 200
+    with pytest.raises(RuntimeError, match="writer of feedback"):
+        check_health(deployed)
+    assert lost == [1]
+
+
 def test_feedback_is_refused_where_the_disk_is_behind(
     reader: SessionReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feedback, "MOST_WAITING", 1)
-    held = threading.Event()
     log = FeedbackLog(str(tmp_path), lost=lambda _: None)
-    first = log._put(lambda _: int(held.wait(60)))
-    while not log._waiting.empty():
-        time.sleep(0.01)
+    held, first = busy(log)
     log.shown(feedback.Answer("r0", "u", datetime(2026, 1, 1), {}))
     with client(gateway(reader, Models(), feedback=log)) as http:
         refused = http.post("/v1/feedback", json={"request_id": "r1"})
