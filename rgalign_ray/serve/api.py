@@ -201,6 +201,11 @@ class Refusal(Strict):
     message: str
 
 
+def now() -> datetime:
+    """In UTC and without a zone, as logs hold it."""
+    return naive(datetime.now(UTC))
+
+
 def naive(moment: datetime) -> datetime:
     """The time in UTC, without its zone, as logs hold it."""
     return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment

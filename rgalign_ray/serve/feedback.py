@@ -54,7 +54,13 @@ class Answer:
     ts: datetime
     """Of the session, in UTC."""
     body: dict[str, Any]
-    """region, features, history, candidates, slate, propensity, version, variant, path."""
+    """row, candidates, slate, propensity, version, variant, path, received."""
+
+    @property
+    def received(self) -> datetime:
+        """When the server was asked, in UTC; files of earlier versions have no more than the client's `ts`."""
+        received = self.body.get("received")
+        return self.ts if received is None else datetime.fromisoformat(received)
 
 
 class FeedbackLog:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 import numpy as np
 
@@ -72,6 +72,8 @@ class Prepared:
     variant: Variant
     row: Row
     candidates: np.ndarray
+    received: datetime
+    """In UTC."""
     watch: Stopwatch
 
 
@@ -162,13 +164,12 @@ class Gateway:
 
     async def forget(self, user_id: str) -> api.ForgetResponse:
         """Removes what is kept of a user."""
-        for variant in self.variants.by_name.values():
-            if variant.store is not None:
-                await asyncio.to_thread(variant.store.forget, user_id)
-        if self.feedback is None:
-            return api.ForgetResponse(answers=0)
-        now = datetime.now(UTC).replace(tzinfo=None)
-        return api.ForgetResponse(answers=await self._written(self.feedback.forget(user_id, now)))
+        # first, since it is done even if who asks hangs up
+        done = None if self.feedback is None else self.feedback.forget(user_id, api.now())
+        stores = [variant.store for variant in self.variants.by_name.values() if variant.store is not None]
+        if stores:  # of one folder, and each forgets for all versions in it
+            await asyncio.to_thread(stores[0].forget, user_id)
+        return api.ForgetResponse(answers=0 if done is None else await self._written(done))
 
     def check(self) -> None:
         """Raises RuntimeError where it can no longer do what it is there for, and has to be started anew."""
@@ -199,7 +200,7 @@ class Gateway:
             raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 
     def _prepare(self, request: api.RankRequest, where: str = "") -> Prepared:
-        watch = Stopwatch()
+        watch, received = Stopwatch(), api.now()
         variants = self.variants  # one and the same for all of the request, whatever follows it meanwhile
         if request.variant is None:
             variant = variants.of(request.session.user_id)
@@ -208,7 +209,7 @@ class Gateway:
         else:
             raise SessionError(f"{where}variant", f"is none of {', '.join(variants.by_name)}")
         row = variant.reader.row(request.session, f"{where}session")
-        return Prepared(request, variant, row, _candidates(request, variant, where), watch)
+        return Prepared(request, variant, row, _candidates(request, variant, where), received, watch)
 
     async def _answer(self, asked: Prepared) -> api.RankResponse:
         request, variant, watch = asked.request, asked.variant, asked.watch
@@ -307,5 +308,6 @@ def _kept(request_id: str, asked: Prepared, chosen: np.ndarray, propensities: np
             "version": asked.variant.version.version,
             "variant": asked.variant.name,
             "path": path,
+            "received": asked.received.isoformat(),
         },
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -58,7 +57,7 @@ class SessionReader:
             kind = self.schema.field(name).type
             if isinstance(value, str) and pa.types.is_list(kind):  # Arrow would take its letters for a list
                 raise SessionError(place, f"must be of type {kind}")
-        ts = api.naive(session.ts or datetime.now(UTC))
+        ts = api.naive(session.ts) if session.ts else api.now()
         history = sorted(session.history, key=lambda each: api.naive(each.ts))
         events = [{"event": each.event, "text": each.text, "ts": api.naive(each.ts)} for each in history]
         row: Row = dict.fromkeys(self.features) | session.features

@@ -249,13 +249,15 @@ def test_a_file_of_keys_that_is_wrong_is_told_without_the_key(tmp_path: Path, te
 def test_feedback_is_on_the_disk_when_it_is_acknowledged(reader: SessionReader, tmp_path: Path) -> None:
     log = FeedbackLog(str(tmp_path), lost=lambda _: None)
     with client(gateway(reader, Models(), feedback=log)) as http:
-        answer = http.post("/v1/rank", json={"session": SESSION, "request_id": "r1"}).json()
+        before, to_come = api.now(), SESSION | {"ts": "2099-01-01T00:00:00Z"}
+        answer = http.post("/v1/rank", json={"session": to_come, "request_id": "r1"}).json()
         told = {"request_id": "r1", "clicks": [answer["intents"][0]["intent_id"]]}
         assert http.post("/v1/feedback", json=told).json() == {"request_id": "r1"}
         shutil.copytree(tmp_path, tmp_path / "copy")  # as a machine that dies now leaves it
         (file,) = feedback.files(str(tmp_path / "copy"))
         (kept,) = feedback.answers(file)
         assert (kept.request_id, kept.user_id, kept.body["slate"]) == ("r1", "u1", ["i0", "i1", "i2"])
+        assert before <= kept.received <= api.now() and kept.ts == datetime(2099, 1, 1)
         assert list(feedback.feedback(file)) == [("r1", {"clicks": ["i0"]})]
         assert http.delete("/v1/users/u1").json() == {"answers": 1}
         (file,) = feedback.files(str(tmp_path))
@@ -377,7 +379,8 @@ def test_a_situation_that_is_read_again_is_what_is_looked_up(reader: SessionRead
     models = Models()
     with client(gateway(reader, models, store)) as http:
         assert http.post("/v1/rank", json={"session": SESSION}).json()["latent_query"] == "old"
-        assert http.post("/v1/refresh", json={"session": SESSION}).json() == {"variants": ["default"]}
+        to_come = SESSION | {"ts": "2099-01-01T00:00:00Z"}
+        assert http.post("/v1/refresh", json={"session": to_come}).json() == {"variants": ["default"]}
         found = store.get("u1")
         assert found is not None and found[0].tolist() == VECTOR.tolist()
         http.delete("/v1/users/u1")
