@@ -14,8 +14,9 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -148,6 +149,7 @@ class Gateway:
 
         Raises:
             SessionError: for a field that is wrong.
+            RefusedError: 507 where it cannot be written.
         """
         read: set[str] = set()
         names = []
@@ -157,18 +159,24 @@ class Gateway:
             if variant.version.reasoner not in read:
                 row = variant.reader.row(request.session)
                 vector, _ = await variant.read(variant.reader.texts([row])[0], None)
-                await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
+                with _on_disk():
+                    await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
                 read.add(variant.version.reasoner)
             names.append(name)
         return api.RefreshResponse(variants=names)
 
     async def forget(self, user_id: str) -> api.ForgetResponse:
-        """Removes what is kept of a user."""
+        """Removes what is kept of a user.
+
+        Raises:
+            RefusedError: 507 where it cannot be written.
+        """
         # first, since it is done even if who asks hangs up
         done = None if self.feedback is None else self.feedback.forget(user_id, api.now())
         stores = [variant.store for variant in self.variants.by_name.values() if variant.store is not None]
         if stores:  # of one folder, and each forgets for all versions in it
-            await asyncio.to_thread(stores[0].forget, user_id)
+            with _on_disk():
+                await asyncio.to_thread(stores[0].forget, user_id)
         return api.ForgetResponse(answers=0 if done is None else await self._written(done))
 
     def check(self) -> None:
@@ -189,15 +197,10 @@ class Gateway:
         return self.feedback
 
     async def _written(self, done: Future[int]) -> int:
-        try:
+        with _on_disk():
             async with asyncio.timeout(WRITTEN_DEADLINE_S):
                 # what was asked for is done, whether or not who asked hangs up
                 return await asyncio.shield(asyncio.wrap_future(done))
-        except TimeoutError:
-            told = f"the disk has not taken it within {WRITTEN_DEADLINE_S:g} s"
-            raise RefusedError(507, told, {"Retry-After": "1"}) from None
-        except (sqlite3.Error, OSError) as error:
-            raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 
     def _prepare(self, request: api.RankRequest, where: str = "") -> Prepared:
         watch, received = Stopwatch(), api.now()
@@ -279,6 +282,17 @@ class Gateway:
         logits = plackett_luce.logits(scores[None], np.ones((1, len(scores)), bool), temperature)
         slate = plackett_luce.sample(logits, k, np.random.default_rng(seed))
         return slate[0], plackett_luce.conditional(logits, slate)[0]
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        told = f"the disk has not taken it within {WRITTEN_DEADLINE_S:g} s"
+        raise RefusedError(507, told, {"Retry-After": "1"}) from None
+    except (sqlite3.Error, OSError) as error:
+        raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 
 
 def _candidates(request: api.RankRequest, variant: Variant, where: str) -> np.ndarray:

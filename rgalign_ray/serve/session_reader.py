@@ -57,9 +57,9 @@ class SessionReader:
             kind = self.schema.field(name).type
             if isinstance(value, str) and pa.types.is_list(kind):  # Arrow would take its letters for a list
                 raise SessionError(place, f"must be of type {kind}")
-        ts = api.naive(session.ts) if session.ts else api.now()
-        history = sorted(session.history, key=lambda each: api.naive(each.ts))
-        events = [{"event": each.event, "text": each.text, "ts": api.naive(each.ts)} for each in history]
+        ts = session.ts or api.now()
+        history = sorted(session.history, key=lambda each: each.ts)
+        events = [{"event": each.event, "text": each.text, "ts": each.ts} for each in history]
         row: Row = dict.fromkeys(self.features) | session.features
         row |= {"region": session.region, "ts": ts, "history": events}
         if all(fits(row[name]) for name, fits in self._fits.items()):

@@ -148,7 +148,7 @@ def build(
         """What became of an answer; acknowledged once it is on the disk."""
         return await gateway.told(request)
 
-    @app.post("/v1/refresh", responses=BODY)
+    @app.post("/v1/refresh", responses=BODY | KEPT)
     async def refresh(request: api.RefreshRequest) -> api.RefreshResponse:
         """Reads a user's situation ahead of her visit."""
         return await gateway.refresh(request)

@@ -155,6 +155,9 @@ def test_what_is_drawn_has_its_probability_and_is_drawn_alike_for_a_request(read
         ({"session": {**SESSION, "features": {"cards": "visa"}}}, "session.features.cards"),
         ({"session": {**SESSION, "features": {"need": "x"}}}, "session.features.need"),
         ({"session": {"user_id": "u1"}}, "session.region"),
+        ({"session": {**SESSION, "ts": "0001-01-01T00:00:00+14:00"}}, "session.ts"),
+        ({"session": {**SESSION, "ts": "9999-12-31T23:00:00-10:00"}}, "session.ts"),
+        ({"session": {**SESSION, "history": [{"event": "e", "ts": "0001-01-01T00:00+01:00"}]}}, "session.history.0.ts"),
         ({"candidates": ["i1", "i9"]}, "candidates.1"),
         ({"candidates": ["i1", "i1"]}, "candidates"),
         ({"k": 0}, "k"),
@@ -281,6 +284,19 @@ def test_feedback_that_cannot_be_written_is_not_acknowledged(reader: SessionRead
         assert refused.status_code == 507 and "no such table" in refused.json()[0]["message"]
     log.close()
     assert sum(lost) == 1
+
+
+def test_a_store_that_cannot_be_written_refuses(reader: SessionReader, tmp_path: Path) -> None:
+    store = QueryStore(str(tmp_path), "r", dim=4, max_age_s=3600)
+    with closing(sqlite3.connect(tmp_path / "r.fresh")) as other, other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON vectors BEGIN SELECT RAISE(FAIL, 'no room'); END")
+    with closing(sqlite3.connect(tmp_path / query_store.FORGOTTEN)) as other, other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON users BEGIN SELECT RAISE(FAIL, 'no room'); END")
+    with client(gateway(reader, Models(), store)) as http:
+        for refused in (http.post("/v1/refresh", json={"session": SESSION}), http.delete("/v1/users/u1")):
+            assert refused.status_code == 507 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == "it could not be written (no room)"
+    store.close()
 
 
 def busy(log: FeedbackLog) -> tuple[threading.Event, Future[int]]:
