@@ -48,7 +48,7 @@ class Event(Strict):
     text: Text | None = None
     """Words that go with it, as a search or a chat line."""
     ts: Moment
-    """When; UTC where no zone is given. Events after the session's own time are not read."""
+    """When; UTC where no zone is given. Events after the session's own time are neither read nor kept."""
 
 
 class Session(Strict):

@@ -74,6 +74,7 @@ def test_history_is_read_in_order_in_utc_and_not_from_after_the_entry(reader: Se
     assert models.read_texts == ["open: second, first"], "newest first, as the template has it"
     row = models.scored[0][0]
     assert row["ts"] == datetime(2026, 1, 1, 12) and row["coins"] is None
+    assert [event["text"] for event in row["history"]] == ["first", "second"], "nor is it kept for the next run"
 
 
 @pytest.mark.parametrize(
