@@ -625,7 +625,7 @@ class Serve(Settings):
     """Where answers and what became of them are kept for the next round; None: nowhere, and feedback is refused."""
     keys: Folder | None = None
     """A file of API keys, a line `NAME KEY` each; None: $RGALIGN_SERVE_KEYS holds such lines, and without it no key is
-    asked for."""
+    asked for. Both are read where `rgalign serve` runs, and gateways are told hashes."""
     rate_per_minute: Count | None = None
     """Requests of one key, or where none is asked for of one address, that a gateway takes; beyond them, 429."""
     budget_ms: Positive = 250.0

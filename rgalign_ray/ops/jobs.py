@@ -41,6 +41,7 @@ from rgalign_ray.loop import plan
 from rgalign_ray.ops import local_cluster
 from rgalign_ray.ops.verbs import VERBS
 from rgalign_ray.progress import clock
+from rgalign_ray.serve.access import VARIABLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,9 +150,15 @@ def submit(
         the job's id.
 
     Raises:
-        ConfigError: when a job of this run directory is at work there, or what would travel is too large.
+        ConfigError: when a job of this run directory is at work there, when what would travel is too large, and for a
+            service whose keys would not.
         InfrastructureError: when the cluster does not take it.
     """
+    if verb == "serve" and config.serve.keys is None and os.environ.get(VARIABLE):
+        raise ConfigError(
+            f"${VARIABLE}: what this machine's environment holds does not travel, and the service would answer "
+            "everybody; name a file of keys on the cluster's head by serve.keys, or unset it."
+        )
     busy = [job for job in listed(client) if job.run_dir == config.run_uri and not job.over]
     if busy:
         raise ConfigError(

@@ -30,7 +30,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop.connection import join
-from rgalign_ray.serve import api, pair, web
+from rgalign_ray.serve import access, api, pair, web
 from rgalign_ray.serve.access import Access
 from rgalign_ray.serve.admission import RETRY_AFTER_S
 from rgalign_ray.serve.counts import Counts
@@ -196,13 +196,21 @@ class Exported(Counts):
 @serve.deployment(name="Gateway")
 @serve.ingress()
 class GatewayDeployment:
-    """Answers HTTP."""
+    """Answers HTTP.
 
-    def __init__(self, settings: Config, reasoner: DeploymentHandle, ranker: DeploymentHandle) -> None:
+    Args:
+        settings: of the service, and of the runs whose pairs it serves.
+        keys: as `access.digests`, whose file or environment a replica on another node does not have.
+        reasoner, ranker: the models.
+    """
+
+    def __init__(
+        self, settings: Config, keys: Mapping[str, bytes], reasoner: DeploymentHandle, ranker: DeploymentHandle
+    ) -> None:
         it = settings.serve
         self.settings = settings
         self.reasoner, self.ranker = reasoner, ranker
-        self.access = Access.load(it)
+        self.access = Access(keys, it.rate_per_minute)
         counts = Exported()
         feedback = None
         if it.feedback is not None:
@@ -302,14 +310,14 @@ def _sources(pairs: Mapping[str, PairSpec]) -> dict[str, Source]:
 
 
 def application(settings: Config) -> Application:
-    """The three deployments, bound to one another.
+    """The three deployments, bound to one another; keys are read here, and replicas are handed their digests.
 
     Raises:
         ConfigError: as `pair.find`, and where keys cannot be read.
     """
     it = settings.serve
     pair.pairs(settings)
-    Access.load(it)
+    keys = access.digests(it)
     gpu = {"num_gpus": it.reasoner_gpus} if it.reasoner_gpus else {}
     deployments: tuple[Any, ...] = (Reasoner, Ranker, GatewayDeployment)  # what Serve has made of the classes
     its_reasoner, its_ranker, its_gateway = deployments
@@ -320,7 +328,7 @@ def application(settings: Config) -> Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         **_scale(it, it.gateways, it.max_gateways),
     )
-    return gateway.bind(settings, reasoner.bind(settings), ranker.bind(settings))
+    return gateway.bind(settings, keys, reasoner.bind(settings), ranker.bind(settings))
 
 
 def build(args: dict[str, Any]) -> Application:

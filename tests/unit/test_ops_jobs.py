@@ -86,6 +86,17 @@ def test_the_package_the_settings_and_the_files_they_name_travel_and_nothing_els
     assert config.validate(sent) == chosen.model_copy(update={"run_dir": chosen.run_uri})
 
 
+def test_a_service_does_not_leave_its_keys_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RGALIGN_SERVE_KEYS", "shop a-key-of-the-shop")
+    client = Client()
+    with pytest.raises(ConfigError, match=r"^\$RGALIGN_SERVE_KEYS: .* does not travel, .* by serve\.keys") as met:
+        jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    assert "a-key" not in str(met.value) and not client.taken
+    jobs.submit(client, "serve", settings(tmp_path, serve={"keys": "/etc/keys"}), say=quiet)
+    jobs.submit(client, "loop", settings(tmp_path / "other"), say=quiet)
+    assert len(client.taken) == 2
+
+
 def test_a_file_that_is_missing_is_refused_here(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^features\.spec: no\.yaml"):
         jobs.submit(Client(), "loop", settings(tmp_path, features={"spec": "no.yaml"}), say=quiet)

@@ -23,7 +23,7 @@ from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.serve import api, app, feedback, query_store, web
 from rgalign_ray.serve import gateway as gateways
-from rgalign_ray.serve.access import Access, RefusedError
+from rgalign_ray.serve.access import Access, RefusedError, digest, digests
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
 from rgalign_ray.serve.query_store import QueryStore
@@ -219,7 +219,7 @@ def test_a_user_gets_one_variant_and_each_its_share(reader: SessionReader) -> No
 
 
 def test_keys_are_asked_for_and_counted_apart(reader: SessionReader) -> None:
-    access = Access({"shop": "a-key-of-the-shop", "lab": "a-key-of-the-lab!"}, rate_per_minute=2)
+    access = Access({"shop": digest("a-key-of-the-shop"), "lab": digest("a-key-of-the-lab!")}, rate_per_minute=2)
     with client(gateway(reader, Models()), access=access) as http:
         for headers in ({}, {"authorization": "Bearer wrong"}, {b"x-api-key": b"\xe5"}):
             refused = http.get("/v1/models", headers=headers)
@@ -243,10 +243,10 @@ def test_keys_are_asked_for_and_counted_apart(reader: SessionReader) -> None:
 def test_a_file_of_keys_that_is_wrong_is_told_without_the_key(tmp_path: Path, text: str, told: str) -> None:
     file = tmp_path / "keys"
     with pytest.raises(ConfigError, match="cannot be read"):
-        Access.load(config.Serve(keys=str(file)))
+        digests(config.Serve(keys=str(file)))
     file.write_text(text)
     with pytest.raises(ConfigError, match=told) as met:
-        Access.load(config.Serve(keys=str(file)))
+        digests(config.Serve(keys=str(file)))
     assert "another" not in str(met.value) and "short" not in str(met.value)
 
 
