@@ -46,6 +46,7 @@ LOG = logging.getLogger("rgalign_ray.serve")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
+PROBE_S = 3.0
 EXAMPLES = 12
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
@@ -356,24 +357,34 @@ def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -
     return {"max_ongoing_requests": it.ongoing, "ray_actor_options": options, **replicas}
 
 
+def _unused(host: str, port: int) -> None:
+    """Refuses a port that somebody listens on: Serve would share it, and answer some of the requests."""
+    try:
+        socket.create_connection((host, port), PROBE_S).close()
+    except (socket.gaierror, UnicodeError):  # the latter for what is no name at all
+        raise ConfigError(f"serve.host: {host} cannot be resolved; name an address of this machine.") from None
+    except OSError:
+        return
+    raise ConfigError(f"serve.port: something listens on {host}:{port} already; set another.")
+
+
 def run(settings: Config, blocking: bool = True) -> None:
     """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
 
     Raises:
-        ConfigError: as `application`, and where the port is taken.
+        ConfigError: as `application`, and where the host cannot be resolved, or the port is taken.
         InfrastructureError: when Ray does not start, or the address does not answer.
     """
     app, it = application(settings), settings.serve
     if not ray.is_initialized() and settings.cluster.address is None:
-        with socket.socket() as probe:
-            if probe.connect_ex((it.host, it.port)) == 0:  # Serve would share it, and answer some of the requests
-                raise ConfigError(f"serve.port: something listens on {it.host}:{it.port} already; set another.")
+        _unused(it.host, it.port)
     if it.host not in LOCAL:
         progress.note(f"serve.host: {it.host} can be reached from other machines; serve.keys says who is answered")
     join(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": it.host, "port": it.port}, logging_config={"log_level": "WARNING"})
     serve.run(app, name=NAME, logging_config={"log_level": "WARNING"})
-    progress.note(f"serving on http://{it.host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
+    host = f"[{it.host}]" if ":" in it.host else it.host
+    progress.note(f"serving on http://{host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
     while blocking:
         time.sleep(WAKES_EVERY_S)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 from typing import Any
 
 import pytest
 
 from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.serve import app, pair
 from rgalign_ray.serve.access import RefusedError, digest
 
@@ -39,6 +41,28 @@ def test_gateways_are_told_hashes_of_the_keys_that_stand_where_it_is_deployed(mo
             gateway.access.check("/v1/rank", {}, "")
 
     asyncio.run(replica())
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_port_that_is_taken_is_refused(family: socket.AddressFamily, host: str) -> None:
+    with socket.socket(family) as other:
+        try:
+            other.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        port = other.getsockname()[1]
+        app._unused(host, port)
+        other.listen()
+        with pytest.raises(
+            ConfigError, match=rf"^serve\.port: something listens on {host}:{port} already; set another"
+        ):
+            app._unused(host, port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b"])
+def test_a_host_that_is_none_is_refused_by_name(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^serve\.host: .* cannot be resolved; name an address of this machine"):
+        app._unused(host, 8000)
 
 
 def _plain(deployment: Any) -> Any:
