@@ -645,7 +645,7 @@ class Serve(Settings):
     max_rankers: Count | None = None
     """As many replicas as there may be under load; None: no more than that."""
     wedged_s: Positive = 60.0
-    """A model that is at one batch for longer is started anew."""
+    """A model that is at one batch for longer is started anew, and who waits for an answer so long is refused (503)."""
     cpus_per_replica: Positive = 0.3
     reasoner_gpus: Annotated[float, Field(ge=0.0)] = 0.0
     ongoing: Count = 128

@@ -14,11 +14,12 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from rgalign_ray.evaluate import plackett_luce
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.serve import api
 from rgalign_ray.serve.access import RefusedError
-from rgalign_ray.serve.admission import Admission
+from rgalign_ray.serve.admission import RETRY_AFTER_S, Admission
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import BUSY_S, Answer, FeedbackLog
 from rgalign_ray.serve.query_store import Kept
@@ -40,6 +41,8 @@ LEAST_OF_BATCH = 4
 WRITTEN_DEADLINE_S = BUSY_S + 5.0
 """For the disk: what has waited for another gateway's transaction as long as it may is told by then."""
 LOG = logging.getLogger("rgalign_ray.serve")
+
+Answered = TypeVar("Answered")
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Gateway:
 
         Raises:
             SessionError: for a field that is wrong.
-            RefusedError: 429 where more are in work than are answered in time.
+            RefusedError: 429 where more are in work than are answered in time, 503 where a model does not answer.
         """
         self._enter(1)
         took_ms = None
@@ -149,7 +152,7 @@ class Gateway:
 
         Raises:
             SessionError: for a field that is wrong.
-            RefusedError: 507 where it cannot be written.
+            RefusedError: 503 where the reasoner does not answer, 507 where it cannot be written.
         """
         read: set[str] = set()
         names = []
@@ -158,7 +161,8 @@ class Gateway:
                 continue
             if variant.version.reasoner not in read:
                 row = variant.reader.row(request.session)
-                vector, _ = await variant.read(variant.reader.texts([row])[0], None)
+                (text,) = variant.reader.texts([row])
+                vector, _ = await self._in_time("reasoner", variant.read(text, None))
                 with _on_disk():
                     await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
                 read.add(variant.version.reasoner)
@@ -221,11 +225,11 @@ class Gateway:
         watch.lap("read")
         path, vector, query = await self._latent_query(asked, seed)
         watch.lap("reasoner")
-        scores = await variant.score(asked.row, asked.candidates, vector)
+        scores = await self._in_time("ranker", variant.score(asked.row, asked.candidates, vector))
         slate, propensities = self._slate(scores, request.k, seed)
         parts: Sequence[api.ScoreParts | None] = [None] * len(slate)
         if request.explain:
-            taken_apart = await variant.parts(asked.row, asked.candidates[slate], vector)
+            taken_apart = await self._in_time("ranker", variant.parts(asked.row, asked.candidates[slate], vector))
             parts = [api.ScoreParts(**dict(zip(PARTS, map(float, its), strict=True))) for its in taken_apart]
         watch.lap("ranker")
         chosen = asked.candidates[slate]
@@ -252,6 +256,15 @@ class Gateway:
             timings_ms=watch.report(),
         )
 
+    async def _in_time(self, model: str, answer: Awaitable[Answered]) -> Answered:
+        """Waits no longer than a model may be at one batch, after which it is started anew."""
+        try:
+            async with asyncio.timeout(self.settings.wedged_s):
+                return await answer
+        except TimeoutError:
+            told = f"the {model} has not answered within {self.settings.wedged_s:g} s"
+            raise RefusedError(503, told, {"Retry-After": str(RETRY_AFTER_S)}) from None
+
     async def _latent_query(self, asked: Prepared, seed: int) -> tuple[api.Path, np.ndarray | None, str | None]:
         request, variant = asked.request, asked.variant
         wanted = request.path
@@ -263,7 +276,7 @@ class Gateway:
             (text,) = variant.reader.texts([asked.row])
             reading = variant.read(text, seed if request.explain else None)
             if wanted == "live":  # a path that is asked for by name is waited for
-                return "live", *await reading
+                return "live", *await self._in_time("reasoner", reading)
             left = self.settings.budget_ms - self.settings.ranker_ms - asked.watch.elapsed_ms
             try:
                 return "live", *await asyncio.wait_for(reading, max(left, 0.0) / 1000)

@@ -33,6 +33,7 @@ ASKED = _described({401: "No key, or none that is known.", 429: "Too much is ask
 BODY = ASKED | _described({413: "The body is too large.", 422: "A field is wrong."})
 KEPT = _described({507: "It could not be written."})
 FEEDBACK = BODY | KEPT | _described({404: "No feedback is kept."})
+ANSWERED = BODY | _described({503: "A model does not answer."})
 READY = _described({503: "A model does not answer, or the gateway has to be started anew."})
 ALIVE = _described({503: "The gateway has to be started anew."})
 
@@ -133,12 +134,12 @@ def build(
             ]
         )
 
-    @app.post("/v1/rank", responses=BODY)
+    @app.post("/v1/rank", responses=ANSWERED)
     async def rank(request: api.RankRequest) -> api.RankResponse:
         """The intents for one session."""
         return await gateway.rank(request)
 
-    @app.post("/v1/rank:batch", responses=BODY)
+    @app.post("/v1/rank:batch", responses=ANSWERED)
     async def rank_batch(request: api.BatchRequest) -> api.BatchResponse:
         """The intents for several sessions."""
         return api.BatchResponse(responses=await gateway.rank_batch(request.requests))
@@ -148,7 +149,7 @@ def build(
         """What became of an answer; acknowledged once it is on the disk."""
         return await gateway.told(request)
 
-    @app.post("/v1/refresh", responses=BODY | KEPT)
+    @app.post("/v1/refresh", responses=ANSWERED | KEPT)
     async def refresh(request: api.RefreshRequest) -> api.RefreshResponse:
         """Reads a user's situation ahead of her visit."""
         return await gateway.refresh(request)

@@ -110,6 +110,31 @@ def test_beyond_what_is_answered_in_time_requests_are_refused_at_once(reader: Se
     assert made.admission.in_work == 0
 
 
+@pytest.mark.parametrize(
+    ("models", "path", "late"),
+    [
+        (Models(slow_ranker_s=60.0), "null", "ranker"),
+        (Models(slow_s=60.0), "live", "reasoner"),
+        (Models(slow_ranker_s=60.0), "auto", "ranker"),
+    ],
+)
+def test_a_model_that_never_answers_is_not_waited_for(
+    reader: SessionReader, tmp_path: Path, models: Models, path: str, late: str
+) -> None:
+    store = QueryStore(str(tmp_path / "store"), "r", dim=4, max_age_s=3600)
+    made = gateway(reader, models, store, wedged_s=0.05)
+    asked = {"session": SESSION, "path": path}
+    with client(made) as http:
+        told = [http.post("/v1/rank", json=asked), http.post("/v1/rank:batch", json={"requests": [asked]})]
+        if late == "reasoner":
+            told.append(http.post("/v1/refresh", json={"session": SESSION}))
+        for refused in told:
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == f"the {late} has not answered within 0.05 s"
+    assert made.admission.in_work == 0
+    store.close()
+
+
 @pytest.mark.parametrize(("path", "limit"), [("live", 4.0), ("null", 3.2)])
 def test_the_ranker_that_is_late_lowers_the_limit_and_the_reasoner_does_not(
     reader: SessionReader, path: str, limit: float
