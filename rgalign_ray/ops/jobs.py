@@ -111,8 +111,8 @@ def connect(address: str | None) -> Client:
         raise InfrastructureError(f"--address {address}: {first_line(error)}") from None
 
 
-def check(client: Client, config: Config) -> None:
-    """Refuses a plan that the cluster could never place, before anything is sent.
+def check(client: Client, verb: str, config: Config) -> None:
+    """Refuses a verb whose plan the cluster could never place, before anything is sent.
 
     Raises:
         ConfigError: with what is asked for and what is there.
@@ -127,7 +127,10 @@ def check(client: Client, config: Config) -> None:
         for node in found
         if node.state == "ALIVE"
     ]
-    plan.check_cluster(config, nodes)
+    if verb == "serve":
+        plan.check_served(config, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+    else:
+        plan.check_cluster(config, nodes)
 
 
 def submit(

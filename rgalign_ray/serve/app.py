@@ -12,23 +12,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError, first_line
+from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.loop import plan
 from rgalign_ray.loop.connection import join
 from rgalign_ray.serve import access, api, pair, web
 from rgalign_ray.serve.access import Access
@@ -46,10 +51,15 @@ LOG = logging.getLogger("rgalign_ray.serve")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
+UP_DEADLINE_S, GROWN_DEADLINE_S = 600.0, 1800.0
+"""For the service to come up; the latter where nodes for it are added first."""
 PROBE_S = 3.0
 EXAMPLES = 12
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
+QUIET = {"log_level": "WARNING"}
+FAULTS = (RuntimeError, TimeoutError, RayError, RayServeException)
+"""What Ray Serve raises where it does not start, or an application does not."""
 QUERY = {"temperature", "top_p", "max_new_tokens"}
 
 Loaded = TypeVar("Loaded")
@@ -368,12 +378,60 @@ def _unused(host: str, port: int) -> None:
     raise ConfigError(f"serve.port: something listens on {host}:{port} already; set another.")
 
 
+def _deploy(app: Application, it: config.Serve, deadline_s: float) -> None:
+    """Has Ray Serve bring the application up; one that was not there before, and does not come up, is withdrawn.
+
+    Raises:
+        InfrastructureError: when it fails, or is not up within `deadline_s` seconds, with what is not, and why.
+    """
+    try:
+        serve.start(http_options={"host": it.host, "port": it.port}, logging_config=QUIET)
+    except FAULTS as error:
+        raise InfrastructureError(f"Ray Serve did not start on {it.host}:{it.port} ({first_line(error)}).") from None
+    is_new = NAME not in serve.status().applications
+    up: Future[DeploymentHandle] = Future()
+
+    def deploy() -> None:
+        try:
+            up.set_result(serve.run(app, name=NAME, logging_config=QUIET))
+        except Exception as error:
+            up.set_exception(error)
+
+    threading.Thread(target=deploy, name="deploy", daemon=True).start()  # it waits for room as long as there is none
+    try:
+        up.result(deadline_s)
+    except FAULTS as error:
+        how = "failed to start" if up.done() else f"is not up after {deadline_s:g} s"
+        told = f"the service {how}: {_not_up() or first_line(error)}; {_room()}."
+        if is_new:
+            serve.delete(NAME, _blocking=False)
+        raise InfrastructureError(told) from None
+
+
+def _not_up() -> str:
+    """Each deployment that is not, with the first line of why, and the last, where Ray puts the error."""
+    found = serve.status().applications.get(NAME)
+    told = []
+    for name, its in found.deployments.items() if found else ():
+        if its.status != DeploymentStatus.HEALTHY:
+            lines = its.message.strip().splitlines() or [its.status.value.lower()]
+            told.append(f"{name}: {' '.join(dict.fromkeys((lines[0], lines[-1].strip()))).rstrip('.')}")
+    return "; ".join(told)
+
+
+def _room() -> str:
+    free, there = ray.available_resources(), ray.cluster_resources()
+    told = [f"{free.get(name, 0.0):g} of {there[name]:g} {name}s" for name in ("CPU", "GPU") if there.get(name)]
+    return f"the cluster has {' and '.join(told) or 'nothing'} free"
+
+
 def run(settings: Config, blocking: bool = True) -> None:
     """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
 
     Raises:
-        ConfigError: as `application`, and where the host cannot be resolved, or the port is taken.
-        InfrastructureError: when Ray does not start, or the address does not answer.
+        ConfigError: as `application`, where the host cannot be resolved, or the port is taken, and where the cluster
+            could never hold the replicas.
+        InfrastructureError: when Ray does not start, or the address does not answer, and as `_deploy`.
     """
     app, it = application(settings), settings.serve
     if not ray.is_initialized() and settings.cluster.address is None:
@@ -381,9 +439,10 @@ def run(settings: Config, blocking: bool = True) -> None:
     if it.host not in LOCAL:
         progress.note(f"serve.host: {it.host} can be reached from other machines; serve.keys says who is answered")
     join(settings)
+    there = ray.cluster_resources()
+    plan.check_served(settings, there.get("CPU", 0.0), there.get("GPU", 0.0))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": it.host, "port": it.port}, logging_config={"log_level": "WARNING"})
-    serve.run(app, name=NAME, logging_config={"log_level": "WARNING"})
+    _deploy(app, it, GROWN_DEADLINE_S if settings.cluster.grows else UP_DEADLINE_S)
     host = f"[{it.host}]" if ":" in it.host else it.host
     progress.note(f"serving on http://{host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
     while blocking:
