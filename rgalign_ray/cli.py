@@ -18,6 +18,7 @@ import typer
 
 from rgalign_ray import __version__
 from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, is_no_space, refused_by_storage
+from rgalign_ray.ops.verbs import VERBS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -328,7 +329,7 @@ def down() -> None:
 
 @app.command()
 def submit(
-    verb: Annotated[str, typer.Argument(help="prepare, train_ranker, rollout, align, evaluate, loop or compare.")],
+    verb: Annotated[str, typer.Argument(help=f"One of {', '.join(VERBS)}.")],
     config: ConfigName = "demo",
     override: Overrides = None,
     run_dir: RunDir = None,
@@ -341,10 +342,10 @@ def submit(
     _with_token()
     from rgalign_ray.ops import jobs
 
-    if verb not in jobs.VERBS:
-        raise ConfigError(f"submit {verb}: not one of {', '.join(jobs.VERBS)}.")
+    if verb not in VERBS:
+        raise ConfigError(f"submit {verb}: not one of {', '.join(VERBS)}.")
     client = jobs.connect(address)
-    jobs.check(client, settings)
+    jobs.check(client, verb, settings)
     _follow(client, jobs.submit(client, verb, settings, say=_tell), wait)
 
 

@@ -645,7 +645,7 @@ class Serve(Settings):
     """Where answers and what became of them are kept for the next round; None: nowhere, and feedback is refused."""
     keys: Folder | None = None
     """A file of API keys, a line `NAME KEY` each; None: $RGALIGN_SERVE_KEYS holds such lines, and without it no key is
-    asked for."""
+    asked for. Both are read where `rgalign serve` runs, and gateways are told hashes."""
     rate_per_minute: Count | None = None
     """Requests of one key, or where none is asked for of one address, that a gateway takes; beyond them, 429."""
     budget_ms: Positive = 250.0
@@ -665,7 +665,7 @@ class Serve(Settings):
     max_rankers: Count | None = None
     """As many replicas as there may be under load; None: no more than that."""
     wedged_s: Positive = 60.0
-    """A model that is at one batch for longer is started anew."""
+    """A model that is at one batch for longer is started anew, and who waits for an answer so long is refused (503)."""
     cpus_per_replica: Positive = 0.3
     reasoner_gpus: Annotated[float, Field(ge=0.0)] = 0.0
     ongoing: Count = 128

@@ -64,6 +64,20 @@ def asks(config: Config) -> list[Ask]:
     return found
 
 
+def served(config: Config) -> list[Ask]:
+    """One line per kind of replica of the service, of which there are as many from the start; they run all the time."""
+    it = config.serve
+
+    def replicas(worker: str, count: int, key: str, gpus: float = 0.0) -> Ask:
+        return Ask("serve", worker, count, it.cpus_per_replica, gpus, key, Placed())
+
+    return [
+        replicas("gateway", it.gateways, "serve.gateways"),
+        replicas("reasoner", it.reasoners, "serve.reasoners", it.reasoner_gpus),
+        replicas("ranker", it.rankers, "serve.rankers"),
+    ]
+
+
 def local_cpus(config: Config) -> int:
     """CPUs that a Ray started on this machine declares."""
     return config.cluster.num_cpus or max(os.cpu_count() or 1, 2)
@@ -78,14 +92,27 @@ def check(config: Config, cpus: float, gpus: float) -> None:
     if config.reasoner.engine == "sentence":
         raise ConfigError("reasoner.engine: a sentence encoder writes no queries; it is for `compare.encoder`.")
     for _, together in groupby(asks(config), key=lambda ask: ask.stage):
-        stage = list(together)
-        for name, extra, there in (("CPUs", DATA_CPUS, cpus), ("GPUs", 0.0, gpus)):
-            parts = [(ask, ask.cpus if name == "CPUs" else ask.gpus) for ask in stage]
-            total = sum(ask.count * each for ask, each in parts) + extra
-            if total > there:
-                words = " and ".join(f"{ask.count} x {each:g} {name} for {ask.worker}s" for ask, each in parts if each)
-                data = f" and {extra:g} for Ray Data" if extra else ""
-                raise ConfigError(f"{stage[0].key}: {words}{data} make {total:g}; the cluster has {there:g}.")
+        _fit(list(together), DATA_CPUS, cpus, gpus)
+
+
+def check_served(config: Config, cpus: float, gpus: float) -> None:
+    """Refuses a service that could never be placed on a cluster that adds no nodes.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    if not config.cluster.grows:
+        _fit(served(config), 0.0, cpus, gpus)
+
+
+def _fit(together: Sequence[Ask], data_cpus: float, cpus: float, gpus: float) -> None:
+    for name, extra, there in (("CPUs", data_cpus, cpus), ("GPUs", 0.0, gpus)):
+        parts = [(ask, each) for ask in together if (each := ask.cpus if name == "CPUs" else ask.gpus)]
+        total = sum(ask.count * each for ask, each in parts) + extra
+        if round(total, 6) > there:  # a sum of tenths is a little more than they are
+            words = " and ".join(f"{ask.count} x {each:g} {name} for {ask.worker}s" for ask, each in parts)
+            data = f" and {extra:g} for Ray Data" if extra else ""
+            raise ConfigError(f"{parts[0][0].key}: {words}{data} make {total:g}; the cluster has {there:g}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from rgalign_ray.loop import plan
 from rgalign_ray.ops import local_cluster
 from rgalign_ray.ops.verbs import VERBS
 from rgalign_ray.progress import clock
+from rgalign_ray.serve.access import VARIABLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,8 +111,8 @@ def connect(address: str | None) -> Client:
         raise InfrastructureError(f"--address {address}: {first_line(error)}") from None
 
 
-def check(client: Client, config: Config) -> None:
-    """Refuses a plan that the cluster could never place, before anything is sent.
+def check(client: Client, verb: str, config: Config) -> None:
+    """Refuses a verb whose plan the cluster could never place, before anything is sent.
 
     Raises:
         ConfigError: with what is asked for and what is there.
@@ -126,7 +127,10 @@ def check(client: Client, config: Config) -> None:
         for node in found
         if node.state == "ALIVE"
     ]
-    plan.check_cluster(config, nodes)
+    if verb == "serve":
+        plan.check_served(config, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+    else:
+        plan.check_cluster(config, nodes)
 
 
 def submit(
@@ -149,9 +153,15 @@ def submit(
         the job's id.
 
     Raises:
-        ConfigError: when a job of this run directory is at work there, or what would travel is too large.
+        ConfigError: when a job of this run directory is at work there, when what would travel is too large, and for a
+            service whose keys would not.
         InfrastructureError: when the cluster does not take it.
     """
+    if verb == "serve" and config.serve.keys is None and os.environ.get(VARIABLE):
+        raise ConfigError(
+            f"${VARIABLE}: what this machine's environment holds does not travel, and the service would answer "
+            "everybody; name a file of keys on the cluster's head by serve.keys, or unset it."
+        )
     busy = [job for job in listed(client) if job.run_dir == config.run_uri and not job.over]
     if busy:
         raise ConfigError(

@@ -31,44 +31,47 @@ class RefusedError(Exception):
         self.status, self.message, self.headers = status, message, dict(headers or {})
 
 
+def digests(settings: config.Serve) -> dict[str, bytes]:
+    """The keys of `serve.keys`, or else of this process's environment, as `Access` knows them.
+
+    Returns:
+        the SHA-256 of each, by its name; nothing where none is asked for.
+
+    Raises:
+        ConfigError: where the file cannot be read, or a line is not `NAME KEY`.
+    """
+    where, text = f"${VARIABLE}", os.environ.get(VARIABLE, "")
+    if settings.keys is not None:
+        where = settings.keys
+        try:
+            text = Path(settings.keys).read_text()
+        except OSError as error:
+            raise ConfigError(f"serve.keys: {settings.keys} cannot be read ({error.strerror}).") from None
+    found: dict[str, bytes] = {}
+    for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
+        name, _, key = line.partition(" ")
+        if len(key.strip()) < SHORTEST_KEY or name in found:  # neither is told: both may be the key
+            raise ConfigError(
+                f"{where}: key {number} must be a name of its own, a space, and at least {SHORTEST_KEY} characters."
+            )
+        found[name] = digest(key.strip())
+    if settings.keys is not None and not found:
+        raise ConfigError(f"serve.keys: {settings.keys} holds no key.")
+    return found
+
+
 class Access:
     """Knows keys by their hashes, and counts requests.
 
     Args:
-        keys: by name; empty: everybody may ask.
+        keys: as `digests`; empty: everybody may ask.
         rate_per_minute: of a key, or where there is none of an address; None: as often as they like.
     """
 
-    def __init__(self, keys: Mapping[str, str], rate_per_minute: int | None) -> None:
-        self._keys = {name: _digest(key) for name, key in keys.items()}
+    def __init__(self, keys: Mapping[str, bytes], rate_per_minute: int | None) -> None:
+        self._keys = dict(keys)
         self._item = RateLimitItemPerMinute(rate_per_minute) if rate_per_minute else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-
-    @classmethod
-    def load(cls, settings: config.Serve) -> Access:
-        """With the keys of `serve.keys`, or else of the environment.
-
-        Raises:
-            ConfigError: where the file cannot be read, or a line is not `NAME KEY`.
-        """
-        where, text = f"${VARIABLE}", os.environ.get(VARIABLE, "")
-        if settings.keys is not None:
-            where = settings.keys
-            try:
-                text = Path(settings.keys).read_text()
-            except OSError as error:
-                raise ConfigError(f"serve.keys: {settings.keys} cannot be read ({error.strerror}).") from None
-        keys: dict[str, str] = {}
-        for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
-            name, _, key = line.partition(" ")
-            if len(key.strip()) < SHORTEST_KEY or name in keys:  # neither is told: both may be the key
-                raise ConfigError(
-                    f"{where}: key {number} must be a name of its own, a space, and at least {SHORTEST_KEY} characters."
-                )
-            keys[name] = key.strip()
-        if settings.keys is not None and not keys:
-            raise ConfigError(f"serve.keys: {settings.keys} holds no key.")
-        return cls(keys, settings.rate_per_minute)
 
     def check(self, path: str, headers: Mapping[str, str], client: str) -> None:
         """Lets a request pass.
@@ -88,7 +91,9 @@ class Access:
             named = self._name(headers)
             if named is None:
                 raise RefusedError(
-                    401, "a known key is asked for: `Authorization: Bearer KEY`", {"WWW-Authenticate": "Bearer"}
+                    401,
+                    "a known key is asked for: `Authorization: Bearer KEY` or `X-API-Key: KEY`",
+                    {"WWW-Authenticate": "Bearer"},
                 )
             who = named
         if self._item is not None and not self._limiter.hit(self._item, who):
@@ -98,13 +103,14 @@ class Access:
 
     def _name(self, headers: Mapping[str, str]) -> str | None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        told = digest(given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
         found = None
         for name, known in self._keys.items():  # all of them, so that the time tells nothing
-            if hmac.compare_digest(digest, known):
+            if hmac.compare_digest(told, known):
                 found = name
         return found
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
+    """SHA-256."""
     return hashlib.sha256(key.encode()).digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Text = Annotated[str, StringConstraints(max_length=4000)]
@@ -23,7 +23,17 @@ def _moment(value: object) -> object:
         raise ValueError("is no time as in 2026-01-31T12:00:00Z") from None
 
 
-Moment = Annotated[datetime, BeforeValidator(_moment)]
+def _utc(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        return moment
+    try:
+        return moment.astimezone(UTC).replace(tzinfo=None)
+    except OverflowError:
+        raise ValueError("is, in UTC, not within the years 1 to 9999") from None
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_utc)]
+"""In UTC and without a zone, as logs hold it."""
 
 
 class Strict(BaseModel):
@@ -38,7 +48,7 @@ class Event(Strict):
     text: Text | None = None
     """Words that go with it, as a search or a chat line."""
     ts: Moment
-    """When; UTC where no zone is given. Events after the session's own time are not read."""
+    """When; UTC where no zone is given. Events after the session's own time are neither read nor kept."""
 
 
 class Session(Strict):
@@ -201,6 +211,6 @@ class Refusal(Strict):
     message: str
 
 
-def naive(moment: datetime) -> datetime:
-    """The time in UTC, without its zone, as logs hold it."""
-    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+def now() -> datetime:
+    """In UTC and without a zone, as logs hold it."""
+    return datetime.now(UTC).replace(tzinfo=None)

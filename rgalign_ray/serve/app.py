@@ -12,25 +12,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError, first_line
+from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.loop import plan
 from rgalign_ray.loop.connection import join
-from rgalign_ray.serve import api, pair, web
+from rgalign_ray.serve import access, api, pair, web
 from rgalign_ray.serve.access import Access
 from rgalign_ray.serve.admission import RETRY_AFTER_S
 from rgalign_ray.serve.counts import Counts
@@ -46,9 +51,15 @@ LOG = logging.getLogger("rgalign_ray.serve")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
+UP_DEADLINE_S, GROWN_DEADLINE_S = 600.0, 1800.0
+"""For the service to come up; the latter where nodes for it are added first."""
+PROBE_S = 3.0
 EXAMPLES = 12
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
+QUIET = {"log_level": "WARNING"}
+FAULTS = (RuntimeError, TimeoutError, RayError, RayServeException)
+"""What Ray Serve raises where it does not start, or an application does not."""
 QUERY = {"temperature", "top_p", "max_new_tokens"}
 
 Loaded = TypeVar("Loaded")
@@ -196,13 +207,21 @@ class Exported(Counts):
 @serve.deployment(name="Gateway")
 @serve.ingress()
 class GatewayDeployment:
-    """Answers HTTP."""
+    """Answers HTTP.
 
-    def __init__(self, settings: Config, reasoner: DeploymentHandle, ranker: DeploymentHandle) -> None:
+    Args:
+        settings: of the service, and of the runs whose pairs it serves.
+        keys: as `access.digests`, whose file or environment a replica on another node does not have.
+        reasoner, ranker: the models.
+    """
+
+    def __init__(
+        self, settings: Config, keys: Mapping[str, bytes], reasoner: DeploymentHandle, ranker: DeploymentHandle
+    ) -> None:
         it = settings.serve
         self.settings = settings
         self.reasoner, self.ranker = reasoner, ranker
-        self.access = Access.load(it)
+        self.access = Access(keys, it.rate_per_minute)
         counts = Exported()
         feedback = None
         if it.feedback is not None:
@@ -286,6 +305,9 @@ class GatewayDeployment:
                 await _again(self.reasoner.load, source)
                 await _again(self.ranker.load, source)
 
+    def check_health(self) -> None:
+        self.gateway.check()
+
     async def ready(self) -> bool:
         try:
             await self.loaded(self.pairs, READY_DEADLINE_S)
@@ -299,14 +321,14 @@ def _sources(pairs: Mapping[str, PairSpec]) -> dict[str, Source]:
 
 
 def application(settings: Config) -> Application:
-    """The three deployments, bound to one another.
+    """The three deployments, bound to one another; keys are read here, and replicas are handed their digests.
 
     Raises:
         ConfigError: as `pair.find`, and where keys cannot be read.
     """
     it = settings.serve
     pair.pairs(settings)
-    Access.load(it)
+    keys = access.digests(it)
     gpu = {"num_gpus": it.reasoner_gpus} if it.reasoner_gpus else {}
     deployments: tuple[Any, ...] = (Reasoner, Ranker, GatewayDeployment)  # what Serve has made of the classes
     its_reasoner, its_ranker, its_gateway = deployments
@@ -317,7 +339,7 @@ def application(settings: Config) -> Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         **_scale(it, it.gateways, it.max_gateways),
     )
-    return gateway.bind(settings, reasoner.bind(settings), ranker.bind(settings))
+    return gateway.bind(settings, keys, reasoner.bind(settings), ranker.bind(settings))
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -345,24 +367,83 @@ def _scale(it: config.Serve, least: int, most: int | None, **resources: float) -
     return {"max_ongoing_requests": it.ongoing, "ray_actor_options": options, **replicas}
 
 
+def _unused(host: str, port: int) -> None:
+    """Refuses a port that somebody listens on: Serve would share it, and answer some of the requests."""
+    try:
+        socket.create_connection((host, port), PROBE_S).close()
+    except (socket.gaierror, UnicodeError):  # the latter for what is no name at all
+        raise ConfigError(f"serve.host: {host} cannot be resolved; name an address of this machine.") from None
+    except OSError:
+        return
+    raise ConfigError(f"serve.port: something listens on {host}:{port} already; set another.")
+
+
+def _deploy(app: Application, it: config.Serve, deadline_s: float) -> None:
+    """Has Ray Serve bring the application up; one that was not there before, and does not come up, is withdrawn.
+
+    Raises:
+        InfrastructureError: when it fails, or is not up within `deadline_s` seconds, with what is not, and why.
+    """
+    try:
+        serve.start(http_options={"host": it.host, "port": it.port}, logging_config=QUIET)
+    except FAULTS as error:
+        raise InfrastructureError(f"Ray Serve did not start on {it.host}:{it.port} ({first_line(error)}).") from None
+    is_new = NAME not in serve.status().applications
+    up: Future[DeploymentHandle] = Future()
+
+    def deploy() -> None:
+        try:
+            up.set_result(serve.run(app, name=NAME, logging_config=QUIET))
+        except Exception as error:
+            up.set_exception(error)
+
+    threading.Thread(target=deploy, name="deploy", daemon=True).start()  # it waits for room as long as there is none
+    try:
+        up.result(deadline_s)
+    except FAULTS as error:
+        how = "failed to start" if up.done() else f"is not up after {deadline_s:g} s"
+        told = f"the service {how}: {_not_up() or first_line(error)}; {_room()}."
+        if is_new:
+            serve.delete(NAME, _blocking=False)
+        raise InfrastructureError(told) from None
+
+
+def _not_up() -> str:
+    """Each deployment that is not, with the first line of why, and the last, where Ray puts the error."""
+    found = serve.status().applications.get(NAME)
+    told = []
+    for name, its in found.deployments.items() if found else ():
+        if its.status != DeploymentStatus.HEALTHY:
+            lines = its.message.strip().splitlines() or [its.status.value.lower()]
+            told.append(f"{name}: {' '.join(dict.fromkeys((lines[0], lines[-1].strip()))).rstrip('.')}")
+    return "; ".join(told)
+
+
+def _room() -> str:
+    free, there = ray.available_resources(), ray.cluster_resources()
+    told = [f"{free.get(name, 0.0):g} of {there[name]:g} {name}s" for name in ("CPU", "GPU") if there.get(name)]
+    return f"the cluster has {' and '.join(told) or 'nothing'} free"
+
+
 def run(settings: Config, blocking: bool = True) -> None:
     """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
 
     Raises:
-        ConfigError: as `application`, and where the port is taken.
-        InfrastructureError: when Ray does not start, or the address does not answer.
+        ConfigError: as `application`, where the host cannot be resolved, or the port is taken, and where the cluster
+            could never hold the replicas.
+        InfrastructureError: when Ray does not start, or the address does not answer, and as `_deploy`.
     """
     app, it = application(settings), settings.serve
     if not ray.is_initialized() and settings.cluster.address is None:
-        with socket.socket() as probe:
-            if probe.connect_ex((it.host, it.port)) == 0:  # Serve would share it, and answer some of the requests
-                raise ConfigError(f"serve.port: something listens on {it.host}:{it.port} already; set another.")
+        _unused(it.host, it.port)
     if it.host not in LOCAL:
         progress.note(f"serve.host: {it.host} can be reached from other machines; serve.keys says who is answered")
     join(settings)
+    there = ray.cluster_resources()
+    plan.check_served(settings, there.get("CPU", 0.0), there.get("GPU", 0.0))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": it.host, "port": it.port}, logging_config={"log_level": "WARNING"})
-    serve.run(app, name=NAME, logging_config={"log_level": "WARNING"})
-    progress.note(f"serving on http://{it.host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
+    _deploy(app, it, GROWN_DEADLINE_S if settings.cluster.grows else UP_DEADLINE_S)
+    host = f"[{it.host}]" if ":" in it.host else it.host
+    progress.note(f"serving on http://{host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
     while blocking:
         time.sleep(WAKES_EVERY_S)

@@ -131,7 +131,7 @@ def _kept(
             repeated = answer.request_id in met
             if answer.request_id in told:
                 met.add(answer.request_id)
-            if answer.user_id in forgotten and answer.ts <= forgotten[answer.user_id]:
+            if answer.user_id in forgotten and answer.received <= forgotten[answer.user_id]:
                 counts["forgotten"] += 1
             elif answer.request_id not in told:
                 counts["untold"] += 1

@@ -54,7 +54,13 @@ class Answer:
     ts: datetime
     """Of the session, in UTC."""
     body: dict[str, Any]
-    """region, features, history, candidates, slate, propensity, version, variant, path."""
+    """row, candidates, slate, propensity, version, variant, path, received."""
+
+    @property
+    def received(self) -> datetime:
+        """When the server was asked, in UTC; files of earlier versions have no more than the client's `ts`."""
+        received = self.body.get("received")
+        return self.ts if received is None else datetime.fromisoformat(received)
 
 
 class FeedbackLog:
@@ -79,8 +85,8 @@ class FeedbackLog:
         """Keeps an answer; it is written a moment later. An id that was there before keeps what was shown first."""
         row = (answer.request_id, answer.user_id, answer.ts.isoformat(), json.dumps(answer.body))
         try:
-            self._waiting.put_nowait((_statement("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", *row), None))
-        except queue.Full:
+            self._take(_statement("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", *row), None)
+        except OSError:
             self._lost(1)
 
     def told(self, request_id: str, body: dict[str, Any]) -> Future[int]:
@@ -109,13 +115,26 @@ class FeedbackLog:
         self._waiting.put(None)
         self._writer.join()
 
+    def check(self) -> None:
+        """Raises RuntimeError where nothing can be kept any more."""
+        if not self._writer.is_alive():
+            raise RuntimeError("the writer of feedback has ended")
+
     def _put(self, work: Work) -> Future[int]:
         done: Future[int] = Future()
         try:
+            self._take(work, done)
+        except OSError as error:
+            done.set_exception(error)
+        return done
+
+    def _take(self, work: Work, done: Future[int] | None) -> None:
+        if not self._writer.is_alive():  # what it has not taken, nobody takes
+            raise OSError("the writer has ended")
+        try:
             self._waiting.put_nowait((work, done))
         except queue.Full:  # waiting here would hold up every request of the gateway
-            done.set_exception(OSError(f"{MOST_WAITING:,} others wait for the disk"))
-        return done
+            raise OSError(f"{MOST_WAITING:,} others wait for the disk") from None
 
     def _write(self) -> None:
         with closing(_open(self._place)) as connection:
@@ -125,11 +144,15 @@ class FeedbackLog:
                 while not self._waiting.empty():
                     batch.append(self._waiting.get())
                 ended = None in batch
-                asked = [each for each in batch if each is not None]
+                asked = [
+                    (work, done)
+                    for work, done in filter(None, batch)
+                    if done is None or done.set_running_or_notify_cancel()  # from here on nobody can cancel it
+                ]
                 try:
                     with connection:
                         changed = [work(connection) for work, _ in asked]
-                except sqlite3.Error as error:  # a full disk, say: told to those who wait
+                except Exception as error:  # a full disk, say: told to those who wait; the writer goes on
                     for _, done in asked:
                         if done is not None:
                             done.set_exception(error)

@@ -14,10 +14,12 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,9 +28,9 @@ from rgalign_ray.evaluate import plackett_luce
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.serve import api
 from rgalign_ray.serve.access import RefusedError
-from rgalign_ray.serve.admission import Admission
+from rgalign_ray.serve.admission import RETRY_AFTER_S, Admission
 from rgalign_ray.serve.counts import Counts
-from rgalign_ray.serve.feedback import Answer, FeedbackLog
+from rgalign_ray.serve.feedback import BUSY_S, Answer, FeedbackLog
 from rgalign_ray.serve.query_store import Kept
 from rgalign_ray.serve.session_reader import Row, SessionError
 from rgalign_ray.serve.variants import Variant, Variants
@@ -36,7 +38,11 @@ from rgalign_ray.serve.variants import Variant, Variants
 PARTS = tuple(api.ScoreParts.model_fields)
 LEAST_OF_BATCH = 4
 """The models answer a fourth of a batch almost as quickly as one session."""
+WRITTEN_DEADLINE_S = BUSY_S + 5.0
+"""For the disk: what has waited for another gateway's transaction as long as it may is told by then."""
 LOG = logging.getLogger("rgalign_ray.serve")
+
+Answered = TypeVar("Answered")
 
 
 @dataclass
@@ -70,6 +76,8 @@ class Prepared:
     variant: Variant
     row: Row
     candidates: np.ndarray
+    received: datetime
+    """In UTC."""
     watch: Stopwatch
 
 
@@ -116,7 +124,7 @@ class Gateway:
 
         Raises:
             SessionError: for a field that is wrong.
-            RefusedError: 429 where more are in work than are answered in time.
+            RefusedError: 429 where more are in work than are answered in time, 503 where a model does not answer.
         """
         self._enter(1)
         took_ms = None
@@ -132,7 +140,7 @@ class Gateway:
         """Keeps feedback.
 
         Raises:
-            RefusedError: 404 where none is kept, 507 where it cannot be written.
+            RefusedError: 404 where none is kept, 507 where it cannot be written, or is not within `WRITTEN_DEADLINE_S`.
         """
         body = request.model_dump(exclude={"request_id"}, exclude_defaults=True)
         await self._written(self._log().told(request.request_id, body))
@@ -144,6 +152,7 @@ class Gateway:
 
         Raises:
             SessionError: for a field that is wrong.
+            RefusedError: 503 where the reasoner does not answer, 507 where it cannot be written.
         """
         read: set[str] = set()
         names = []
@@ -152,21 +161,32 @@ class Gateway:
                 continue
             if variant.version.reasoner not in read:
                 row = variant.reader.row(request.session)
-                vector, _ = await variant.read(variant.reader.texts([row])[0], None)
-                await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
+                (text,) = variant.reader.texts([row])
+                vector, _ = await self._in_time("reasoner", variant.read(text, None))
+                with _on_disk():
+                    await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
                 read.add(variant.version.reasoner)
             names.append(name)
         return api.RefreshResponse(variants=names)
 
     async def forget(self, user_id: str) -> api.ForgetResponse:
-        """Removes what is kept of a user."""
-        for variant in self.variants.by_name.values():
-            if variant.store is not None:
-                await asyncio.to_thread(variant.store.forget, user_id)
-        if self.feedback is None:
-            return api.ForgetResponse(answers=0)
-        now = datetime.now(UTC).replace(tzinfo=None)
-        return api.ForgetResponse(answers=await self._written(self.feedback.forget(user_id, now)))
+        """Removes what is kept of a user.
+
+        Raises:
+            RefusedError: 507 where it cannot be written.
+        """
+        # first, since it is done even if who asks hangs up
+        done = None if self.feedback is None else self.feedback.forget(user_id, api.now())
+        stores = [variant.store for variant in self.variants.by_name.values() if variant.store is not None]
+        if stores:  # of one folder, and each forgets for all versions in it
+            with _on_disk():
+                await asyncio.to_thread(stores[0].forget, user_id)
+        return api.ForgetResponse(answers=0 if done is None else await self._written(done))
+
+    def check(self) -> None:
+        """Raises RuntimeError where it can no longer do what it is there for, and has to be started anew."""
+        if self.feedback is not None:
+            self.feedback.check()
 
     def _enter(self, number: int) -> None:
         try:
@@ -181,13 +201,13 @@ class Gateway:
         return self.feedback
 
     async def _written(self, done: Future[int]) -> int:
-        try:
-            return await asyncio.wrap_future(done)
-        except (sqlite3.Error, OSError) as error:
-            raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
+        with _on_disk():
+            async with asyncio.timeout(WRITTEN_DEADLINE_S):
+                # what was asked for is done, whether or not who asked hangs up
+                return await asyncio.shield(asyncio.wrap_future(done))
 
     def _prepare(self, request: api.RankRequest, where: str = "") -> Prepared:
-        watch = Stopwatch()
+        watch, received = Stopwatch(), api.now()
         variants = self.variants  # one and the same for all of the request, whatever follows it meanwhile
         if request.variant is None:
             variant = variants.of(request.session.user_id)
@@ -196,7 +216,7 @@ class Gateway:
         else:
             raise SessionError(f"{where}variant", f"is none of {', '.join(variants.by_name)}")
         row = variant.reader.row(request.session, f"{where}session")
-        return Prepared(request, variant, row, _candidates(request, variant, where), watch)
+        return Prepared(request, variant, row, _candidates(request, variant, where), received, watch)
 
     async def _answer(self, asked: Prepared) -> api.RankResponse:
         request, variant, watch = asked.request, asked.variant, asked.watch
@@ -205,11 +225,11 @@ class Gateway:
         watch.lap("read")
         path, vector, query = await self._latent_query(asked, seed)
         watch.lap("reasoner")
-        scores = await variant.score(asked.row, asked.candidates, vector)
+        scores = await self._in_time("ranker", variant.score(asked.row, asked.candidates, vector))
         slate, propensities = self._slate(scores, request.k, seed)
         parts: Sequence[api.ScoreParts | None] = [None] * len(slate)
         if request.explain:
-            taken_apart = await variant.parts(asked.row, asked.candidates[slate], vector)
+            taken_apart = await self._in_time("ranker", variant.parts(asked.row, asked.candidates[slate], vector))
             parts = [api.ScoreParts(**dict(zip(PARTS, map(float, its), strict=True))) for its in taken_apart]
         watch.lap("ranker")
         chosen = asked.candidates[slate]
@@ -236,6 +256,15 @@ class Gateway:
             timings_ms=watch.report(),
         )
 
+    async def _in_time(self, model: str, answer: Awaitable[Answered]) -> Answered:
+        """Waits no longer than a model may be at one batch, after which it is started anew."""
+        try:
+            async with asyncio.timeout(self.settings.wedged_s):
+                return await answer
+        except TimeoutError:
+            told = f"the {model} has not answered within {self.settings.wedged_s:g} s"
+            raise RefusedError(503, told, {"Retry-After": str(RETRY_AFTER_S)}) from None
+
     async def _latent_query(self, asked: Prepared, seed: int) -> tuple[api.Path, np.ndarray | None, str | None]:
         request, variant = asked.request, asked.variant
         wanted = request.path
@@ -247,7 +276,7 @@ class Gateway:
             (text,) = variant.reader.texts([asked.row])
             reading = variant.read(text, seed if request.explain else None)
             if wanted == "live":  # a path that is asked for by name is waited for
-                return "live", *await reading
+                return "live", *await self._in_time("reasoner", reading)
             left = self.settings.budget_ms - self.settings.ranker_ms - asked.watch.elapsed_ms
             try:
                 return "live", *await asyncio.wait_for(reading, max(left, 0.0) / 1000)
@@ -266,6 +295,17 @@ class Gateway:
         logits = plackett_luce.logits(scores[None], np.ones((1, len(scores)), bool), temperature)
         slate = plackett_luce.sample(logits, k, np.random.default_rng(seed))
         return slate[0], plackett_luce.conditional(logits, slate)[0]
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        told = f"the disk has not taken it within {WRITTEN_DEADLINE_S:g} s"
+        raise RefusedError(507, told, {"Retry-After": "1"}) from None
+    except (sqlite3.Error, OSError) as error:
+        raise RefusedError(507, f"it could not be written ({error})", {"Retry-After": "1"}) from None
 
 
 def _candidates(request: api.RankRequest, variant: Variant, where: str) -> np.ndarray:
@@ -295,5 +335,6 @@ def _kept(request_id: str, asked: Prepared, chosen: np.ndarray, propensities: np
             "version": asked.variant.version.version,
             "variant": asked.variant.name,
             "path": path,
+            "received": asked.received.isoformat(),
         },
     )

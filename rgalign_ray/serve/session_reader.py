@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -46,7 +45,7 @@ class SessionReader:
         self._fits = {name: _fits(self.schema.field(name).type) for name in self.features}
 
     def row(self, session: api.Session, where: str = "session") -> Row:
-        """The columns of one session.
+        """The columns of one session, without events after its entry.
 
         Raises:
             SessionError: for a feature that is none, or that is of a wrong type, by the name of its field.
@@ -58,9 +57,10 @@ class SessionReader:
             kind = self.schema.field(name).type
             if isinstance(value, str) and pa.types.is_list(kind):  # Arrow would take its letters for a list
                 raise SessionError(place, f"must be of type {kind}")
-        ts = api.naive(session.ts or datetime.now(UTC))
-        history = sorted(session.history, key=lambda each: api.naive(each.ts))
-        events = [{"event": each.event, "text": each.text, "ts": api.naive(each.ts)} for each in history]
+        ts = session.ts or api.now()
+        # a log of what was served is a log: one whose events lie after the entry would be set aside
+        history = sorted((each for each in session.history if each.ts <= ts), key=lambda each: each.ts)
+        events = [{"event": each.event, "text": each.text, "ts": each.ts} for each in history]
         row: Row = dict.fromkeys(self.features) | session.features
         row |= {"region": session.region, "ts": ts, "history": events}
         if all(fits(row[name]) for name, fits in self._fits.items()):

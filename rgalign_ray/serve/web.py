@@ -33,7 +33,9 @@ ASKED = _described({401: "No key, or none that is known.", 429: "Too much is ask
 BODY = ASKED | _described({413: "The body is too large.", 422: "A field is wrong."})
 KEPT = _described({507: "It could not be written."})
 FEEDBACK = BODY | KEPT | _described({404: "No feedback is kept."})
-READY = _described({503: "A model does not answer."})
+ANSWERED = BODY | _described({503: "A model does not answer."})
+READY = _described({503: "A model does not answer, or the gateway has to be started anew."})
+ALIVE = _described({503: "The gateway has to be started anew."})
 
 
 class BodyLimit:
@@ -132,12 +134,12 @@ def build(
             ]
         )
 
-    @app.post("/v1/rank", responses=BODY)
+    @app.post("/v1/rank", responses=ANSWERED)
     async def rank(request: api.RankRequest) -> api.RankResponse:
         """The intents for one session."""
         return await gateway.rank(request)
 
-    @app.post("/v1/rank:batch", responses=BODY)
+    @app.post("/v1/rank:batch", responses=ANSWERED)
     async def rank_batch(request: api.BatchRequest) -> api.BatchResponse:
         """The intents for several sessions."""
         return api.BatchResponse(responses=await gateway.rank_batch(request.requests))
@@ -147,7 +149,7 @@ def build(
         """What became of an answer; acknowledged once it is on the disk."""
         return await gateway.told(request)
 
-    @app.post("/v1/refresh", responses=BODY)
+    @app.post("/v1/refresh", responses=ANSWERED | KEPT)
     async def refresh(request: api.RefreshRequest) -> api.RefreshResponse:
         """Reads a user's situation ahead of her visit."""
         return await gateway.refresh(request)
@@ -177,14 +179,22 @@ def build(
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
 
-    @app.get("/healthz")
+    def check() -> None:
+        try:
+            gateway.check()
+        except RuntimeError as error:
+            raise RefusedError(503, str(error)) from None
+
+    @app.get("/healthz", responses=ALIVE)
     async def healthz() -> dict[str, str]:
         """The gateway runs."""
+        check()
         return {"status": "ok"}
 
     @app.get("/readyz", responses=READY)
     async def readyz() -> dict[str, str]:
-        """All models answer."""
+        """The gateway runs, and all models answer."""
+        check()
         if not await ready():
             raise RefusedError(503, "a model does not answer")
         return {"status": "ready"}

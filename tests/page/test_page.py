@@ -23,7 +23,7 @@ from serve_data import VECTOR, Models, gateway, read_as, variant
 
 from rgalign_ray.ops.local_cluster import free_port
 from rgalign_ray.serve import api, web
-from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.access import Access, digest
 from rgalign_ray.serve.variants import Variants
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +78,7 @@ def address(models: list[Told], tmp_path_factory: pytest.TempPathFactory) -> Ite
         return True
 
     offered = [example(1, "my parcel is late"), example(2, "I want <b>my</b> money back")]
-    app = web.build(made, ready, Access({"page": KEY}, None), lambda: None, offered)
+    app = web.build(made, ready, Access({"page": digest(KEY)}, None), lambda: None, offered)
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

@@ -95,6 +95,20 @@ def test_workers_bound_to_nodes_must_fit_on_those() -> None:
         plan.check_nodes(chosen, [free, bound])
 
 
+def test_a_service_passes_exactly_where_its_replicas_fit() -> None:
+    its = {"gateways": 2, "reasoners": 3, "rankers": 5, "cpus_per_replica": 0.1, "reasoner_gpus": 0.5}
+    chosen = config.validate({"serve": its, "rollout": {"workers": 64}})
+    plan.check_served(chosen, 1.0, 1.5)
+    sentence = (
+        r"^serve\.gateways: 2 x 0\.1 CPUs for gateways and 3 x 0\.1 CPUs for reasoners and 5 x 0\.1 CPUs for rankers "
+    )
+    with pytest.raises(ConfigError, match=sentence + r"make 1; the cluster has 0\.5\."):
+        plan.check_served(chosen, 0.5, 1.5)
+    with pytest.raises(ConfigError, match=r"^serve\.reasoners: 3 x 0\.5 GPUs for reasoners make 1\.5; .* has 1\."):
+        plan.check_served(chosen, 1.0, 1.0)
+    plan.check_served(config.changed(chosen, {"cluster.grows": True}), 0.0, 0.0)
+
+
 def test_every_configuration_of_the_package_can_be_planned() -> None:
     for name in config.available():
         chosen = config.load(name)

@@ -86,6 +86,35 @@ def test_the_package_the_settings_and_the_files_they_name_travel_and_nothing_els
     assert config.validate(sent) == chosen.model_copy(update={"run_dir": chosen.run_uri})
 
 
+def test_a_service_does_not_leave_its_keys_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RGALIGN_SERVE_KEYS", "shop a-key-of-the-shop")
+    client = Client()
+    with pytest.raises(ConfigError, match=r"^\$RGALIGN_SERVE_KEYS: .* does not travel, .* by serve\.keys") as met:
+        jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    assert "a-key" not in str(met.value) and not client.taken
+    jobs.submit(client, "serve", settings(tmp_path, serve={"keys": "/etc/keys"}), say=quiet)
+    jobs.submit(client, "loop", settings(tmp_path / "other"), say=quiet)
+    assert len(client.taken) == 2
+
+
+def test_a_service_is_held_to_its_replicas_and_a_run_to_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = SimpleNamespace(state="ALIVE", labels={}, resources_total={"CPU": 4.0})
+    monkeypatch.setattr(jobs, "list_nodes", lambda **_: [node, SimpleNamespace(state="DEAD")])
+    client: Any = Client()
+    large = settings(tmp_path, rollout={"workers": 64})
+    jobs.check(client, "serve", large)
+    with pytest.raises(ConfigError, match=r"^rollout\.workers"):
+        jobs.check(client, "loop", large)
+    served = settings(tmp_path, serve={"rankers": 64})
+    jobs.check(client, "loop", served)
+    with pytest.raises(
+        ConfigError, match=r"^serve\.gateways: .* and 64 x 0\.3 CPUs for rankers make 19\.8; .* has 4\."
+    ):
+        jobs.check(client, "serve", served)
+
+
 def test_a_file_that_is_missing_is_refused_here(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^features\.spec: no\.yaml"):
         jobs.submit(Client(), "loop", settings(tmp_path, features={"spec": "no.yaml"}), say=quiet)
@@ -213,6 +242,8 @@ def test_the_command_line_names_the_verbs_and_the_cluster_that_is_missing(
     monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
     met = CliRunner().invoke(cli.app, ["submit", "dance"]).exception
     assert isinstance(met, ConfigError) and str(met).startswith("submit dance: not one of prepare, train_ranker, ")
+    told = " ".join(CliRunner().invoke(cli.app, ["submit", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert ", ".join(jobs.VERBS) in told
     met = CliRunner().invoke(cli.app, ["status"]).exception
     assert isinstance(met, ConfigError) and "`rgalign cluster up` starts one" in str(met)
     met = CliRunner().invoke(cli.app, ["cluster", "add"]).exception

@@ -7,9 +7,11 @@ import shutil
 import sqlite3
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from serve_data import INTENTS, SESSION, VECTOR, Models, gateway, read_as, varia
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.serve import api, feedback, query_store, web
-from rgalign_ray.serve.access import Access, RefusedError
+from rgalign_ray.serve import api, app, feedback, query_store, web
+from rgalign_ray.serve import gateway as gateways
+from rgalign_ray.serve.access import Access, RefusedError, digest, digests
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
 from rgalign_ray.serve.query_store import QueryStore
@@ -71,6 +74,7 @@ def test_history_is_read_in_order_in_utc_and_not_from_after_the_entry(reader: Se
     assert models.read_texts == ["open: second, first"], "newest first, as the template has it"
     row = models.scored[0][0]
     assert row["ts"] == datetime(2026, 1, 1, 12) and row["coins"] is None
+    assert [event["text"] for event in row["history"]] == ["first", "second"], "nor is it kept for the next run"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,31 @@ def test_beyond_what_is_answered_in_time_requests_are_refused_at_once(reader: Se
     with pytest.raises(SessionError):
         ask(made, variant="none")
     assert made.admission.in_work == 0
+
+
+@pytest.mark.parametrize(
+    ("models", "path", "late"),
+    [
+        (Models(slow_ranker_s=60.0), "null", "ranker"),
+        (Models(slow_s=60.0), "live", "reasoner"),
+        (Models(slow_ranker_s=60.0), "auto", "ranker"),
+    ],
+)
+def test_a_model_that_never_answers_is_not_waited_for(
+    reader: SessionReader, tmp_path: Path, models: Models, path: str, late: str
+) -> None:
+    store = QueryStore(str(tmp_path / "store"), "r", dim=4, max_age_s=3600)
+    made = gateway(reader, models, store, wedged_s=0.05)
+    asked = {"session": SESSION, "path": path}
+    with client(made) as http:
+        told = [http.post("/v1/rank", json=asked), http.post("/v1/rank:batch", json={"requests": [asked]})]
+        if late == "reasoner":
+            told.append(http.post("/v1/refresh", json={"session": SESSION}))
+        for refused in told:
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == f"the {late} has not answered within 0.05 s"
+    assert made.admission.in_work == 0
+    store.close()
 
 
 @pytest.mark.parametrize(("path", "limit"), [("live", 4.0), ("null", 3.2)])
@@ -152,6 +181,9 @@ def test_what_is_drawn_has_its_probability_and_is_drawn_alike_for_a_request(read
         ({"session": {**SESSION, "features": {"cards": "visa"}}}, "session.features.cards"),
         ({"session": {**SESSION, "features": {"need": "x"}}}, "session.features.need"),
         ({"session": {"user_id": "u1"}}, "session.region"),
+        ({"session": {**SESSION, "ts": "0001-01-01T00:00:00+14:00"}}, "session.ts"),
+        ({"session": {**SESSION, "ts": "9999-12-31T23:00:00-10:00"}}, "session.ts"),
+        ({"session": {**SESSION, "history": [{"event": "e", "ts": "0001-01-01T00:00+01:00"}]}}, "session.history.0.ts"),
         ({"candidates": ["i1", "i9"]}, "candidates.1"),
         ({"candidates": ["i1", "i1"]}, "candidates"),
         ({"k": 0}, "k"),
@@ -212,7 +244,7 @@ def test_a_user_gets_one_variant_and_each_its_share(reader: SessionReader) -> No
 
 
 def test_keys_are_asked_for_and_counted_apart(reader: SessionReader) -> None:
-    access = Access({"shop": "a-key-of-the-shop", "lab": "a-key-of-the-lab!"}, rate_per_minute=2)
+    access = Access({"shop": digest("a-key-of-the-shop"), "lab": digest("a-key-of-the-lab!")}, rate_per_minute=2)
     with client(gateway(reader, Models()), access=access) as http:
         for headers in ({}, {"authorization": "Bearer wrong"}, {b"x-api-key": b"\xe5"}):
             refused = http.get("/v1/models", headers=headers)
@@ -236,23 +268,25 @@ def test_keys_are_asked_for_and_counted_apart(reader: SessionReader) -> None:
 def test_a_file_of_keys_that_is_wrong_is_told_without_the_key(tmp_path: Path, text: str, told: str) -> None:
     file = tmp_path / "keys"
     with pytest.raises(ConfigError, match="cannot be read"):
-        Access.load(config.Serve(keys=str(file)))
+        digests(config.Serve(keys=str(file)))
     file.write_text(text)
     with pytest.raises(ConfigError, match=told) as met:
-        Access.load(config.Serve(keys=str(file)))
+        digests(config.Serve(keys=str(file)))
     assert "another" not in str(met.value) and "short" not in str(met.value)
 
 
 def test_feedback_is_on_the_disk_when_it_is_acknowledged(reader: SessionReader, tmp_path: Path) -> None:
     log = FeedbackLog(str(tmp_path), lost=lambda _: None)
     with client(gateway(reader, Models(), feedback=log)) as http:
-        answer = http.post("/v1/rank", json={"session": SESSION, "request_id": "r1"}).json()
+        before, to_come = api.now(), SESSION | {"ts": "2099-01-01T00:00:00Z"}
+        answer = http.post("/v1/rank", json={"session": to_come, "request_id": "r1"}).json()
         told = {"request_id": "r1", "clicks": [answer["intents"][0]["intent_id"]]}
         assert http.post("/v1/feedback", json=told).json() == {"request_id": "r1"}
         shutil.copytree(tmp_path, tmp_path / "copy")  # as a machine that dies now leaves it
         (file,) = feedback.files(str(tmp_path / "copy"))
         (kept,) = feedback.answers(file)
         assert (kept.request_id, kept.user_id, kept.body["slate"]) == ("r1", "u1", ["i0", "i1", "i2"])
+        assert before <= kept.received <= api.now() and kept.ts == datetime(2099, 1, 1)
         assert list(feedback.feedback(file)) == [("r1", {"clicks": ["i0"]})]
         assert http.delete("/v1/users/u1").json() == {"answers": 1}
         (file,) = feedback.files(str(tmp_path))
@@ -278,15 +312,98 @@ def test_feedback_that_cannot_be_written_is_not_acknowledged(reader: SessionRead
     assert sum(lost) == 1
 
 
+def test_a_store_that_cannot_be_written_refuses(reader: SessionReader, tmp_path: Path) -> None:
+    store = QueryStore(str(tmp_path), "r", dim=4, max_age_s=3600)
+    with closing(sqlite3.connect(tmp_path / "r.fresh")) as other, other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON vectors BEGIN SELECT RAISE(FAIL, 'no room'); END")
+    with closing(sqlite3.connect(tmp_path / query_store.FORGOTTEN)) as other, other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON users BEGIN SELECT RAISE(FAIL, 'no room'); END")
+    with client(gateway(reader, Models(), store)) as http:
+        for refused in (http.post("/v1/refresh", json={"session": SESSION}), http.delete("/v1/users/u1")):
+            assert refused.status_code == 507 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == "it could not be written (no room)"
+    store.close()
+
+
+def busy(log: FeedbackLog) -> tuple[threading.Event, Future[int]]:
+    """Has the writer at work until the event is set, and what it then says."""
+    held = threading.Event()
+    first = log._put(lambda _: int(held.wait(60)))
+    while not log._waiting.empty():
+        time.sleep(0.01)
+    return held, first
+
+
+def test_who_hangs_up_holds_up_nobody_else(reader: SessionReader, tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    made = gateway(reader, Models(), feedback=log)
+    held, _ = busy(log)
+    called_off = log.told("r0", {})
+    assert called_off.cancel()
+
+    async def users() -> None:
+        asked = asyncio.create_task(made.told(api.FeedbackRequest(request_id="r1")))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        held.set()
+        for _ in range(2):
+            await asyncio.wait_for(made.told(api.FeedbackRequest(request_id="r2")), 10)
+
+    asyncio.run(users())
+    made.check()
+    log.close()
+    (file,) = feedback.files(str(tmp_path))
+    assert [request_id for request_id, _ in feedback.feedback(file)] == ["r1", "r2", "r2"], "r1 had been asked for"
+
+
+def test_a_fault_in_one_work_does_not_end_the_writer(tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    with pytest.raises(ZeroDivisionError):
+        log._put(lambda _: 1 // 0).result(10)
+    assert log.told("r1", {}).result(10) == 1
+    log.close()
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_with_a_deadline(
+    reader: SessionReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "WRITTEN_DEADLINE_S", 0.05)
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    held, _ = busy(log)
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        for refused in (http.post("/v1/feedback", json={"request_id": "r1"}), http.delete("/v1/users/u1")):
+            assert refused.status_code == 507 and refused.headers["retry-after"] == "1"
+            assert refused.json()[0]["message"] == "the disk has not taken it within 0.05 s"
+    held.set()
+    log.close()
+
+
+def test_a_gateway_whose_writer_has_ended_says_so_and_is_started_anew(reader: SessionReader, tmp_path: Path) -> None:
+    lost: list[int] = []
+    log = FeedbackLog(str(tmp_path), lost=lost.append)
+    made = gateway(reader, Models(), feedback=log)
+    deployed, check_health = SimpleNamespace(gateway=made), app.GatewayDeployment.func_or_class.check_health
+    with client(made) as http:
+        assert http.get("/healthz").status_code == 200
+        check_health(deployed)
+        log.close()
+        for path in ("/healthz", "/readyz"):
+            refused = http.get(path)
+            assert refused.status_code == 503 and refused.json()[0]["message"] == "the writer of feedback has ended"
+        assert http.post("/v1/feedback", json={"request_id": "r1"}).status_code == 507
+        assert http.post("/v1/rank", json={"session": SESSION}).status_code == 200
+    with pytest.raises(RuntimeError, match="writer of feedback"):
+        check_health(deployed)
+    assert lost == [1]
+
+
 def test_feedback_is_refused_where_the_disk_is_behind(
     reader: SessionReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feedback, "MOST_WAITING", 1)
-    held = threading.Event()
     log = FeedbackLog(str(tmp_path), lost=lambda _: None)
-    first = log._put(lambda _: int(held.wait(60)))
-    while not log._waiting.empty():
-        time.sleep(0.01)
+    held, first = busy(log)
     log.shown(feedback.Answer("r0", "u", datetime(2026, 1, 1), {}))
     with client(gateway(reader, Models(), feedback=log)) as http:
         refused = http.post("/v1/feedback", json={"request_id": "r1"})
@@ -304,7 +421,8 @@ def test_a_situation_that_is_read_again_is_what_is_looked_up(reader: SessionRead
     models = Models()
     with client(gateway(reader, models, store)) as http:
         assert http.post("/v1/rank", json={"session": SESSION}).json()["latent_query"] == "old"
-        assert http.post("/v1/refresh", json={"session": SESSION}).json() == {"variants": ["default"]}
+        to_come = SESSION | {"ts": "2099-01-01T00:00:00Z"}
+        assert http.post("/v1/refresh", json={"session": to_come}).json() == {"variants": ["default"]}
         found = store.get("u1")
         assert found is not None and found[0].tolist() == VECTOR.tolist()
         http.delete("/v1/users/u1")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,23 @@ def test_answers_with_feedback_become_sessions(tmp_path: Path, spec: Any) -> Non
         collect(str(tmp_path / "one"), [spec], str(out))
     with pytest.raises(ConfigError, match="holds no feedback"):
         collect(str(tmp_path / "none"), [spec], str(tmp_path / "log2"))
+
+
+def test_who_is_forgotten_is_so_whatever_time_her_client_told(tmp_path: Path, spec: Any) -> None:
+    given = [
+        answer("before", "u2", received="2026-01-31T23:00:00"),
+        answer("after", "u2", received="2026-02-01T01:00:00"),
+    ]
+    given[0] = replace(given[0], ts=datetime(2026, 3, 1))
+    written(tmp_path / "one", given, [("before", {}), ("after", {})])
+    (own,) = files(str(tmp_path / "one"))
+    written(tmp_path / "other", [], [], forget="u2")
+    (elsewhere,) = files(str(tmp_path / "other"))
+    elsewhere.rename(own.with_name("~other.feedback"))
+    counts = collect(str(tmp_path / "one"), [spec], str(tmp_path / "log"))
+    assert (counts["sessions"], counts["forgotten"]) == (1, 1)
+    (row,) = storage.read_table(str(tmp_path / "log/sessions")).to_pylist()
+    assert (row["session_id"], row["ts"]) == ("after", NOON)
 
 
 def test_the_next_run_reads_it(tmp_path: Path, spec: Any) -> None:

@@ -78,6 +78,37 @@ def test_what_has_happened_since_counts_and_is_shared(tmp_path: Path) -> None:
     other.close()
 
 
+def test_who_is_forgotten_is_so_whatever_time_her_client_told(tmp_path: Path) -> None:
+    query_store.write(str(tmp_path), "r1", [kept("a", -1, 1), kept("a", -2, 2), kept("b", 1, 3)])
+    store = opened(tmp_path)
+    assert value(store, "a") == 2.0, "the newest of those that are all to come"
+    store.forget("a")
+    assert (value(store, "a"), value(store, "b")) == (None, 3.0)
+    store.put(kept("a", -3, 4))
+    assert value(store, "a") == 4.0, "she came back"
+    store.forget("a")
+    assert value(store, "a") is None
+    store.put(kept("a", 1, 5))
+    assert value(store, "a") is None, "what was read before arrives late"
+    store.close()
+
+
+def test_who_is_forgotten_is_so_by_every_version(tmp_path: Path) -> None:
+    stores = [QueryStore(str(tmp_path), version, 3, DAY_S) for version in ("r1", "r2")]
+    for store in stores:
+        store.put(kept("a", 0, 1, "where is my secret"))
+        store.put(kept("b", 0, 2))
+    stores[0].forget("a", NOW)
+    assert [value(store, user) for store in stores for user in "ab"] == [None, 2.0, None, 2.0]
+    query_store.write(str(tmp_path), "r3", [kept("a", 1, 3, "where is my secret"), kept("b", 1, 4)])
+    stores.append(QueryStore(str(tmp_path), "r3", 3, DAY_S))
+    assert [value(stores[2], user) for user in "ab"] == [None, 4.0], "read ahead of a log that still has her"
+    for store in stores:
+        store.close()
+    for file in tmp_path.iterdir():
+        assert b"my secret" not in file.read_bytes(), file
+
+
 def test_vectors_of_another_length_are_refused(tmp_path: Path) -> None:
     query_store.write(str(tmp_path), "r1", [kept("a", 1, 1)])
     store = opened(tmp_path, dim=5)

@@ -1,0 +1,155 @@
+"""The service before Ray Serve has it: what is bound to what, and what a deployment that fails is told by."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve.schema import DeploymentStatus
+
+from rgalign_ray import config
+from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.serve import app, pair
+from rgalign_ray.serve.access import RefusedError, digest
+
+KEY = "a-key-of-the-shop"
+
+
+@pytest.fixture
+def _no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served are the pairs of no run at all."""
+    monkeypatch.setattr(pair, "pairs", lambda settings: {})
+
+
+@pytest.mark.usefixtures("_no_run")
+def test_gateways_are_told_hashes_of_the_keys_that_stand_where_it_is_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RGALIGN_SERVE_KEYS", f"shop {KEY}")
+    for made in (app.application(config.Config()), app.build({"config": "smoke"})):
+        settings, keys, *_ = made._bound_deployment.init_args
+        assert keys == {"shop": digest(KEY)}
+        assert KEY.encode() not in pickle.dumps((settings, keys))
+
+    monkeypatch.delenv("RGALIGN_SERVE_KEYS")  # as on another node
+
+    async def replica() -> None:
+        gateway = _plain(app.GatewayDeployment)(settings, keys, None, None)
+        gateway.watching.cancel()
+        gateway.access.check("/v1/rank", {"authorization": f"Bearer {KEY}"}, "")
+        with pytest.raises(RefusedError, match="a known key is asked for"):
+            gateway.access.check("/v1/rank", {}, "")
+
+    asyncio.run(replica())
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_port_that_is_taken_is_refused(family: socket.AddressFamily, host: str) -> None:
+    with socket.socket(family) as other:
+        try:
+            other.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        port = other.getsockname()[1]
+        app._unused(host, port)
+        other.listen()
+        with pytest.raises(
+            ConfigError, match=rf"^serve\.port: something listens on {host}:{port} already; set another"
+        ):
+            app._unused(host, port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b"])
+def test_a_host_that_is_none_is_refused_by_name(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^serve\.host: .* cannot be resolved; name an address of this machine"):
+        app._unused(host, 8000)
+
+
+class Serve:
+    """As `ray.serve`, with an application that comes up, fails, or never does either."""
+
+    def __init__(self, deploys: Callable[[], object], there: tuple[str, ...] = ()) -> None:
+        self.deploys = deploys
+        self.applications: dict[str, Any] = dict.fromkeys(there)
+        self.withdrawn: list[str] = []
+
+    def start(self, **_: Any) -> None:
+        pass
+
+    def run(self, application: Any, name: str, **_: Any) -> object:
+        fault = "The deployment failed to start 3 times.\nTraceback:\n  File x\nDataError: no weights.\n"
+        told = {"Gateway": ("HEALTHY", ""), "Ranker": ("UPDATING", ""), "Reasoner": ("DEPLOY_FAILED", fault)}
+        deployments = {
+            deployment: SimpleNamespace(status=DeploymentStatus(status), message=message)
+            for deployment, (status, message) in told.items()
+        }
+        self.applications[name] = SimpleNamespace(deployments=deployments)
+        return self.deploys()
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=self.applications)
+
+    def delete(self, name: str, _blocking: bool) -> None:
+        self.withdrawn.append(name)
+
+
+RAY = SimpleNamespace(
+    available_resources=lambda: {"CPU": 0.5}, cluster_resources=lambda: {"CPU": 2.0, "GPU": 1.0, "memory": 1e9}
+)
+FAULT = (
+    r"Ranker: updating; Reasoner: The deployment failed to start 3 times\. DataError: no weights; "
+    r"the cluster has 0\.5 of 2 CPUs and 0 of 1 GPUs free\.$"
+)
+
+
+def fails() -> None:
+    raise RuntimeError("Deploying application rgalign failed: Failed to update the deployments ['Reasoner'].")
+
+
+@pytest.mark.parametrize(
+    ("deploys", "told"),
+    [
+        (fails, rf"^the service failed to start: {FAULT}"),
+        (threading.Event().wait, rf"^the service is not up after 0\.2 s: {FAULT}"),
+    ],
+    ids=["fails", "waits"],
+)
+@pytest.mark.parametrize("there", [(), (app.NAME,)], ids=["new", "there before"])
+def test_a_service_that_does_not_come_up_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, deploys: Callable[[], object], told: str, there: tuple[str, ...]
+) -> None:
+    serve = Serve(deploys, there)
+    monkeypatch.setattr(app, "serve", serve)
+    monkeypatch.setattr(app, "ray", RAY)
+    with pytest.raises(InfrastructureError, match=told) as met:
+        app._deploy(None, config.Serve(), deadline_s=0.2)  # type: ignore[arg-type]
+    assert met.value.__cause__ is None, "else the command line would show where"
+    assert serve.withdrawn == ([] if there else [app.NAME])
+
+
+def test_a_service_that_comes_up_is_left_there_and_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "serve", up := Serve(lambda: "handle"))
+    app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+    assert not up.withdrawn
+    monkeypatch.setattr(app, "serve", Serve(lambda: {}["bug"]))  # type: ignore[index]
+    with pytest.raises(KeyError):
+        app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+
+
+def test_proxies_that_do_not_start_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(app, "serve", SimpleNamespace(start=start))
+    with pytest.raises(InfrastructureError, match=r"^Ray Serve did not start on 127\.0\.0\.1:8000 \(HTTP proxies"):
+        app._deploy(None, config.Serve(), deadline_s=1.0)  # type: ignore[arg-type]
+
+
+def _plain(deployment: Any) -> Any:
+    """The class as it is written, of which Ray Serve's is made."""
+    *_, its = [each for each in deployment.func_or_class.__mro__ if each.__module__ == app.__name__]
+    return its
