@@ -31,7 +31,7 @@ from rgalign_ray.serve.access import RefusedError
 from rgalign_ray.serve.admission import RETRY_AFTER_S, Admission
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import BUSY_S, Answer, FeedbackLog
-from rgalign_ray.serve.query_store import Kept
+from rgalign_ray.serve.query_store import Kept, QueryStore
 from rgalign_ray.serve.session_reader import Row, SessionError
 from rgalign_ray.serve.variants import Variant, Variants
 
@@ -154,18 +154,18 @@ class Gateway:
             SessionError: for a field that is wrong.
             RefusedError: 503 where the reasoner does not answer, 507 where it cannot be written.
         """
-        read: set[str] = set()
+        written: set[QueryStore] = set()
         names = []
         for name, variant in self.variants.by_name.items():
             if variant.store is None:
                 continue
-            if variant.version.reasoner not in read:
+            if variant.store not in written:
                 row = variant.reader.row(request.session)
                 (text,) = variant.reader.texts([row])
                 vector, _ = await self._in_time("reasoner", variant.read(text, None))
                 with _on_disk():
                     await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
-                read.add(variant.version.reasoner)
+                written.add(variant.store)
             names.append(name)
         return api.RefreshResponse(variants=names)
 
