@@ -37,7 +37,7 @@ def test_every_wall_stands() -> None:
     ("module", "line", "contract"),
     [
         ("logs/planted.py", "from rgalign_ray import reasoner", "Floors"),
-        ("config.py", "from rgalign_ray import logs", "Floors"),
+        ("config/planted.py", "from rgalign_ray import logs", "Floors"),
         ("world/planted.py", "import rgalign_ray.logs", "Floors"),
         ("rollout/planted.py", "from rgalign_ray.world import generate", "Truth"),
         ("reasoner/planted.py", "import ray", "Ray"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rgalign_ray import config
 from rgalign_ray.config import Config, Settings
+from rgalign_ray.config.root import _assign
 from rgalign_ray.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ def test_the_configurations_that_the_documents_name_exist() -> None:
 def test_a_misspelt_key_is_refused_by_full_name_with_the_nearest_valid_one(key: str) -> None:
     wrong = key + "z"
     data: dict = {}
-    config._assign(data, wrong, 1)
+    _assign(data, wrong, 1)
     with pytest.raises(ConfigError) as caught:
         config.validate(data)
     assert str(caught.value) == f"{wrong}: no such setting; the nearest is {key}."

@@ -1,0 +1,104 @@
+"""What is reported, and which rows a comparison has."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from rgalign_ray.config.base import Count, Positive, Settings, sentence
+from rgalign_ray.config.ranking import Model, Ranker
+from rgalign_ray.config.reasoning import Reasoner
+
+
+class Evaluate(Settings):
+    readout: Literal["prompt", "query"] = "prompt"
+    k: Count = 3
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    examples: Annotated[int, Field(ge=0)] = 5
+    """Test sessions shown with their latent query before and after alignment."""
+    hit_rate_sessions: Annotated[int, Field(ge=0)] = 0
+    """Test sessions of the shop that get a latent query each, for the Intent Hit Rate before and after alignment; it is
+    read by `compare.encoder`."""
+    first_example: str | None = None
+    """Intent whose session is shown first: one whose true need it is, or that clicked it."""
+
+
+RowName = Literal[
+    "popularity",
+    "lr",
+    "deepfm",
+    "dcn_v2",
+    "two_tower",
+    "din",
+    "sasrec",
+    "bst",
+    "din_text",
+    "din_sentence",
+    "two_tower_more",
+    "din_more",
+    "din_sentence_more",
+    "cosine",
+    "template",
+    "qe_rec",
+    "qe_rec_shuffled",
+    "sft_title",
+    "rg_sft_random",
+    "rg_sft_2",
+    "rg_sft_4",
+    "rg_sft_8",
+    "rg_sft",
+    "rg_dpo",
+    "rg_grpo",
+    "rg_cl",
+    "latent",
+    "gradient",
+    "rgalign",
+    "rgalign_not_retrained",
+    "rgalign_shuffled",
+    "rgalign_leak",
+    "true_need",
+]
+
+
+class Compare(Settings):
+    """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
+
+    rows: Annotated[list[RowName], Field(min_length=1)] | None = None
+    """None: every row that the log allows and that needs no alignment."""
+    seeds: Count = 5
+    """Each draws its own world, initialisation and samples."""
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    """The seeds are this one and those after it; a study may be run in parts, in one run directory."""
+    tuned: dict[Model, dict[str, Any]] = {}
+    """Ranker settings of one model that differ from `ranker`, as `rgalign tune` found them."""
+    trials: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=8)] = [{}]
+    """Ranker settings that `rgalign tune` tries for every model alike; {} is `ranker` as it stands."""
+    tuning_seed: int = 1000
+    """World of the trials; none of those that are judged."""
+    encoder: Reasoner = Reasoner(model="minilm", engine="sentence", dtype="float32")
+    """What rows without an LLM read texts with."""
+    max_text_tokens: Count = 128
+    """Tokens of a session text that the encoder reads."""
+    cpus_per_slice: Positive = 1.0
+    """CPUs of one row under one seed; as many run at a time as the cluster holds."""
+    slice_deadline_s: Positive = 9000.0
+    """Longest wait for any of the slices in work to be done."""
+
+    @model_validator(mode="after")
+    def _of_the_ranker(self) -> Compare:
+        for changes in (*self.tuned.values(), *self.trials):
+            try:
+                Ranker().changed(changes)
+            except ValidationError as error:
+                raise ValueError(
+                    f"tuned and trials hold settings of ranker; {sentence(error, Ranker).rstrip('.')}"
+                ) from None
+        if self.tuning_seed in self.judged_seeds:
+            raise ValueError(f"tuning_seed ({self.tuning_seed}) is one of the {self.seeds} seeds that are judged")
+        return self
+
+    @property
+    def judged_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
