@@ -18,7 +18,7 @@ COUNTERS = {
     "learner_steps": "optimiser steps of an objective",
     "ranker_epochs": "epochs of a ranker's training",
     "serve_answers": "answers of the service",
-    "serve_fallbacks": "requests that the reasoner was asked for and gave no answer to",
+    "serve_fallbacks": "requests that the reasoner, or the query store, was asked for and gave no answer to",
     "serve_overload": "requests that were refused because more were in work than are answered in time",
     "serve_feedback": "feedback that was acknowledged",
     "serve_lost_answers": "answers that could not be kept for feedback",

@@ -36,7 +36,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop import plan
 from rgalign_ray.loop.connection import join
 from rgalign_ray.serve import access, api, pair, web
-from rgalign_ray.serve.access import Access
+from rgalign_ray.serve.access import Access, RefusedError
 from rgalign_ray.serve.admission import RETRY_AFTER_S
 from rgalign_ray.serve.counts import Counts
 from rgalign_ray.serve.feedback import FeedbackLog
@@ -54,6 +54,7 @@ LOAD_DEADLINE_S = 600.0
 UP_DEADLINE_S, GROWN_DEADLINE_S = 600.0, 1800.0
 """For the service to come up; the latter where nodes for it are added first."""
 PROBE_S = 3.0
+TRIES = 2
 EXAMPLES = 12
 WAKES_EVERY_S = 3600.0
 """The driver only waits to be interrupted."""
@@ -108,11 +109,17 @@ class Served(Generic[Loaded]):
 
 
 async def _again(method: Any, *arguments: Any) -> Any:
-    """Calls a model's method, of another replica once more where the first one died over it."""
-    try:
-        return await method.remote(*arguments)
-    except RayActorError:
-        return await method.remote(*arguments)
+    """Calls a model's method, of another replica once more where the first one died over it.
+
+    Raises:
+        RefusedError: 503 where that one died as well.
+    """
+    for _ in range(TRIES):
+        try:
+            return await method.remote(*arguments)
+        except RayActorError:
+            continue
+    raise RefusedError(503, f"{TRIES} replicas of the model died over it", {"Retry-After": str(RETRY_AFTER_S)})
 
 
 @serve.deployment(name="Reasoner")
@@ -426,7 +433,7 @@ def _room() -> str:
 
 
 def run(settings: Config, blocking: bool = True) -> None:
-    """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted.
+    """Serves the pairs of runs, on this machine or on `cluster.address`, until interrupted: then the service ends too.
 
     Raises:
         ConfigError: as `application`, where the host cannot be resolved, or the port is taken, and where the cluster
@@ -445,5 +452,9 @@ def run(settings: Config, blocking: bool = True) -> None:
     _deploy(app, it, GROWN_DEADLINE_S if settings.cluster.grows else UP_DEADLINE_S)
     host = f"[{it.host}]" if ":" in it.host else it.host
     progress.note(f"serving on http://{host}:{it.port}: POST /v1/rank; /v1/models and /openapi.json tell the rest")
-    while blocking:
-        time.sleep(WAKES_EVERY_S)
+    try:
+        while blocking:
+            time.sleep(WAKES_EVERY_S)
+    finally:
+        if blocking:  # on a cluster it would outlive whoever deployed it, and nobody could tell whose it is
+            serve.delete(NAME, _blocking=False)

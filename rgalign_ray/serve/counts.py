@@ -20,8 +20,8 @@ class Counts:
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By path and variant."""
     others: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """fallbacks (requests the reasoner was asked for and did not answer, by the error's name), overload (requests that
-    were refused for it), feedback, and lost_answers that could not be kept."""
+    """fallbacks (requests that the reasoner, or the query store, was asked for and did not answer, by the error's
+    name), overload (requests that were refused for it), feedback, and lost_answers that could not be kept."""
 
     total_ms: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
     """Of the last answers."""

@@ -24,6 +24,7 @@ from typing import TypeVar
 import numpy as np
 
 from rgalign_ray import config
+from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate import plackett_luce
 from rgalign_ray.reasoner.engine import sample_seed
 from rgalign_ray.serve import api
@@ -269,9 +270,13 @@ class Gateway:
         request, variant = asked.request, asked.variant
         wanted = request.path
         if wanted in ("auto", "store") and variant.store is not None:
-            kept = variant.store.get(request.session.user_id)
-            if kept is not None:
-                return "store", *kept
+            try:
+                kept = variant.store.get(request.session.user_id)
+            except (sqlite3.Error, OSError, DataError) as error:  # there are other ways to an answer
+                self._passed_over("the query store", error)
+            else:
+                if kept is not None:
+                    return "store", *kept
         if wanted in ("auto", "live"):
             (text,) = variant.reader.texts([asked.row])
             reading = variant.read(text, seed if request.explain else None)
@@ -281,10 +286,13 @@ class Gateway:
             try:
                 return "live", *await asyncio.wait_for(reading, max(left, 0.0) / 1000)
             except Exception as error:  # late, overloaded or dead: there is an answer without it
-                reason = type(error).__name__
-                if self.counts.add("fallbacks", reason) == 1:
-                    LOG.warning("the reasoner gives no answer (%s); the ranker answers alone", reason)
+                self._passed_over("the reasoner", error)
         return "null", None, None
+
+    def _passed_over(self, what: str, error: Exception) -> None:
+        reason = type(error).__name__
+        if self.counts.add("fallbacks", reason) == 1:
+            LOG.warning("%s gives no answer (%s); others answer without it", what, reason)
 
     def _slate(self, scores: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Columns of the intents to show, the best first, and the probability of each given those above it."""

@@ -26,7 +26,7 @@ from rgalign_ray.serve import gateway as gateways
 from rgalign_ray.serve.access import Access, RefusedError, digest, digests
 from rgalign_ray.serve.feedback import FeedbackLog
 from rgalign_ray.serve.gateway import Gateway
-from rgalign_ray.serve.query_store import QueryStore
+from rgalign_ray.serve.query_store import Kept, QueryStore
 from rgalign_ray.serve.session_reader import SessionError, SessionReader
 from rgalign_ray.serve.variants import Variants
 
@@ -322,6 +322,15 @@ def test_a_store_that_cannot_be_written_refuses(reader: SessionReader, tmp_path:
         for refused in (http.post("/v1/refresh", json={"session": SESSION}), http.delete("/v1/users/u1")):
             assert refused.status_code == 507 and refused.headers["retry-after"] == "1"
             assert refused.json()[0]["message"] == "it could not be written (no room)"
+    store.close()
+
+
+def test_a_store_that_cannot_be_read_is_passed_over(reader: SessionReader, tmp_path: Path) -> None:
+    store = QueryStore(str(tmp_path), "r", dim=4, max_age_s=3600)
+    store.put(Kept("u1", api.now(), np.zeros(5, np.float16)))
+    made = gateway(reader, Models(), store)
+    assert ask(made).path == "live" and ask(made, path="store").path == "null"
+    assert made.counts.others == {("fallbacks", "DataError"): 2}
     store.close()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve.schema import DeploymentStatus
 
 from rgalign_ray import config
@@ -138,6 +139,42 @@ def test_a_service_that_comes_up_is_left_there_and_a_bug_keeps_its_traceback(mon
     monkeypatch.setattr(app, "serve", Serve(lambda: {}["bug"]))  # type: ignore[index]
     with pytest.raises(KeyError):
         app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+
+
+def test_a_request_is_asked_of_another_replica_and_then_refused() -> None:
+    asked: list[int] = []
+
+    def dying(deaths: int) -> Any:
+        async def remote(number: int) -> int:
+            asked.append(number)
+            if len(asked) <= deaths:
+                raise RayActorError
+            return number
+
+        return SimpleNamespace(remote=remote)
+
+    assert asyncio.run(app._again(dying(1), 7)) == 7 and asked == [7, 7]
+    asked.clear()
+    with pytest.raises(RefusedError, match="2 replicas of the model died over it") as met:
+        asyncio.run(app._again(dying(2), 7))
+    assert met.value.status == 503 and met.value.headers
+
+
+def test_a_service_ends_with_whoever_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "serve", up := Serve(lambda: "handle"))
+    for name, does in (("application", lambda _: None), ("join", lambda _: None), ("_unused", lambda *_: None)):
+        monkeypatch.setattr(app, name, does)
+    monkeypatch.setattr(app, "ray", SimpleNamespace(**vars(RAY), is_initialized=lambda: True))
+    monkeypatch.setattr(app.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        app.run(config.Config())
+    assert up.withdrawn == [app.NAME]
+    app.run(config.Config(), blocking=False)
+    assert up.withdrawn == [app.NAME], "whoever does not wait for it has it"
+
+
+def interrupted(_: float) -> None:
+    raise KeyboardInterrupt
 
 
 def test_proxies_that_do_not_start_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
