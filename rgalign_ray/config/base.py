@@ -26,6 +26,17 @@ Place = Annotated[str, AfterValidator(_without_credentials)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _distinct(values: list[str]) -> list[str]:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} stands twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+"""Of a list whose entries are names of artefacts."""
+
+
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values do not change."""
 

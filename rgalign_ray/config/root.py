@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rgalign_ray.config.alignment import AlignName, Contrastive, Dpo, Gradient, Grpo, Latent, Learner, Select, Sft
-from rgalign_ray.config.base import Count, Place, Settings, names_of, sentence
+from rgalign_ray.config.base import Count, Distinct, Place, Settings, names_of, sentence
 from rgalign_ray.config.data import Features, Log, Roles, World
 from rgalign_ray.config.ranking import Baseline, Ranker, Reward
 from rgalign_ray.config.reasoning import Encode, Prompt, Reasoner, Rollout, Teacher
@@ -38,11 +38,11 @@ class Config(Settings):
     """Others who propose queries for the alignment; the ranker does not care who wrote the best one."""
     encode: Encode = Encode()
     ranker: Ranker = Ranker()
-    baselines: list[Baseline] = ["two_tower"]
+    baselines: Annotated[list[Baseline], Distinct] = ["two_tower"]
     """Rankers without an LLM that round 0 trains as well."""
     reward: Reward = Reward()
     select: Select = Select()
-    align: list[AlignName] = ["sft", "contrastive"]
+    align: Annotated[list[AlignName], Distinct] = ["sft", "contrastive"]
     """Objectives of a round, each starting from the one before."""
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
@@ -110,6 +110,10 @@ class Config(Settings):
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
                 )
+        if self.log.end and self.log.source == "shop":
+            raise ValueError(
+                "log.end is for other logs: the shop is as long as world.days, whose last are for test"
+            )
         if self.roles.cold_share and self.log.source == "shop":
             raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
         if self.log.source == "tau_retail" and self.roles.test_days:

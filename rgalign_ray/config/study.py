@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rgalign_ray.config.base import Count, Positive, Settings, sentence
+from rgalign_ray.config.base import Count, Distinct, Positive, Settings, sentence
 from rgalign_ray.config.ranking import Model, Ranker
 from rgalign_ray.config.reasoning import Reasoner
 
@@ -65,7 +65,7 @@ RowName = Literal[
 class Compare(Settings):
     """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
 
-    rows: Annotated[list[RowName], Field(min_length=1)] | None = None
+    rows: Annotated[list[RowName], Field(min_length=1), Distinct] | None = None
     """None: every row that the log allows and that needs no alignment."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""

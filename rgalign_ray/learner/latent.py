@@ -47,6 +47,7 @@ class NoisyCopies:
         noise = self._noise(rows, step, centre)  # [B, P, K, k]
         copies = tower.read(centre.detach() + self.settings.noise * noise)
         rewards = self.ranker.rewards(copies.flatten(1, 2), rows).view(noise.shape[:-1])
+        rewards = rewards.nan_to_num(0.0)  # where a session has nothing that the reward asks for, nothing is learned
         advantage = rewards - rewards.mean(dim=-1, keepdim=True)
         distance = (centre.detach() + self.settings.noise * noise - centre).square().sum(dim=-1)
         loss = (advantage * distance).mean(dim=-1) / (2 * self.settings.noise**2)

@@ -126,7 +126,7 @@ def _summary(
         lines.append(
             f"{which}, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
             f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
-            f"{run.config.rollout.n} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
+            f"{len(gate['best_of_n'])} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
             "(standard error) over the session's mean."
             + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )

@@ -36,6 +36,15 @@ def run(config: Config, key: str, values: list[str], control: str | None = None)
     """
     if key not in keys():
         raise ConfigError(f"--over {key}: no such setting.")
+    if key in ("seed", "world.seed"):
+        raise ConfigError(f"--over {key}: a comparison sets it by compare.first_seed and compare.seeds.")
+    room, _, name = key.partition(".")
+    tuned = [model for model, settings in config.compare.tuned.items() if room == "ranker" and name in settings]
+    if tuned:
+        raise ConfigError(
+            f"--over {key}: compare.tuned has it for {', '.join(tuned)}, which would be the same at every value; "
+            "leave that out with --set compare.tuned={}."
+        )
     rows = rows_of(config)
     if "qe_rec" not in rows or not any(ROWS[row].rival for row in rows):
         raise ConfigError("compare.rows: a sweep shows what qe_rec gains over a rival; name it and at least one row.")

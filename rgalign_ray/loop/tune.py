@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
@@ -41,6 +42,8 @@ def run(config: Config) -> Config:
     config = controller.settle(config)
     job = Run(compare.of_seed(config, config.compare.tuning_seed))
     rows = tunable(rows_of(config))
+    if not rows:
+        raise ConfigError("compare.rows: none has settings to tune; name a model that is trained, as in [qe_rec, din].")
     trials = config.compare.trials
     compare.prepare([job], rows)
     slices = {(name, number): trial_of(job, name, number) for name in rows for number in range(len(trials))}

@@ -59,7 +59,7 @@ MAX_BLOCK_BYTES = 8 * 2**20
 BLOCKS_PER_WORKER = 4
 """Blocks are dealt whole, so that workers' loads differ by at most one of this many."""
 CHECKPOINT_EVERY_S = 30.0
-"""At most one checkpoint in this time; a killed worker costs no more than that."""
+"""At most one checkpoint in this time, at the end of an epoch: a killed worker costs that, and the epoch in work."""
 COLLECTIVE_DEADLINE_S = 600
 STATE = "state.pt"
 

@@ -80,6 +80,9 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("early_stop=true", "roles.audit is 0"),
         ("rounds=3 roles.slices=2", "cuts align into 2"),
         ("roles.align=0 roles.rank=0.75", "roles.align unless crossfit is"),
+        ("log.end=2026-02-01", "the shop is as long as world.days"),
+        ("align=[sft,contrastive,sft]", "align: sft stands twice"),
+        ("compare.rows=[din,lr,din]", "compare.rows: din stands twice"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(empty: str, override: str, part: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,25 @@ def test_the_latent_objective_estimates_the_gradient_of_its_reward(folder: Path,
         found.append(embeddings.grad.flatten(1))
     assert torch.cosine_similarity(*found, dim=-1).min() > 0.95
     assert (found[1].norm(dim=-1) / found[0].norm(dim=-1)).tolist() == pytest.approx([1.0, 1.0], abs=0.15)
+
+
+def test_a_session_without_what_the_reward_asks_for_teaches_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one without a resolved click, where the reward asks for those alone: its reward is not a number."""
+    table = storage.read_table(str(folder / "data/positives/0.parquet"))
+    objective = latent.NoisyCopies(task(folder, tmp_path, config.Latent()), table)
+    known = objective.ranker.rewards
+
+    def rewards(z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return known(z, rows).index_fill(0, torch.tensor([0]), torch.nan)
+
+    monkeypatch.setattr(objective.ranker, "rewards", rewards)
+    centre = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1, 32)).astype(np.float32)).requires_grad_()
+    loss, measure = objective(centre, [0, 1], 0)
+    loss.sum().backward()
+    assert centre.grad is not None and measure.isfinite().all()
+    assert not centre.grad[0].any() and centre.grad[1].any() and centre.grad.isfinite().all()
 
 
 def test_noise_is_drawn_by_session_and_step(folder: Path, tmp_path: Path) -> None:

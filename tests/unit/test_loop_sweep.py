@@ -73,6 +73,7 @@ def test_without_a_gain_nothing_is_said_of_the_control() -> None:
         (KEY, ["0.5", "1"], "0", "--control 0: not one of 0.5, 1"),
         (KEY, ["0.5", "3"], None, "world.text_share"),
         (KEY, ["0.5", "["], None, r"world\.text_share: '\[' is not a valid value"),
+        ("world.seed", ["0", "1"], None, r"sets it by compare\.first_seed"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
@@ -81,6 +82,13 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
     monkeypatch.setattr(compare, "run", lambda settings: pytest.fail("nothing may run"))
     with pytest.raises(ConfigError, match=says):
         sweep.run(config.Config(), key, values, control)
+
+
+def test_what_models_were_tuned_to_is_not_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "run", lambda settings: pytest.fail("nothing may run"))
+    tuned = config.validate({"compare": {"tuned": {"qe_rec": {"dropout": 0.5}}}})
+    with pytest.raises(ConfigError, match=r"compare\.tuned has it for qe_rec, which would be the same at every value"):
+        sweep.run(tuned, "ranker.dropout", ["0.1", "0.5"])
 
 
 @pytest.mark.parametrize("rows", [["lr", "din"], ["popularity", "qe_rec"]])
