@@ -111,9 +111,7 @@ class Config(Settings):
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
                 )
         if self.log.end and self.log.source == "shop":
-            raise ValueError(
-                "log.end is for other logs: the shop is as long as world.days, whose last are for test"
-            )
+            raise ValueError("log.end is for other logs: the shop is as long as world.days, whose last are for test")
         if self.roles.cold_share and self.log.source == "shop":
             raise ValueError("roles.cold_share is for other logs: the shop draws its cold intents by world.cold_share")
         if self.log.source == "tau_retail" and self.roles.test_days:

