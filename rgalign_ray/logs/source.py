@@ -84,10 +84,11 @@ def extra_columns(files: list[SourceFile]) -> pa.Schema:
 
 
 def read_intents(uri: str) -> pa.Table:
-    """The `intents` table, sorted by id.
+    """The `intents` table, sorted by id; a description or category that is null becomes empty.
 
     Raises:
-        DataError: when it is missing, damaged, without rows or a column, or an id is empty or not unique.
+        DataError: when it is missing, damaged, without rows or a column, an id is empty or not unique, or a title is
+            empty.
     """
     table = _read(uri, schema.INTENTS, "an intents table")
     ids = table["intent_id"]
@@ -96,6 +97,13 @@ def read_intents(uri: str) -> pa.Table:
     if ids.null_count or pc.any(pc.equal(ids, "")).as_py():
         raise DataError(f"{uri}: column 'intent_id' has an empty id; expected one of its own for each intent.")
     _refuse_repeated(ids, f"{uri}: column 'intent_id'")
+    # an objective may train on titles, and the report prints them: a null would end a run in its last stage
+    untitled = table.filter(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(table["title"], "")), ""))
+    if untitled.num_rows:
+        intent = untitled["intent_id"][0].as_py()
+        raise DataError(f"{uri}: column 'title' is empty for intent '{intent}'; expected a text for each intent.")
+    for name in ("description", "category"):
+        table = table.set_column(table.column_names.index(name), schema.INTENTS.field(name), table[name].fill_null(""))
     return table.sort_by("intent_id")
 
 

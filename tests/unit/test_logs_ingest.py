@@ -147,8 +147,8 @@ def knowledge_base(intents: pa.Table | None) -> Spoil:
     return spoil
 
 
-def intents_and(intent_id: str) -> pa.Table:
-    return pa.Table.from_pylist([*INTENTS.to_pylist(), {"intent_id": intent_id}], schema=INTENTS.schema)
+def intents_and(intent_id: str, title: str | None = "Another") -> pa.Table:
+    return pa.Table.from_pylist([*INTENTS.to_pylist(), {"intent_id": intent_id, "title": title}], schema=INTENTS.schema)
 
 
 NOTES = [table(session(i)).append_column("note", pa.array([note])) for i, note in enumerate(("a", 1))]
@@ -177,6 +177,8 @@ STRUCTURAL_FAULTS = {
     "intents without a title": (knowledge_base(INTENTS.drop_columns("title")), ["'title' is missing"]),
     "intent twice": (knowledge_base(intents_and("refund")), ["intents.parquet", "'intent_id'", "'refund' 2 times"]),
     "intent without an id": (knowledge_base(intents_and("")), ["intents.parquet", "'intent_id'", "empty id"]),
+    "intent with a null title": (knowledge_base(intents_and("x", None)), ["intents.parquet", "'title'", "'x'"]),
+    "intent with a blank title": (knowledge_base(intents_and("x", " ")), ["intents.parquet", "'title'", "'x'"]),
 }  # fmt: skip
 
 
@@ -190,6 +192,14 @@ def test_a_structural_fault_stops_with_one_line(tmp_path: Path, spoil: Spoil, wo
     assert message.endswith(".")
     for word in words:
         assert word in message
+
+
+def test_null_descriptions_and_categories_of_intents_become_empty(tmp_path: Path) -> None:
+    write(tmp_path, SOUND, intents=intents_and("x"))
+    run(tmp_path)
+    rows = storage.read_table(str(tmp_path / "out/intents.parquet")).to_pylist()
+    assert rows[-1] == {"intent_id": "x", "title": "Another", "description": "", "category": ""}
+    assert rows[:-1] == sorted(INTENTS.to_pylist(), key=lambda row: row["intent_id"])
 
 
 def test_sessions_that_name_a_candidate_set(tmp_path: Path) -> None:
