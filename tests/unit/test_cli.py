@@ -259,7 +259,9 @@ def test_a_bad_log_is_one_sentence_without_a_traceback(
 ) -> None:
     """Through the loop's own first stages, which need no Ray."""
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
-    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    prompt = {"version": "1", "prefix": "", "session": "{{ status }}", "suffix": "", "item": "{{ title }}"}
+    (tmp_path / "prompt.yaml").write_text(yaml.safe_dump(prompt))
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nprompt: {{template: {tmp_path / 'prompt.yaml'}}}\n")
     files = {"log.uri": spoil(tmp_path), "log.intents": tmp_path / "intents.parquet", "run_dir": tmp_path / "run"}
     sets = [*LOG, *changes, f"features.spec={tmp_path / 'spec.yaml'}", *(f"{k}={v}" for k, v in files.items())]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

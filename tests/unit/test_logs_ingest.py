@@ -13,9 +13,10 @@ from logs_data import ENTRY, INTENTS, SCHEMA, SPEC, event, run, session, table, 
 
 from rgalign_ray import schema, storage
 from rgalign_ray.config import Log, Roles
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import faults, ingest
 from rgalign_ray.logs.feature_spec import FieldSpec
+from rgalign_ray.logs.prompts import Template
 
 Spoil = Callable[[Path], Any]
 
@@ -192,6 +193,17 @@ def test_a_structural_fault_stops_with_one_line(tmp_path: Path, spoil: Spoil, wo
     assert message.endswith(".")
     for word in words:
         assert word in message
+
+
+def test_a_template_of_other_columns_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    write(tmp_path, SOUND.append_column("note", pa.array(["a"])))
+    template = Template(version="1", prefix="", session="{{ status }} {{ note }} {{ region }}", suffix="", item="")
+    run(tmp_path, templates={"prompt.template": template})
+    misspelt = Template(version="1", prefix="", session="{{ nota }}", suffix="", item="")
+    read: list[int] = []
+    with pytest.raises(ConfigError, match=r"teachers\.a\.template: .*'nota'.*note"):
+        run(tmp_path, templates={"prompt.template": template, "teachers.a.template": misspelt}, on_rows=read.append)
+    assert not read
 
 
 def test_null_descriptions_and_categories_of_intents_become_empty(tmp_path: Path) -> None:
