@@ -171,7 +171,8 @@ class _Chosen:
 def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chosen:
     ids, days, regions = [], [], []
     for file in files:
-        for table in file.batches(["session_id", "ts", "region"]):
+        for table in file.batches(["session_id", "ts", "region", schema.ROLE.name]):
+            source.refuse_foreign_roles(table, file.uri)
             ids.append(_hashes(table["session_id"]))
             days.append(lists.microseconds(table["ts"]) // 86_400_000_000)
             wanted = pa.array(log.regions or [], pa.string())

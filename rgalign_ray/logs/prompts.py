@@ -21,12 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from rgalign_ray import schema, storage
 from rgalign_ray.errors import ConfigError, DataError, first_line
 from rgalign_ray.logs import lists
-from rgalign_ray.logs.feature_spec import parse, read_config
-
-VISIBLE = ("ts", "region", "history")
-"""Columns every log has that a prompt may read, besides feature columns."""
-
-HIDDEN = frozenset({*schema.SESSIONS.names, *schema.SESSIONS_OPTIONAL.names, schema.ROLE.name, "dt"} - set(VISIBLE))
+from rgalign_ray.logs.feature_spec import HIDDEN, parse, read_config
 
 KEPT = "prompt.json"
 

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 from rgalign_ray import schema, storage
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.roles import is_role
 
 BATCH_ROWS = 8192
 
 CANDIDATES = ("candidates", "candidate_set")
 REPLACED = ("role", "dt")
-"""Columns that ingest makes anew."""
+"""Columns that ingest makes anew; see `refuse_foreign_roles`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,21 @@ def extra_columns(files: list[SourceFile]) -> pa.Schema:
     found = {field.name: field for file in reversed(files) for field in file.schema if field.name not in known}
     optional = {field.name: field.type for field in schema.SESSIONS_OPTIONAL}
     return pa.schema([(name, optional.get(name, _plain(found[name].type))) for name in sorted(found)])
+
+
+def refuse_foreign_roles(table: pa.Table, uri: str) -> None:
+    """Raises `DataError` naming `uri` for a column `role` of the log's own, which ingest would write over.
+
+    A log that was ingested before has our roles there, and gets new ones.
+    """
+    if schema.ROLE.name not in table.column_names:
+        return
+    for value in pc.unique(table[schema.ROLE.name]).to_pylist():
+        if value is not None and not is_role(value):
+            raise DataError(
+                f"{uri}: column 'role' holds '{value}', no role of a run, and ingest writes its roles there; rename "
+                "the column."
+            )
 
 
 def read_intents(uri: str) -> pa.Table:

@@ -152,6 +152,7 @@ def intents_and(intent_id: str, title: str | None = "Another") -> pa.Table:
     return pa.Table.from_pylist([*INTENTS.to_pylist(), {"intent_id": intent_id, "title": title}], schema=INTENTS.schema)
 
 
+BUYERS = SOUND.append_column("role", pa.array(["buyer"]))
 NOTES = [table(session(i)).append_column("note", pa.array([note])) for i, note in enumerate(("a", 1))]
 
 # What stops the run: the spoilt source, and what the one line must say.
@@ -165,6 +166,7 @@ STRUCTURAL_FAULTS = {
     "clicks as numbers": (files(recast("clicks", [1.0, math.nan, 0.0])), ["'clicks' is list<", "expected list<"]),
     "time as text": (files(recast("ts", "2026-01-01")), ["0.parquet", "'ts' is string", "expected timestamp"]),
     "files that disagree": (files(*NOTES), ["1.parquet", "'note' is int64", "expected string", "0.parquet"]),
+    "roles of its own": (files(SOUND, BUYERS), ["1.parquet", "'role'", "'buyer'", "rename"]),
     "0 bytes": (damaged(lambda b: b""), ["0.parquet", "0 bytes"]),
     "truncated": (damaged(lambda b: b[: len(b) // 2]), ["0.parquet", "not a whole Parquet file"]),
     "damaged pages": (damaged(lambda b: b[:4] + b"\xff" * 900 + b[904:]), ["0.parquet", "not a whole Parquet file"]),

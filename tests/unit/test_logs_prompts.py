@@ -10,7 +10,8 @@ from logs_data import INTENTS, event, session, table
 
 from rgalign_ray import schema
 from rgalign_ray.errors import ConfigError, DataError
-from rgalign_ray.logs.prompts import HIDDEN, Template, neutral
+from rgalign_ray.logs.feature_spec import HIDDEN
+from rgalign_ray.logs.prompts import Template, neutral
 
 TEMPLATE = Template(
     version="1",
