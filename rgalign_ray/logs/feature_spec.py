@@ -85,6 +85,10 @@ class FeatureSpec(BaseModel):
     def of_kind(self, kind: Kind) -> list[FieldSpec]:
         return [field for field in self.fields if field.kind == kind]
 
+    def history_length(self, asked: int | None) -> int:
+        """Newest events of a history that are read: as many as a run asks for, else as many as the spec says."""
+        return self.history.length if asked is None else asked
+
     @property
     def columns(self) -> list[str]:
         """The columns of a sessions table that features come from."""

@@ -57,7 +57,7 @@ class Summary:
     cold_intents: int = 0
     """Intents that test sessions alone have (`roles.cold_share`)."""
     history_capped: int = 0
-    """Kept rows whose history was cut to its newest `log.history_length` events."""
+    """Kept rows whose history was cut to its newest events (`log.history_length`, else the feature spec's length)."""
     first_day: str = ""
     last_day: str = ""
 
@@ -105,6 +105,7 @@ def ingest(
     chosen = _choose(files, log, source_uri)
     examiner = Examiner(intents, candidate_sets, feature_columns)
     summary = Summary(files=len(files), rows=len(chosen.inside), outside=int((~chosen.inside).sum()))
+    history_length = feature_columns.history_length(log.history_length)
     summary.cold_intents = len(held_back)
     summary.first_day, summary.last_day = str(chosen.first_day), str(chosen.last_day)
     writer = PartitionWriter(storage.join(out_uri, "sessions"))
@@ -121,7 +122,7 @@ def ingest(
             role = role_of(sound["user_id"].to_pylist(), ts, roles, rounds, chosen.last_day)
             if len(held_back):
                 sound, role = cold.withhold(sound, role, held_back)
-            sound = _finished(sound, extra, log.history_length, summary)
+            sound = _finished(sound, extra, history_length, summary)
             sound = sound.append_column(schema.ROLE, pa.array(role, pa.string()))
             summary.roles.update(role.tolist())
             summary.clicked.update(role[lists.any_true(sound["clicks"])].tolist())

@@ -15,7 +15,8 @@ from rgalign_ray import schema, storage
 from rgalign_ray.config import Log, Roles
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import faults, ingest
-from rgalign_ray.logs.feature_spec import FieldSpec
+from rgalign_ray.logs.feature_spec import FeatureSpec, FieldSpec, HistorySpec
+from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
 
 Spoil = Callable[[Path], Any]
@@ -334,6 +335,22 @@ def test_history_is_written_oldest_first_and_cut_to_the_newest(tmp_path: Path) -
     assert [e["event"] for e in first["history"]] == ["middle", "new"]
     assert [e["event"] for e in second["history"]] == ["order", "track"]
     assert summary.history_capped == 1
+
+
+def test_the_feature_spec_says_how_long_a_history_is_unless_the_run_does(tmp_path: Path) -> None:
+    assert Log().history_length is None
+    write(tmp_path, table(session(0, history=[event("new", 1), event("old", 9), event("middle", 5)])))
+    short = FeatureSpec(fields=SPEC.fields, history=HistorySpec(length=1), min_count=1)
+    for asked, kept in ((None, 1), (2, 2)):
+        assert run(tmp_path, log=Log(history_length=asked), feature_columns=short).history_capped == 1
+        rows = storage.read_table(str(tmp_path / "out/sessions"))
+        assert len(rows["history"][0]) == kept
+        assert FeatureSpace.fit(short, [rows], asked).history_length == kept
+
+
+@pytest.mark.parametrize(("name", "length"), [("shop", 20), ("movielens", 20), ("tau_retail", 10)])
+def test_packaged_specs_read_the_histories_that_they_name(name: str, length: int) -> None:
+    assert FeatureSpec.load(name).history_length(Log().history_length) == length
 
 
 def test_counts_of_sessions_without_a_click_and_without_a_role(tmp_path: Path) -> None:
