@@ -39,12 +39,12 @@ QUARANTINE_FILE = "quarantine.parquet"
 
 @dataclass
 class Summary:
-    """What became of every row of the source: rows = outside + quarantined + kept."""
+    """What became of every row of the files that were opened: rows = outside + quarantined + kept."""
 
     files: int = 0
     rows: int = 0
     outside: int = 0
-    """Rows of other days or regions than the configuration reads."""
+    """Rows of other days or regions than the configuration reads, in files that were opened."""
     kept: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason (`faults.REASONS`)."""
@@ -95,7 +95,7 @@ def ingest(
         DataError: for a structural fault, when cold intents are asked for but sessions name candidate sets,
             and when no row is left.
     """
-    files = source.open_sessions(source_uri, feature_columns)
+    files = source.open_sessions(source_uri, feature_columns, log)
     extra = source.extra_columns(files)
     for key, template in templates.items():
         template.check([*schema.SESSIONS.names, *extra.names], source_uri, key)
@@ -188,8 +188,7 @@ def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chose
     if log.end:
         inside &= timeless | (day <= np.datetime64(log.end))
     if not (inside & ~timeless).any():
-        asked = f"start {log.start}, end {log.end}, regions {log.regions}"
-        raise DataError(f"{source_uri}: no session has a day and region that log.* asks for ({asked}).")
+        raise source.none_asked_for(source_uri, log)
     repeated = _repeated(np.concatenate(ids), inside)
     names, sizes = np.array([file.name for file in files]), np.array([file.rows for file in files])
     known = day[inside & ~timeless]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -282,6 +283,36 @@ def test_every_row_is_accounted_for_whatever_the_batches(tmp_path: Path, monkeyp
     again = run(tmp_path, log=log)
     assert again == summary
     assert storage.read_table(str(tmp_path / "out/sessions")).to_pylist() == written
+
+
+@pytest.mark.parametrize("layout", ["dt={day}/region={region}", "dt={day}", "region={region}", "dt={compact}"])
+def test_only_folders_of_the_days_and_regions_asked_for_are_opened(tmp_path: Path, layout: str) -> None:
+    write(tmp_path)
+    number = 0
+    for day in range(4):
+        for region in ("SG", "M Y"):
+            entry = ENTRY + timedelta(days=day)
+            named = {"day": entry.date(), "compact": f"{entry:%Y%m%d}", "region": quote(region)}
+            folder = tmp_path / "source" / layout.format(**named)
+            folder.mkdir(parents=True, exist_ok=True)
+            row = session(number, ts=entry, region=region, history=[])
+            pq.write_table(table(row), folder / f"{number}.parquet")
+            number += 1
+    summary = run(tmp_path, log=Log(start="2026-01-11", end="2026-01-12", regions=["M Y"]))
+    assert sorted(storage.read_table(str(tmp_path / "out/sessions"))["session_id"].to_pylist()) == ["s3", "s5"]
+    opened = {"dt={day}/region={region}": 2, "dt={day}": 4, "region={region}": 4, "dt={compact}": 8}[layout]
+    assert (summary.files, summary.rows, summary.outside) == (opened, opened, opened - 2)
+
+
+def test_a_file_in_a_folder_outside_is_not_even_checked(tmp_path: Path) -> None:
+    write(tmp_path)
+    for day in (10, 11):
+        (tmp_path / f"source/dt=2026-01-{day}").mkdir()
+    pq.write_table(SOUND, tmp_path / "source/dt=2026-01-10/a.parquet")
+    (tmp_path / "source/dt=2026-01-11/b.parquet").write_bytes(b"damaged")
+    assert run(tmp_path, log=Log(end="2026-01-10")).kept == 1
+    with pytest.raises(DataError, match="no session has a day and region"):
+        run(tmp_path, log=Log(end="2026-01-09"))
 
 
 def test_days_and_regions_that_hold_nothing_are_said(tmp_path: Path) -> None:
