@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rgalign_ray import schema, storage
+from rgalign_ray import progress, schema, storage
 from rgalign_ray.config import Log, Roles
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs import cold, lists, source
@@ -35,6 +35,8 @@ from rgalign_ray.logs.roles import role_of
 __all__ = ["QUARANTINE_FILE", "Summary", "ingest", "role_of"]
 
 QUARANTINE_FILE = "quarantine.parquet"
+LEAST_GAP = 7
+"""Days from the last day but one to the last that are never told of: a log may be written once a week."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ def ingest(
     history_length = feature_columns.history_length(log.history_length)
     summary.cold_intents = len(held_back)
     summary.first_day, summary.last_day = str(chosen.first_day), str(chosen.last_day)
+    _tell_of_a_lone_last_day(chosen.days, roles.test_days)
     writer = PartitionWriter(storage.join(out_uri, "sessions"))
     with _Quarantine(storage.join(out_uri, QUARANTINE_FILE)) as quarantine:
         for start, table in _batches(files, [*schema.SESSIONS.names, *extra.names]):
@@ -160,8 +163,16 @@ class _Chosen:
     """bool [N], of the days and regions that are read; rows without a day or region count as inside."""
     repeated: np.ndarray
     """bool [N], an earlier row inside has the same session id."""
-    first_day: np.datetime64
-    last_day: np.datetime64
+    days: np.ndarray
+    """datetime64[D] [D], the days that rows inside have, in order."""
+
+    @property
+    def first_day(self) -> np.datetime64:
+        return self.days[0]
+
+    @property
+    def last_day(self) -> np.datetime64:
+        return self.days[-1]
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The file of each row of the log, and its number there."""
@@ -191,8 +202,19 @@ def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chose
         raise source.none_asked_for(source_uri, log)
     repeated = _repeated(np.concatenate(ids), inside)
     names, sizes = np.array([file.name for file in files]), np.array([file.rows for file in files])
-    known = day[inside & ~timeless]
-    return _Chosen(names, np.cumsum(sizes) - sizes, inside, repeated, known.min(), known.max())
+    return _Chosen(names, np.cumsum(sizes) - sizes, inside, repeated, np.unique(day[inside & ~timeless]))
+
+
+def _tell_of_a_lone_last_day(days: np.ndarray, test_days: int) -> None:
+    """Notes a last day that lies far beyond all others: a single wrong time moves the test period to itself."""
+    if not test_days or len(days) < 2:
+        return
+    gap = int((days[-1] - days[-2]).astype(int))
+    if gap > max(test_days, LEAST_GAP):
+        progress.note(
+            f"the log's last day, {days[-1]}, is {gap:,} days after {days[-2]}, the day before it with sessions; the "
+            f"test period is the {test_days} days up to the last. If its times are wrong, cut them: log.end={days[-2]}"
+        )
 
 
 def _hashes(ids: pa.ChunkedArray) -> np.ndarray:

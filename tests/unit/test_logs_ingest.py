@@ -368,6 +368,23 @@ def test_history_is_written_oldest_first_and_cut_to_the_newest(tmp_path: Path) -
     assert summary.history_capped == 1
 
 
+@pytest.mark.parametrize(
+    ("test_days", "ahead", "told"), [(3, 7, False), (3, 8, True), (20, 20, False), (20, 21, True), (0, 99, False)]
+)
+def test_a_last_day_far_beyond_all_others_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], test_days: int, ahead: int, told: bool
+) -> None:
+    rows = [session(i, ts=ENTRY - timedelta(days=i), history=[]) for i in range(3)]
+    write(tmp_path, table(*rows, session(3, ts=ENTRY + timedelta(days=ahead))))
+    run(tmp_path, roles=Roles(test_days=test_days))
+    last = str((ENTRY + timedelta(days=ahead)).date())
+    said = capsys.readouterr().err
+    assert (f"last day, {last}, is {ahead} days after 2026-01-10" in said) == told
+    assert ("log.end=2026-01-10" in said) == told
+    run(tmp_path, roles=Roles(test_days=test_days), log=Log(end="2026-01-10"))
+    assert capsys.readouterr().err == ""
+
+
 def test_the_feature_spec_says_how_long_a_history_is_unless_the_run_does(tmp_path: Path) -> None:
     assert Log().history_length is None
     write(tmp_path, table(session(0, history=[event("new", 1), event("old", 9), event("middle", 5)])))
