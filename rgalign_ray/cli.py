@@ -263,9 +263,13 @@ def prepare(
             raise ConfigError("--folder: the shop is simulated and reads no files; leave it out.")
         overrides.append(f"log.uri={folder.absolute()}")
     settings = _load(config, overrides)
+    from rgalign_ray import storage
     from rgalign_ray.loop import log_stages
     from rgalign_ray.loop.stage import Run
 
+    # files of another log have other names, so they would stay and be read as a part of this one
+    if storage.list_files(out):
+        raise ConfigError(f"--out: {out} is not empty; name another folder, or remove it.")
     counts = log_stages.stages(settings)[0].run(Run(settings), out).rows
     print(f"{out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 

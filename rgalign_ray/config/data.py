@@ -51,8 +51,9 @@ class Log(Settings):
     """parquet: the `intents` table."""
     candidate_sets: str | None = None
     """parquet: the `candidate_sets` table, where sessions name a set instead of listing candidates."""
-    history_length: Count = 20
-    """Events of a session's history that features read, newest last."""
+    history_length: Count | None = None
+    """Newest events of a session's history that are kept and that features read; None: `history.length` of the feature
+    spec."""
     start: date | None = None
     """First day (YYYY-MM-DD) to read; None reads from the first."""
     end: date | None = None

@@ -8,10 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rgalign_ray import storage
+from rgalign_ray import schema, storage
 from rgalign_ray.errors import ConfigError, DataError
+
+VISIBLE = ("ts", "region", "history")
+"""Columns every log has that features and prompts may read, besides those of its own."""
+
+HIDDEN = frozenset({*schema.SESSIONS.names, *schema.SESSIONS_OPTIONAL.names, schema.ROLE.name, "dt"} - set(VISIBLE))
+"""Labels, what came of a session, ids and what ingest adds: neither features nor prompts may read them."""
 
 Kind = Literal["categorical", "numeric", "multi"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,7 +60,8 @@ class FeatureSpec(BaseModel):
         """A spec of the package (configs/features) by name, or of a YAML file by path.
 
         Raises:
-            ConfigError: for an unknown name, an unreadable file or a key that is none.
+            ConfigError: for an unknown name, an unreadable file, a key that is none, or a column that a feature must
+                not see.
         """
         where = f"features.spec: {name_or_path}"
         spec = parse(cls, read_config(name_or_path, "features", where), where)
@@ -64,6 +71,12 @@ class FeatureSpec(BaseModel):
             raise ConfigError(f"{where}: field '{twice}' is listed twice.")
         return spec
 
+    @model_validator(mode="after")
+    def _sees_nothing_hidden(self) -> FeatureSpec:
+        if hidden := [field.name for field in self.fields if field.name in HIDDEN]:
+            raise ValueError(f"field '{hidden[0]}' is a label, an id or made by ingest, which a feature must not see")
+        return self
+
     @property
     def key(self) -> str:
         """Hash of the content, for manifests."""
@@ -71,6 +84,10 @@ class FeatureSpec(BaseModel):
 
     def of_kind(self, kind: Kind) -> list[FieldSpec]:
         return [field for field in self.fields if field.kind == kind]
+
+    def history_length(self, asked: int | None) -> int:
+        """Newest events of a history that are read: as many as a run asks for, else as many as the spec says."""
+        return self.history.length if asked is None else asked
 
     @property
     def columns(self) -> list[str]:

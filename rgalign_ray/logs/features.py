@@ -48,6 +48,9 @@ class FeatureSpace:
 
         The result depends on the order of the rows, not on how they are cut into batches.
 
+        Args:
+            history_length: newest events of a history that are read; None: as many as the spec says.
+
         Raises:
             DataError: when a column of the spec is missing or of a wrong type, or there is no row.
         """
@@ -58,7 +61,7 @@ class FeatureSpace:
             raise DataError("features: there is no session to fit the feature space on.")
         return cls(
             spec=spec,
-            history_length=history_length or spec.history.length,
+            history_length=spec.history_length(history_length),
             vocabularies={name: fitting.vocabulary(name) for name in fitting.counts if name != "history"},
             edges=fitting.edges(),
             events=fitting.vocabulary("history"),

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rgalign_ray import schema, storage
+from rgalign_ray import progress, schema, storage
 from rgalign_ray.config import Log, Roles
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs import cold, lists, source
@@ -28,21 +29,24 @@ from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.faults import Examination, Examiner
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.partitions import PartitionWriter
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import role_of
 
 __all__ = ["QUARANTINE_FILE", "Summary", "ingest", "role_of"]
 
 QUARANTINE_FILE = "quarantine.parquet"
+LEAST_GAP = 7
+"""Days from the last day but one to the last that are never told of: a log may be written once a week."""
 
 
 @dataclass
 class Summary:
-    """What became of every row of the source: rows = outside + quarantined + kept."""
+    """What became of every row of the files that were opened: rows = outside + quarantined + kept."""
 
     files: int = 0
     rows: int = 0
     outside: int = 0
-    """Rows of other days or regions than the configuration reads."""
+    """Rows of other days or regions than the configuration reads, in files that were opened."""
     kept: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason (`faults.REASONS`)."""
@@ -55,7 +59,7 @@ class Summary:
     cold_intents: int = 0
     """Intents that test sessions alone have (`roles.cold_share`)."""
     history_capped: int = 0
-    """Kept rows whose history was cut to its newest `log.history_length` events."""
+    """Kept rows whose history was cut to its newest events (`log.history_length`, else the feature spec's length)."""
     first_day: str = ""
     last_day: str = ""
 
@@ -75,6 +79,7 @@ def ingest(
     *,
     log: Log,
     feature_columns: FeatureSpec,
+    templates: Mapping[str, Template] = MappingProxyType({}),
     on_rows: Callable[[int], None] | None = None,
 ) -> Summary:
     """Writes sessions, intents, candidate_sets and the quarantine of a run under `out_uri`.
@@ -84,22 +89,28 @@ def ingest(
         intents_uri, candidate_sets_uri: Parquet files; None where sessions list their candidates.
         log: which days and regions are read, and how many events of a history are kept.
         feature_columns: columns that every file must have, with their kinds.
+        templates: prompts that will read the sessions, by the setting that names each.
         on_rows: called with the number of rows of each batch that was read.
 
     Raises:
+        ConfigError: when a template reads a column that the sessions do not have.
         DataError: for a structural fault, when cold intents are asked for but sessions name candidate sets,
             and when no row is left.
     """
-    files = source.open_sessions(source_uri, feature_columns)
+    files = source.open_sessions(source_uri, feature_columns, log)
+    extra = source.extra_columns(files)
+    for key, template in templates.items():
+        template.check([*schema.SESSIONS.names, *extra.names], source_uri, key)
     intents = source.read_intents(intents_uri)
     candidate_sets = source.read_candidate_sets(candidate_sets_uri, intents) if candidate_sets_uri else None
     held_back = _cold(files, intents, roles, source_uri)
     chosen = _choose(files, log, source_uri)
     examiner = Examiner(intents, candidate_sets, feature_columns)
-    extra = source.extra_columns(files)
     summary = Summary(files=len(files), rows=len(chosen.inside), outside=int((~chosen.inside).sum()))
+    history_length = feature_columns.history_length(log.history_length)
     summary.cold_intents = len(held_back)
     summary.first_day, summary.last_day = str(chosen.first_day), str(chosen.last_day)
+    _tell_of_a_lone_last_day(chosen.days, roles.test_days)
     writer = PartitionWriter(storage.join(out_uri, "sessions"))
     with _Quarantine(storage.join(out_uri, QUARANTINE_FILE)) as quarantine:
         for start, table in _batches(files, [*schema.SESSIONS.names, *extra.names]):
@@ -114,7 +125,7 @@ def ingest(
             role = role_of(sound["user_id"].to_pylist(), ts, roles, rounds, chosen.last_day)
             if len(held_back):
                 sound, role = cold.withhold(sound, role, held_back)
-            sound = _finished(sound, extra, log.history_length, summary)
+            sound = _finished(sound, extra, history_length, summary)
             sound = sound.append_column(schema.ROLE, pa.array(role, pa.string()))
             summary.roles.update(role.tolist())
             summary.clicked.update(role[lists.any_true(sound["clicks"])].tolist())
@@ -152,8 +163,16 @@ class _Chosen:
     """bool [N], of the days and regions that are read; rows without a day or region count as inside."""
     repeated: np.ndarray
     """bool [N], an earlier row inside has the same session id."""
-    first_day: np.datetime64
-    last_day: np.datetime64
+    days: np.ndarray
+    """datetime64[D] [D], the days that rows inside have, in order."""
+
+    @property
+    def first_day(self) -> np.datetime64:
+        return self.days[0]
+
+    @property
+    def last_day(self) -> np.datetime64:
+        return self.days[-1]
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The file of each row of the log, and its number there."""
@@ -164,7 +183,8 @@ class _Chosen:
 def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chosen:
     ids, days, regions = [], [], []
     for file in files:
-        for table in file.batches(["session_id", "ts", "region"]):
+        for table in file.batches(["session_id", "ts", "region", schema.ROLE.name]):
+            source.refuse_foreign_roles(table, file.uri)
             ids.append(_hashes(table["session_id"]))
             days.append(lists.microseconds(table["ts"]) // 86_400_000_000)
             wanted = pa.array(log.regions or [], pa.string())
@@ -179,12 +199,22 @@ def _choose(files: list[source.SourceFile], log: Log, source_uri: str) -> _Chose
     if log.end:
         inside &= timeless | (day <= np.datetime64(log.end))
     if not (inside & ~timeless).any():
-        asked = f"start {log.start}, end {log.end}, regions {log.regions}"
-        raise DataError(f"{source_uri}: no session has a day and region that log.* asks for ({asked}).")
+        raise source.none_asked_for(source_uri, log)
     repeated = _repeated(np.concatenate(ids), inside)
     names, sizes = np.array([file.name for file in files]), np.array([file.rows for file in files])
-    known = day[inside & ~timeless]
-    return _Chosen(names, np.cumsum(sizes) - sizes, inside, repeated, known.min(), known.max())
+    return _Chosen(names, np.cumsum(sizes) - sizes, inside, repeated, np.unique(day[inside & ~timeless]))
+
+
+def _tell_of_a_lone_last_day(days: np.ndarray, test_days: int) -> None:
+    """Notes a last day that lies far beyond all others: a single wrong time moves the test period to itself."""
+    if not test_days or len(days) < 2:
+        return
+    gap = int((days[-1] - days[-2]).astype(int))
+    if gap > max(test_days, LEAST_GAP):
+        progress.note(
+            f"the log's last day, {days[-1]}, is {gap:,} days after {days[-2]}, the day before it with sessions; the "
+            f"test period is the {test_days} days up to the last. If its times are wrong, cut them: log.end={days[-2]}"
+        )
 
 
 def _hashes(ids: pa.ChunkedArray) -> np.ndarray:

@@ -1,9 +1,13 @@
-"""Writing a sessions table by day and region, in bounded memory and under names that do not depend on chance."""
+"""Sessions by day and region: which files a period asks for, and writing them in bounded memory and under names that do
+not depend on chance.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from urllib.parse import quote
+from collections.abc import Collection
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +65,29 @@ class PartitionWriter:
             storage.write_table(storage.join(folder, name), table)
             self._parts[partition] += 1
             del self._bytes[partition]
+
+
+def folders(path: str) -> dict[str, str]:
+    """What the folders of a file's path inside its log are named, as in dt=2026-01-10/region=SG, by key."""
+    parts = (part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
+    return {key: unquote(value) for key, value in parts}
+
+
+def wanted(path: str, start: str | None, end: str | None, regions: Collection[str] | None) -> bool:
+    """Whether a file's folders leave it possible that its sessions are of the days and regions asked for.
+
+    Args:
+        path: of the file inside its log; folders named dt and region decide, where they are there.
+        start, end: first and last day, YYYY-MM-DD; None has no bound.
+        regions: None asks for all.
+    """
+    named = folders(path)
+    today, region = named.get("dt"), named.get("region")
+    if today is None or not re.fullmatch(r"\d{4}-\d\d-\d\d", today):
+        in_period = True
+    else:
+        in_period = (start or today) <= today <= (end or today)
+    return in_period and (regions is None or region is None or region in regions)
 
 
 def day(column: pa.ChunkedArray) -> np.ndarray:

@@ -8,6 +8,7 @@ name when the template is loaded, and never reaches the template whatever the ta
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -18,14 +19,9 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from rgalign_ray import schema, storage
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import ConfigError, DataError, first_line
 from rgalign_ray.logs import lists
-from rgalign_ray.logs.feature_spec import parse, read_config
-
-VISIBLE = ("ts", "region", "history")
-"""Columns every log has that a prompt may read, besides feature columns."""
-
-HIDDEN = frozenset({*schema.SESSIONS.names, *schema.SESSIONS_OPTIONAL.names, schema.ROLE.name, "dt"} - set(VISIBLE))
+from rgalign_ray.logs.feature_spec import HIDDEN, parse, read_config
 
 KEPT = "prompt.json"
 
@@ -97,14 +93,36 @@ class Template(BaseModel):
         """The columns that `sessions` reads."""
         return sorted(_variables(self.session, "session") | {"history", "ts"})
 
+    def check(self, found: Collection[str], where: str, key: str = "prompt.template") -> None:
+        """Compares the columns that the session text reads with those that there are.
+
+        Args:
+            found: names of the sessions' columns.
+            where: the sessions, as the error names them.
+            key: the setting that named the template.
+
+        Raises:
+            ConfigError: for the first column that is missing, with those that a prompt may read.
+        """
+        for name in self.columns:
+            if name not in found:
+                there = ", ".join(sorted(set(found) - HIDDEN))
+                raise ConfigError(
+                    f"{key}: the session text reads '{name}', no column of the sessions in {where}; a prompt may read "
+                    f"{there}."
+                )
+
     def sessions(self, table: pa.Table) -> list[str]:
         """The session texts of a table, one per row.
 
         Only `columns` reach the template, and of the history only what does not lie after `ts`. Text of
         users is made harmless by `neutral`.
 
+        Args:
+            table: sessions; `session_id`, where it has one, names the session in errors alone.
+
         Raises:
-            DataError: when a column that the template reads is missing.
+            DataError: when a column that the template reads is missing, or the template fails on a session.
         """
         for name in self.columns:
             if name not in table.column_names:
@@ -113,10 +131,19 @@ class Template(BaseModel):
         past = iter(events.to_pylist())
         rows = table.select([name for name in self.columns if name != "history"]).to_pylist()
         text = _ENVIRONMENT.from_string(self.session)
-        texts = []
+        texts: list[str] = []
         for row, count in zip(rows, counts, strict=True):
             oldest_first = [next(past) for _ in range(count)]
-            texts.append(text.render(neutral({**row, "history": oldest_first[::-1]})).strip())
+            try:
+                texts.append(text.render(neutral({**row, "history": oldest_first[::-1]})).strip())
+            except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+                number = len(texts)
+                named = "session_id" in table.column_names
+                session = f"session '{table['session_id'][number].as_py()}'" if named else f"row {number}"
+                raise DataError(
+                    f"prompt.template: the session text of template {self.version} fails on {session} "
+                    f"({first_line(error).rstrip('.')}); let it expect nulls and an empty history."
+                ) from None
         return texts
 
     def items(self, intents: pa.Table) -> list[str]:

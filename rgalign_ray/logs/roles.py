@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,11 @@ NONE = "none"
 def role_names(rounds: int) -> list[str]:
     """Every role of a run of `rounds` rounds, without `none`."""
     return ["rank", *align_roles(rounds), "audit", "valid", "test"]
+
+
+def is_role(value: object) -> bool:
+    """Whether a value is a role of some run, of however many rounds, or `none`."""
+    return value in ("rank", "audit", "valid", "test", NONE) or bool(re.fullmatch(r"align_[1-9]\d*", str(value)))
 
 
 def align_roles(rounds: int) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,14 +16,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rgalign_ray import schema, storage
+from rgalign_ray.config import Log
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.partitions import folders, wanted
+from rgalign_ray.logs.roles import is_role
 
 BATCH_ROWS = 8192
 
 CANDIDATES = ("candidates", "candidate_set")
 REPLACED = ("role", "dt")
-"""Columns that ingest makes anew."""
+"""Columns that ingest makes anew; see `refuse_foreign_roles`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,21 @@ class SourceFile:
                 yield table
 
 
-def open_sessions(uri: str, spec: FeatureSpec) -> list[SourceFile]:
+def open_sessions(uri: str, spec: FeatureSpec, log: Log) -> list[SourceFile]:
     """The Parquet files of a sessions table in the order of their names, each with all columns it must have.
 
+    Files in folders of other days or regions than `log` reads (dt=…, region=…) are not opened.
+
     Raises:
-        DataError: when the folder is missing or holds no Parquet file, when a file is empty, damaged or
-            lacks a column, when files disagree on a column's type, or when there is no row at all.
+        DataError: when the folder is missing or holds no Parquet file, or none of these days and regions,
+            when a file is empty, damaged or lacks a column, when files disagree on a column's type, or when
+            there is no row at all.
     """
-    files = [_open(uri, name, spec) for name in _file_uris(uri)]
+    start, end = (None if bound is None else str(bound) for bound in (log.start, log.end))
+    uris = [each for each in _file_uris(uri) if wanted(_name(uri, each), start, end, log.regions)]
+    if not uris:
+        raise none_asked_for(uri, log)
+    files = [_open(uri, each, spec) for each in uris]
     types: dict[str, tuple[pa.DataType, str]] = {}
     for file in files:
         for field in file.schema:
@@ -75,6 +84,12 @@ def open_sessions(uri: str, spec: FeatureSpec) -> list[SourceFile]:
     return files
 
 
+def none_asked_for(uri: str, log: Log) -> DataError:
+    """Of a log without a session of the days and regions that `log` reads."""
+    asked = f"start {log.start}, end {log.end}, regions {log.regions}"
+    return DataError(f"{uri}: no session has a day and region that log.* asks for ({asked}).")
+
+
 def extra_columns(files: list[SourceFile]) -> pa.Schema:
     """Columns beyond those of `schema.SESSIONS` that some file has, sorted by name; they pass through ingest."""
     known = {*schema.SESSIONS.names, *REPLACED}
@@ -83,11 +98,27 @@ def extra_columns(files: list[SourceFile]) -> pa.Schema:
     return pa.schema([(name, optional.get(name, _plain(found[name].type))) for name in sorted(found)])
 
 
+def refuse_foreign_roles(table: pa.Table, uri: str) -> None:
+    """Raises `DataError` naming `uri` for a column `role` of the log's own, which ingest would write over.
+
+    A log that was ingested before has our roles there, and gets new ones.
+    """
+    if schema.ROLE.name not in table.column_names:
+        return
+    for value in pc.unique(table[schema.ROLE.name]).to_pylist():
+        if value is not None and not is_role(value):
+            raise DataError(
+                f"{uri}: column 'role' holds '{value}', no role of a run, and ingest writes its roles there; rename "
+                "the column."
+            )
+
+
 def read_intents(uri: str) -> pa.Table:
-    """The `intents` table, sorted by id.
+    """The `intents` table, sorted by id; a description or category that is null becomes empty.
 
     Raises:
-        DataError: when it is missing, damaged, without rows or a column, or an id is empty or not unique.
+        DataError: when it is missing, damaged, without rows or a column, an id is empty or not unique, or a title is
+            empty.
     """
     table = _read(uri, schema.INTENTS, "an intents table")
     ids = table["intent_id"]
@@ -96,6 +127,13 @@ def read_intents(uri: str) -> pa.Table:
     if ids.null_count or pc.any(pc.equal(ids, "")).as_py():
         raise DataError(f"{uri}: column 'intent_id' has an empty id; expected one of its own for each intent.")
     _refuse_repeated(ids, f"{uri}: column 'intent_id'")
+    # an objective may train on titles, and the report prints them: a null would end a run in its last stage
+    untitled = table.filter(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(table["title"], "")), ""))
+    if untitled.num_rows:
+        intent = untitled["intent_id"][0].as_py()
+        raise DataError(f"{uri}: column 'title' is empty for intent '{intent}'; expected a text for each intent.")
+    for name in ("description", "category"):
+        table = table.set_column(table.column_names.index(name), schema.INTENTS.field(name), table[name].fill_null(""))
     return table.sort_by("intent_id")
 
 
@@ -129,13 +167,17 @@ def _file_uris(uri: str) -> list[str]:
     return files
 
 
+def _name(source: str, uri: str) -> str:
+    """Path of a file inside its source, which may be that file."""
+    place = storage.pure_path(uri)
+    return str(place.relative_to(place.parent if uri == source else storage.pure_path(source)))
+
+
 def _open(source: str, uri: str, spec: FeatureSpec) -> SourceFile:
     with _parquet(uri) as parquet:
         found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-    place = storage.pure_path(uri)
-    name = str(place.relative_to(place.parent if uri == source else storage.pure_path(source)))
-    folders = dict(part.split("=", 1) for part in name.split("/")[:-1] if "=" in part)
-    region = unquote(folders["region"]) if "region" in folders and "region" not in found.names else None
+    name = _name(source, uri)
+    region = None if "region" in found.names else folders(name).get("region")
     required = [field for field in schema.SESSIONS if field.name != "region" or region is None]
     optional = [field for field in schema.SESSIONS_OPTIONAL if field.name in found.names]
     schema.check(found, pa.schema([*required, *optional]), uri, extra=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import unquote
 
 import pyarrow as pa
 import ray.data
@@ -12,6 +11,7 @@ from ray.data.expressions import col
 
 from rgalign_ray import storage
 from rgalign_ray.errors import DataError
+from rgalign_ray.logs.partitions import wanted
 
 BATCH_ROWS = 4096
 
@@ -39,7 +39,9 @@ def sessions(
     """
     folder = storage.join(uri, "sessions")
     fs, root = storage.filesystem(folder)
-    files = [file for file in storage.list_paths(fs, root, ".parquet") if _wanted(file, start, end, regions)]
+    files = [
+        file for file in storage.list_paths(fs, root, ".parquet") if wanted(file[len(root) :], start, end, regions)
+    ]
     if not files:
         days = f"days {start or 'first'} to {end or 'last'}"
         raise DataError(f"{folder}: holds no Parquet file of {days}, regions {regions or 'all'}.")
@@ -58,10 +60,3 @@ def sessions(
 def batches(dataset: ray.data.Dataset, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
     """The dataset as Arrow tables of at most `rows` rows, in order; one batch is in memory at a time."""
     yield from dataset.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
-
-
-def _wanted(file: str, start: str | None, end: str | None, regions: list[str] | None) -> bool:
-    """Whether a file's day and region, which its folders name, are among those asked for."""
-    named = dict(unquote(part).split("=", 1) for part in file.split("/") if "=" in part)
-    day = named["dt"]
-    return (start or day) <= day <= (end or day) and (regions is None or named["region"] in regions)

@@ -16,6 +16,7 @@ from rgalign_ray.config import Config, Rollout, Teacher
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import round_sessions
 from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
+from rgalign_ray.loop.log_stages import check_templates
 from rgalign_ray.loop.rank_stages import judge_names
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
@@ -58,6 +59,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
 
 def roll_out(run: Run, out: str, round_: int) -> Outcome:
     config = run.config
+    check_templates(run)
     template = Template.load(config.prompt.template)
     variants = {teacher.name: Template.load(teacher.template or config.prompt.template) for teacher in config.teachers}
     sessions, without_click = round_sessions.write(run, out, round_, [template, *variants.values()])

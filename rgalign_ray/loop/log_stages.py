@@ -7,9 +7,10 @@ import numpy as np
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError, DataError
-from rgalign_ray.logs import ingest, stream
+from rgalign_ray.logs import examples, ingest, stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 
 WORDINGS = {"valid": 1, "test": 2}
@@ -87,12 +88,34 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
         sets = run.uri("log", CANDIDATE_SETS_FILE)
         sources = (run.uri("log", "sessions"), run.uri("log", INTENTS_FILE), sets if storage.exists(sets) else None)
     spec = FeatureSpec.load(config.features.spec)
-    summary = ingest.ingest(*sources, out, config.roles, config.align_slices, log=log, feature_columns=spec)
+    summary = ingest.ingest(
+        *sources,
+        out,
+        config.roles,
+        config.align_slices,
+        log=log,
+        feature_columns=spec,
+        templates=templates(config),
+    )
     _check_roles(summary, config)
     quarantined = sum(summary.quarantined.values())
     for reason, count in sorted(summary.quarantined.items()):
         progress.note(f"{count:,} rows set aside: {reason} (see {run.uri('sessions', ingest.QUARANTINE_FILE)})")
     return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=summary.to_dict())
+
+
+def templates(config: Config) -> dict[str, Template]:
+    """The prompt templates of a run, by the settings that name them."""
+    named = {"prompt.template": config.prompt.template}
+    named |= {f"teachers.{each.name}.template": each.template for each in config.teachers if each.template}
+    return {key: Template.load(name) for key, name in named.items()}
+
+
+def check_templates(run: Run) -> None:
+    """Raises `ConfigError` for a template, changed since ingest, that reads a column that the sessions do not have."""
+    place = run.uri("sessions")
+    for key, template in templates(run.config).items():
+        template.check([*examples.column_names(place), "region"], place, key)
 
 
 def _check_roles(summary: ingest.Summary, config: Config) -> None:

@@ -17,6 +17,7 @@ from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import align_roles
+from rgalign_ray.loop.log_stages import check_templates
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
@@ -226,6 +227,7 @@ def encode_sentences(run: Run, out: str) -> Outcome:
 
 def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec) -> dict[str, int]:
     """Runs one encode pass with its progress."""
+    check_templates(run)
     ingested = run.manifest("sessions").figures
     roles = ingested["roles"]
     if not plan.encode.unclicked:

@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError
 
 from rgalign_ray import __version__, config, storage
+from rgalign_ray.errors import UserError, first_line
 from rgalign_ray.logs import lists, stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
@@ -178,8 +180,13 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
 
     Returns:
         counts: sessions, queries sampled, valid queries.
+
+    Raises:
+        DataError: when the template fails on a session.
     """
-    DataContext.get_current().execution_options.preserve_order = True  # units must not depend on timing
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True  # units must not depend on timing
+    context.raise_original_map_exception = True  # the exception that wraps it comes back without its cause
     columns = sorted({*plan.template.columns, "session_id", "role", "clicks"})
     texts = stream.sessions(plan.log_uri, columns=columns, roles=list(plan.roles)).map_batches(
         session_texts,
@@ -199,12 +206,17 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
     )
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()
-    for block in units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in block.to_pylist():
-            keys.add(row["key"])
-            for name in counts:
-                counts[name] += row[name]
-            advance(row["sessions"])
+    try:
+        for block in units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in block.to_pylist():
+                keys.add(row["key"])
+                for name in counts:
+                    counts[name] += row[name]
+                advance(row["sessions"])
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):  # Ray Data adds lines on retries to what it says
+            raise type(error.cause)(first_line(error.cause)) from None
+        raise
     for uri in storage.list_files(out_uri, ".parquet"):
         if storage.pure_path(uri).stem not in keys:
             storage.delete(uri)

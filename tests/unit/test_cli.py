@@ -212,6 +212,21 @@ def test_the_shop_reads_no_folder(
     assert "--folder" in capsys.readouterr().err
 
 
+def test_a_log_is_not_prepared_into_a_folder_that_holds_files(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "log"
+    (out / "sessions").mkdir(parents=True)
+    world = ["--set", "world={sessions: 40, users: 20, days: 8}"]
+    arguments = ["prepare", "shop", "--out", str(out), "-c", small, *world]
+    assert run(arguments, monkeypatch) == 0, "empty folders hold nothing"
+    before = {file: file.read_bytes() for file in out.rglob("*.parquet")}
+    capsys.readouterr()
+    assert run(arguments, monkeypatch) == 2
+    assert capsys.readouterr().err == f"error: --out: {out} is not empty; name another folder, or remove it.\n"
+    assert {file: file.read_bytes() for file in out.rglob("*.parquet")} == before
+
+
 LOGGED = table(*(session(i) for i in range(60)))
 LOG = ("log.source=parquet", "roles.test_days=0", "reasoner.model=tiny")
 BAD_LOGS = {
@@ -259,7 +274,9 @@ def test_a_bad_log_is_one_sentence_without_a_traceback(
 ) -> None:
     """Through the loop's own first stages, which need no Ray."""
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
-    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    prompt = {"version": "1", "prefix": "", "session": "{{ status }}", "suffix": "", "item": "{{ title }}"}
+    (tmp_path / "prompt.yaml").write_text(yaml.safe_dump(prompt))
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nprompt: {{template: {tmp_path / 'prompt.yaml'}}}\n")
     files = {"log.uri": spoil(tmp_path), "log.intents": tmp_path / "intents.parquet", "run_dir": tmp_path / "run"}
     sets = [*LOG, *changes, f"features.spec={tmp_path / 'spec.yaml'}", *(f"{k}={v}" for k, v in files.items())]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

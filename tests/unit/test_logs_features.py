@@ -13,7 +13,7 @@ from logs_data import SPEC, event, session, table
 
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import features
-from rgalign_ray.logs.feature_spec import FeatureSpec, FieldSpec
+from rgalign_ray.logs.feature_spec import HIDDEN, FeatureSpec, FieldSpec
 from rgalign_ray.logs.features import MISSING, UNKNOWN, FeatureSpace
 
 STATUSES = st.sampled_from(["paid", "shipped", "delivered", None])
@@ -195,11 +195,13 @@ def test_values_below_the_count_floor_are_unknown() -> None:
 
 def test_multi_values_are_cut_padded_and_apart_from_other_fields() -> None:
     spec = FeatureSpec(
-        fields=(FieldSpec(name="tags", kind="multi", length=3), FieldSpec(name="candidates", kind="multi", length=2)),
+        fields=(FieldSpec(name="tags", kind="multi", length=3), FieldSpec(name="labels", kind="multi", length=2)),
         min_count=1,
     )
-    space = fit(session(tags=["x", "y"], candidates=["x"], shown=[True], clicks=[True]), spec=spec)
-    rows = table(session(0, tags=["y", "new"], candidates=["x", "x", "x"]), session(1, tags=None, candidates=["y"]))
+    fitted = table(session(tags=["x", "y"])).append_column("labels", pa.array([["x"]]))
+    space = FeatureSpace.fit(spec, [fitted])
+    rows = table(session(0, tags=["y", "new"]), session(1, tags=None))
+    rows = rows.append_column("labels", pa.array([["x", "x", "x"], ["y"]]))
     assert space.transform(rows)["multi"].tolist() == [[[3, UNKNOWN, 0], [4, 4, 0]], [[0, 0, 0], [UNKNOWN, 0, 0]]]
 
 
@@ -276,6 +278,13 @@ def test_a_faulty_spec_names_its_fault(tmp_path, text: str, words: str) -> None:
         FeatureSpec.load(str(tmp_path / "spec.yaml"))
     assert str(error.value).startswith("features.spec: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", sorted(HIDDEN))
+def test_a_spec_that_reads_what_a_feature_must_not_see_is_refused(column: str, tmp_path) -> None:
+    (tmp_path / "spec.yaml").write_text(f"fields: [{{name: a, kind: numeric}}, {{name: {column}, kind: multi}}]")
+    with pytest.raises(ConfigError, match=f"^features.spec: .*'{column}' is a label.*must not see"):
+        FeatureSpec.load(str(tmp_path / "spec.yaml"))
 
 
 def test_specs_of_the_package_are_found_by_name() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +14,11 @@ from logs_data import ENTRY, INTENTS, SCHEMA, SPEC, event, run, session, table, 
 
 from rgalign_ray import schema, storage
 from rgalign_ray.config import Log, Roles
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs import faults, ingest
-from rgalign_ray.logs.feature_spec import FieldSpec
+from rgalign_ray.logs.feature_spec import FeatureSpec, FieldSpec, HistorySpec
+from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.prompts import Template
 
 Spoil = Callable[[Path], Any]
 
@@ -147,10 +150,11 @@ def knowledge_base(intents: pa.Table | None) -> Spoil:
     return spoil
 
 
-def intents_and(intent_id: str) -> pa.Table:
-    return pa.Table.from_pylist([*INTENTS.to_pylist(), {"intent_id": intent_id}], schema=INTENTS.schema)
+def intents_and(intent_id: str, title: str | None = "Another") -> pa.Table:
+    return pa.Table.from_pylist([*INTENTS.to_pylist(), {"intent_id": intent_id, "title": title}], schema=INTENTS.schema)
 
 
+BUYERS = SOUND.append_column("role", pa.array(["buyer"]))
 NOTES = [table(session(i)).append_column("note", pa.array([note])) for i, note in enumerate(("a", 1))]
 
 # What stops the run: the spoilt source, and what the one line must say.
@@ -164,6 +168,7 @@ STRUCTURAL_FAULTS = {
     "clicks as numbers": (files(recast("clicks", [1.0, math.nan, 0.0])), ["'clicks' is list<", "expected list<"]),
     "time as text": (files(recast("ts", "2026-01-01")), ["0.parquet", "'ts' is string", "expected timestamp"]),
     "files that disagree": (files(*NOTES), ["1.parquet", "'note' is int64", "expected string", "0.parquet"]),
+    "roles of its own": (files(SOUND, BUYERS), ["1.parquet", "'role'", "'buyer'", "rename"]),
     "0 bytes": (damaged(lambda b: b""), ["0.parquet", "0 bytes"]),
     "truncated": (damaged(lambda b: b[: len(b) // 2]), ["0.parquet", "not a whole Parquet file"]),
     "damaged pages": (damaged(lambda b: b[:4] + b"\xff" * 900 + b[904:]), ["0.parquet", "not a whole Parquet file"]),
@@ -177,6 +182,8 @@ STRUCTURAL_FAULTS = {
     "intents without a title": (knowledge_base(INTENTS.drop_columns("title")), ["'title' is missing"]),
     "intent twice": (knowledge_base(intents_and("refund")), ["intents.parquet", "'intent_id'", "'refund' 2 times"]),
     "intent without an id": (knowledge_base(intents_and("")), ["intents.parquet", "'intent_id'", "empty id"]),
+    "intent with a null title": (knowledge_base(intents_and("x", None)), ["intents.parquet", "'title'", "'x'"]),
+    "intent with a blank title": (knowledge_base(intents_and("x", " ")), ["intents.parquet", "'title'", "'x'"]),
 }  # fmt: skip
 
 
@@ -190,6 +197,25 @@ def test_a_structural_fault_stops_with_one_line(tmp_path: Path, spoil: Spoil, wo
     assert message.endswith(".")
     for word in words:
         assert word in message
+
+
+def test_a_template_of_other_columns_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    write(tmp_path, SOUND.append_column("note", pa.array(["a"])))
+    template = Template(version="1", prefix="", session="{{ status }} {{ note }} {{ region }}", suffix="", item="")
+    run(tmp_path, templates={"prompt.template": template})
+    misspelt = Template(version="1", prefix="", session="{{ nota }}", suffix="", item="")
+    read: list[int] = []
+    with pytest.raises(ConfigError, match=r"teachers\.a\.template: .*'nota'.*note"):
+        run(tmp_path, templates={"prompt.template": template, "teachers.a.template": misspelt}, on_rows=read.append)
+    assert not read
+
+
+def test_null_descriptions_and_categories_of_intents_become_empty(tmp_path: Path) -> None:
+    write(tmp_path, SOUND, intents=intents_and("x"))
+    run(tmp_path)
+    rows = storage.read_table(str(tmp_path / "out/intents.parquet")).to_pylist()
+    assert rows[-1] == {"intent_id": "x", "title": "Another", "description": "", "category": ""}
+    assert rows[:-1] == sorted(INTENTS.to_pylist(), key=lambda row: row["intent_id"])
 
 
 def test_sessions_that_name_a_candidate_set(tmp_path: Path) -> None:
@@ -259,6 +285,36 @@ def test_every_row_is_accounted_for_whatever_the_batches(tmp_path: Path, monkeyp
     assert storage.read_table(str(tmp_path / "out/sessions")).to_pylist() == written
 
 
+@pytest.mark.parametrize("layout", ["dt={day}/region={region}", "dt={day}", "region={region}", "dt={compact}"])
+def test_only_folders_of_the_days_and_regions_asked_for_are_opened(tmp_path: Path, layout: str) -> None:
+    write(tmp_path)
+    number = 0
+    for day in range(4):
+        for region in ("SG", "M Y"):
+            entry = ENTRY + timedelta(days=day)
+            named = {"day": entry.date(), "compact": f"{entry:%Y%m%d}", "region": quote(region)}
+            folder = tmp_path / "source" / layout.format(**named)
+            folder.mkdir(parents=True, exist_ok=True)
+            row = session(number, ts=entry, region=region, history=[])
+            pq.write_table(table(row), folder / f"{number}.parquet")
+            number += 1
+    summary = run(tmp_path, log=Log(start="2026-01-11", end="2026-01-12", regions=["M Y"]))
+    assert sorted(storage.read_table(str(tmp_path / "out/sessions"))["session_id"].to_pylist()) == ["s3", "s5"]
+    opened = {"dt={day}/region={region}": 2, "dt={day}": 4, "region={region}": 4, "dt={compact}": 8}[layout]
+    assert (summary.files, summary.rows, summary.outside) == (opened, opened, opened - 2)
+
+
+def test_a_file_in_a_folder_outside_is_not_even_checked(tmp_path: Path) -> None:
+    write(tmp_path)
+    for day in (10, 11):
+        (tmp_path / f"source/dt=2026-01-{day}").mkdir()
+    pq.write_table(SOUND, tmp_path / "source/dt=2026-01-10/a.parquet")
+    (tmp_path / "source/dt=2026-01-11/b.parquet").write_bytes(b"damaged")
+    assert run(tmp_path, log=Log(end="2026-01-10")).kept == 1
+    with pytest.raises(DataError, match="no session has a day and region"):
+        run(tmp_path, log=Log(end="2026-01-09"))
+
+
 def test_days_and_regions_that_hold_nothing_are_said(tmp_path: Path) -> None:
     write(tmp_path, table(session(0)))
     with pytest.raises(DataError, match=r"no session has a day and region.*'MY'"):
@@ -310,6 +366,39 @@ def test_history_is_written_oldest_first_and_cut_to_the_newest(tmp_path: Path) -
     assert [e["event"] for e in first["history"]] == ["middle", "new"]
     assert [e["event"] for e in second["history"]] == ["order", "track"]
     assert summary.history_capped == 1
+
+
+@pytest.mark.parametrize(
+    ("test_days", "ahead", "told"), [(3, 7, False), (3, 8, True), (20, 20, False), (20, 21, True), (0, 99, False)]
+)
+def test_a_last_day_far_beyond_all_others_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], test_days: int, ahead: int, told: bool
+) -> None:
+    rows = [session(i, ts=ENTRY - timedelta(days=i), history=[]) for i in range(3)]
+    write(tmp_path, table(*rows, session(3, ts=ENTRY + timedelta(days=ahead))))
+    run(tmp_path, roles=Roles(test_days=test_days))
+    last = str((ENTRY + timedelta(days=ahead)).date())
+    said = capsys.readouterr().err
+    assert (f"last day, {last}, is {ahead} days after 2026-01-10" in said) == told
+    assert ("log.end=2026-01-10" in said) == told
+    run(tmp_path, roles=Roles(test_days=test_days), log=Log(end="2026-01-10"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_feature_spec_says_how_long_a_history_is_unless_the_run_does(tmp_path: Path) -> None:
+    assert Log().history_length is None
+    write(tmp_path, table(session(0, history=[event("new", 1), event("old", 9), event("middle", 5)])))
+    short = FeatureSpec(fields=SPEC.fields, history=HistorySpec(length=1), min_count=1)
+    for asked, kept in ((None, 1), (2, 2)):
+        assert run(tmp_path, log=Log(history_length=asked), feature_columns=short).history_capped == 1
+        rows = storage.read_table(str(tmp_path / "out/sessions"))
+        assert len(rows["history"][0]) == kept
+        assert FeatureSpace.fit(short, [rows], asked).history_length == kept
+
+
+@pytest.mark.parametrize(("name", "length"), [("shop", 20), ("movielens", 20), ("tau_retail", 10)])
+def test_packaged_specs_read_the_histories_that_they_name(name: str, length: int) -> None:
+    assert FeatureSpec.load(name).history_length(Log().history_length) == length
 
 
 def test_counts_of_sessions_without_a_click_and_without_a_role(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from logs_data import INTENTS, event, session, table
 
 from rgalign_ray import schema
 from rgalign_ray.errors import ConfigError, DataError
-from rgalign_ray.logs.prompts import HIDDEN, Template, neutral
+from rgalign_ray.logs.feature_spec import HIDDEN
+from rgalign_ray.logs.prompts import Template, neutral
 
 TEMPLATE = Template(
     version="1",
@@ -90,6 +91,50 @@ def test_the_columns_are_those_that_the_template_names() -> None:
     assert TEMPLATE.columns == ["days_late", "history", "status", "ts"]
     with pytest.raises(DataError, match="'status'"):
         TEMPLATE.sessions(table(session()).drop_columns(["status"]))
+
+
+def test_a_misspelt_column_is_refused_with_those_that_there_are() -> None:
+    found = ["status", "days_late", "history", "ts", "clicks", "user_id"]
+    TEMPLATE.check(found, "log")
+    misspelt = Template(version="1", prefix="", session="{{ statsu }}", suffix="", item="")
+    with pytest.raises(ConfigError) as error:
+        misspelt.check(found, "log", "teachers.big.template")
+    assert str(error.value) == (
+        "teachers.big.template: the session text reads 'statsu', no column of the sessions in log; "
+        "a prompt may read days_late, history, status, ts."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{{ history[0].text }}", "no element 0"),
+        ('{{ "%.1f" | format(days_late) }}', "must be real number"),
+        ("{{ 1 / (days_late or 0) }}", "division by zero"),
+    ],
+)
+def test_a_template_that_fails_names_the_session(text: str, words: str) -> None:
+    rows = table(session(0), session(1, history=[], days_late=None))
+    faulty = TEMPLATE.model_copy(update={"session": text})
+    with pytest.raises(DataError, match=f"prompt.template: .* fails on session 's1' .*{words}") as error:
+        faulty.sessions(rows)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="fails on row 1"):
+        faulty.sessions(rows.drop_columns(["session_id"]))
+
+
+def test_the_documented_template_prints_no_null() -> None:
+    import re
+
+    import yaml
+
+    page = (Path(__file__).parents[2] / "docs/your-own-log.md").read_text()
+    (example,) = re.findall(r"```yaml\n# prompt\.yaml\n(.*?)```", page, re.DOTALL)
+    template = Template.model_validate(yaml.safe_load(example))
+    nulls = session(0, days_late=None, history=[{**event("track", 1), "text": None}])
+    rows = table(nulls, session(1, history=[]))
+    rows = rows.append_column("order_status", pa.array([None, "shipped"]))
+    assert template.sessions(rows) == ["Order unknown. track;", "Order shipped, 7 days late."]
 
 
 @pytest.mark.parametrize(

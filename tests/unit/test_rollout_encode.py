@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
 
 from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import DataError
+from rgalign_ray.logs import stream
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
-from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, session_texts, written_queries
+from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, encode, session_texts, written_queries
 from rgalign_ray.rollout.worker import vectors_table
 
 ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
@@ -106,3 +110,32 @@ def test_sessions_that_clicked_nothing_can_be_left_unread() -> None:
     )
     assert session_texts(table, template)["session_id"].to_pylist() == list("abcd")
     assert session_texts(table, template, unclicked=False)["session_id"].to_pylist() == list("acd")
+
+
+def test_what_a_template_says_in_the_pass_comes_back_as_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def map_batches(self, *args: object, **settings: object) -> Failing:
+            return self
+
+        def iter_batches(self, **settings: object) -> list:
+            said = DataError(
+                "prompt.template: fails on session 's1'.\nFailed to apply UDF transform after 1/1 attempts."
+            )
+            raise RayTaskError("map", "a traceback", said)
+
+    monkeypatch.setattr(stream, "sessions", lambda *args, **settings: Failing())
+    plan = EncodePlan(
+        log_uri="",
+        template=Template.load("shop"),
+        roles=("rank",),
+        queries_for=(),
+        query_sessions=(),
+        encode=config.Encode(),
+        sampling=config.Rollout(),
+        run_seed=0,
+    )
+    with pytest.raises(DataError) as error:
+        encode(plan, ENCODER, "", lambda sessions: None)
+    assert type(error.value) is DataError
+    assert str(error.value) == "prompt.template: fails on session 's1'."
+    assert DataContext.get_current().raise_original_map_exception, "else Ray Data hides what was said"

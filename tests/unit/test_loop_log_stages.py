@@ -1,0 +1,40 @@
+"""What the log's stages check of a run before they read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from logs_data import session, table
+
+from rgalign_ray import config, storage
+from rgalign_ray.errors import ConfigError
+from rgalign_ray.loop import log_stages
+from rgalign_ray.loop.stage import Run
+
+
+def template(place: Path, text: str) -> str:
+    parts = {"version": "1", "prefix": "", "session": text, "suffix": "", "item": "{{ title }}"}
+    place.write_text(yaml.safe_dump(parts))
+    return str(place)
+
+
+def test_templates_of_the_prompt_and_of_teachers_are_held_to_the_ingested_columns(tmp_path: Path) -> None:
+    prompt = template(tmp_path / "prompt.yaml", "{{ status }} in {{ region }}")
+    teachers = template(tmp_path / "teacher.yaml", "{{ days_early }}")
+    settings = config.load(
+        "smoke",
+        [
+            f"run_dir={tmp_path}",
+            f"prompt.template={prompt}",
+            f"teachers=[{{name: a}}, {{name: b, template: {teachers}}}]",
+        ],
+    )
+    run = Run(settings)
+    rows = table(session(0)).drop_columns(["region"]).append_column("role", pa.array(["rank"]))
+    storage.write_table(storage.join(run.uri("sessions"), "sessions/dt=2026-01-10/region=SG/part-00000.parquet"), rows)
+    with pytest.raises(ConfigError, match=r"^teachers\.b\.template: the session text reads 'days_early'.*days_late"):
+        log_stages.check_templates(run)
+    log_stages.check_templates(Run(settings.model_copy(update={"teachers": []})))
