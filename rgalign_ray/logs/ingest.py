@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.faults import Examination, Examiner
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.partitions import PartitionWriter
-from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import role_of
 
 __all__ = ["QUARANTINE_FILE", "Summary", "ingest", "role_of"]
@@ -79,7 +77,6 @@ def ingest(
     *,
     log: Log,
     feature_columns: FeatureSpec,
-    templates: Mapping[str, Template] = MappingProxyType({}),
     on_rows: Callable[[int], None] | None = None,
 ) -> Summary:
     """Writes sessions, intents, candidate_sets and the quarantine of a run under `out_uri`.
@@ -89,18 +86,14 @@ def ingest(
         intents_uri, candidate_sets_uri: Parquet files; None where sessions list their candidates.
         log: which days and regions are read, and how many events of a history are kept.
         feature_columns: columns that every file must have, with their kinds.
-        templates: prompts that will read the sessions, by the setting that names each.
         on_rows: called with the number of rows of each batch that was read.
 
     Raises:
-        ConfigError: when a template reads a column that the sessions do not have.
         DataError: for a structural fault, when cold intents are asked for but sessions name candidate sets,
             and when no row is left.
     """
     files = source.open_sessions(source_uri, feature_columns, log)
     extra = source.extra_columns(files)
-    for key, template in templates.items():
-        template.check([*schema.SESSIONS.names, *extra.names], source_uri, key)
     intents = source.read_intents(intents_uri)
     candidate_sets = source.read_candidate_sets(candidate_sets_uri, intents) if candidate_sets_uri else None
     held_back = _cold(files, intents, roles, source_uri)

@@ -95,7 +95,6 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
         config.align_slices,
         log=log,
         feature_columns=spec,
-        templates=templates(config),
     )
     _check_roles(summary, config)
     quarantined = sum(summary.quarantined.values())
@@ -112,7 +111,10 @@ def templates(config: Config) -> dict[str, Template]:
 
 
 def check_templates(run: Run) -> None:
-    """Raises `ConfigError` for a template, changed since ingest, that reads a column that the sessions do not have."""
+    """Raises `ConfigError` for a template that reads a column that the sessions do not have.
+
+    Not asked by ingest, since a comparison of rankers without an LLM reads no prompt.
+    """
     place = run.uri("sessions")
     for key, template in templates(run.config).items():
         template.check([*examples.column_names(place), "region"], place, key)
