@@ -11,6 +11,7 @@ import pytest
 
 from rgalign_ray import config, storage
 from rgalign_ray.loop.stages import stages
+from rgalign_ray.reasoner import models
 
 OBJECTIVES = ["sft", "grpo", "gradient"]
 OVERRIDES = [
@@ -49,11 +50,13 @@ def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
         assert rewards is not None and -1 <= rewards.figures["gate"]["audit"] <= 1
     rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]
     assert rows[:4] == ["two-tower", "QE-Rec", "RGAlign-Rec, round 1", "RGAlign-Rec"]
-    names = {round_: f"tiny+{round_}.{settings.align[-1]}" for round_ in (1, 2)}
-    for round_, version in names.items():
+    aligned = {round_: str(tmp_path / f"align_{round_}_{settings.align[-1]}") for round_ in (1, 2)}
+    versions = {round_: models.version_of(settings.reasoner, folder) for round_, folder in aligned.items()}
+    for round_, version in versions.items():
+        assert version.startswith(f"tiny+{round_}.{settings.align[-1]}@"), "a name is of one stage of one run"
         ranker = storage.read_json(str(tmp_path / f"rankers_{round_}/qe_rec/ranker.json"))
         assert ranker["reasoner_version"] == version, "each ranker reads the reasoner of its round"
     shown = subprocess.run(
         [sys.executable, "-m", "rgalign_ray.cli", "lineage", str(tmp_path)], capture_output=True, text=True, timeout=120
     )
-    assert shown.returncode == 0 and f"reasoner {names[2]}" in shown.stdout
+    assert shown.returncode == 0 and f"reasoner {versions[2]}" in shown.stdout
