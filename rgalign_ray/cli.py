@@ -82,10 +82,22 @@ def loop(
 
 @app.command()
 def compare(
-    config: ConfigName = "ladder", override: Overrides = None, run_dir: RunDir = None, scale: Scale = 1.0
+    config: ConfigName = "ladder",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+    scale: Scale = 1.0,
+    gather: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Run directory of seeds that were run elsewhere, once for each: run nothing."),
+    ] = None,
 ) -> None:
     """Compare rankers over several seeds; the same command again resumes where it stopped."""
     settings = _prepared(config, override, run_dir, scale)
+    if gather:
+        from rgalign_ray.loop.gather import run as tell
+
+        tell(settings, gather)
+        return
     from rgalign_ray.loop.compare import run
 
     _resumable(run, settings)

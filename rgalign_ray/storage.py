@@ -189,10 +189,15 @@ def delete(uri: str) -> None:
 
 def keep_only(uri: str, name: str) -> None:
     """Removes what lies in a folder, but for one entry; absent is fine."""
+    for entry in entries(uri):
+        if entry != name:
+            delete(join(uri, entry))
+
+
+def entries(uri: str) -> list[str]:
+    """Names of the files and folders that lie in a folder, sorted; none where it is absent."""
     fs, path = filesystem(uri)
-    for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
-        if posixpath.basename(info.path) != name:
-            delete(join(uri, posixpath.basename(info.path)))
+    return sorted(posixpath.basename(i.path) for i in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
 
 
 def read_manifest(uri: str) -> Manifest | None:

@@ -175,6 +175,8 @@ class Encode(Placed):
     unclicked: bool = True
     """Read sessions of roles rank and audit that clicked nothing as well. Else they train on the null query, and what
     no loss reads of them is passed over: less to read and to train, the rarer clicks are."""
+    test_queries: bool = False
+    """Sample a query for every test session too, so that a comparison can judge rankers through either readout."""
     kept: Place | None = None
     """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
 

@@ -58,7 +58,14 @@ RowName = Literal[
     "rgalign_not_retrained",
     "rgalign_shuffled",
     "rgalign_leak",
+    "gradient_shuffled",
     "true_need",
+    "qe_rec_query",
+    "sft_title_query",
+    "rg_sft_random_query",
+    "rg_sft_query",
+    "gradient_query",
+    "rgalign_query",
 ]
 
 
@@ -71,6 +78,9 @@ class Compare(Settings):
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0
     """The seeds are this one and those after it; a study may be run in parts, in one run directory."""
+    trainings: Count = 1
+    """Rankers that a row trains under a seed, of different initial weights, order and dropout; its figures are their
+    mean. Training is cheap beside reading, and its noise may be as large as a gain. More may be added later."""
     tuned: dict[Model, dict[str, Any]] = {}
     """Ranker settings of one model that differ from `ranker`, as `rgalign tune` found them."""
     trials: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=8)] = [{}]

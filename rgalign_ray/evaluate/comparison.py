@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,14 @@ class Verdict:
     @classmethod
     def of(cls, test: TestSessions, judged: Judged) -> Verdict:
         return cls(test.ids, test.users, test.table["region"].to_pylist(), judged.values, judged.weights)
+
+    @classmethod
+    def mean(cls, verdicts: Sequence[Verdict]) -> Verdict:
+        """Of several rankers on the same sessions, metric by metric."""
+        first = verdicts[0]
+        assert all(each.sessions == first.sessions for each in verdicts), "judged on the same sessions"
+        values = {name: np.mean([each.values[name] for each in verdicts], axis=0) for name in first.values}
+        return replace(first, values=values)
 
     def save(self, uri: str) -> None:
         columns = {"session_id": self.sessions, "user_id": self.users, "region": self.regions, **self.values}

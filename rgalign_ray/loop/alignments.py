@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
+
+import numpy as np
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, changed
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import diagnosis, query_worth
 from rgalign_ray.evaluate.examples import example_sessions
+from rgalign_ray.evaluate.ladder import TestSessions
 from rgalign_ray.evaluate.report import Diagnosis, Report, Written
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import align_stages, audit_stages, judge_stages, rank_stages, summary, worth_stages
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, slice_name
 from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.rollout.encode import written_queries
 
@@ -105,42 +108,62 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
     valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
     worth = worth_stages.found(jobs, 1)
-    diagnoses = [_diagnosis(jobs, row) for row in rows if ROWS[row].aligned and ROWS[row].retrained]
+    diagnoses = [_diagnosis(jobs, row) for row in rows if _tells(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
     return made.model_copy(
         update={
             "reward": summary.reward_gate(rewards, valid),
             "worth": worth,
             "diagnoses": diagnoses,
-            "written": _written(jobs[0], {name: _title(name, rows) for name in names}),
+            "written": _written(jobs[0], rows),
             "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
         }
     )
 
 
+def _tells(row: LadderRow) -> bool:
+    """Whether a row says where its alignment is lost: it has trained rankers on what the alignment made."""
+    return row.aligned is not None and row.retrained and row.ranker_of is None
+
+
 def _diagnosis(jobs: Sequence[Run], row: RowName) -> Diagnosis:
-    """Over seeds."""
+    """Over seeds, and what is read over the rankers of each."""
     aligned = ROWS[row].aligned
     assert aligned is not None, "asked of rows with an aligned reasoner"
-    seeds = [run_of(job, aligned).manifest(f"row_{row}").figures["diagnosis"] for job in jobs]
-    return diagnosis.averaged([Diagnosis.model_validate(found) for found in seeds])
+    slices = [slice_name(row, number) for number in range(jobs[0].config.compare.trainings)]
+    seeds = []
+    for run in (run_of(job, aligned) for job in jobs):
+        first, *others = (Diagnosis.model_validate(run.manifest(name).figures["diagnosis"]) for name in slices)
+        read = float(np.mean([found.read for found in (first, *others)]))
+        seeds.append(first.model_copy(update={"read": read}))
+    return diagnosis.averaged(seeds)
 
 
 def _title(name: str, rows: Sequence[RowName]) -> str:
     """An alignment, called by a row that reads it: a competitor before a control."""
     reading = [ROWS[row] for row in rows if ROWS[row].aligned == name]
-    return min(reading, key=lambda row: (not row.retrained, row.control)).title
+    return min(reading, key=lambda row: (not row.retrained, row.ranker_of is not None, row.control)).title
 
 
-def _written(job: Run, titles: Mapping[str, str]) -> list[Written]:
-    """The queries that each reasoner writes for the same sessions."""
-    ids = example_sessions(job.uri("sessions"), job.truth, job.config.evaluate)
-    table = storage.read_table(job.uri("sessions", "sessions"))
-    places = table["session_id"].to_pylist()
-    texts = Template.load(job.config.prompt.template).sessions(table.take([places.index(i) for i in ids]))
-    wrote = {FROZEN: written_queries(job.uri("embeddings_0"))}
-    wrote |= {title: written_queries(run_of(job, name).uri("embeddings_1")) for name, title in titles.items()}
+def examples(run: Run, test: TestSessions, embeddings_uri: str) -> list[dict[str, str | None]]:
+    """Texts of the example sessions, and what the reasoner of some embeddings wrote for each; None: nothing valid."""
+    ids = example_sessions(run.uri("sessions"), run.truth, run.config.evaluate)
+    texts = Template.load(run.config.prompt.template).sessions(test.table.take([test.ids.index(i) for i in ids]))
+    queries = written_queries(embeddings_uri)
+    return [{"session": text, "query": queries.get(i)} for i, text in zip(ids, texts, strict=True)]
+
+
+def _written(job: Run, rows: Sequence[RowName]) -> list[Written]:
+    """The queries that each reasoner writes for the same sessions, as its rows have kept them."""
+    wrote = {}
+    for reasoner in (None, *read_by(rows)):
+        reading = [row for row in rows if ROWS[row].reads == "reasoner" and ROWS[row].aligned == reasoner]
+        if reading:
+            run = run_of(job, reasoner) if reasoner else job
+            name = _title(reasoner, rows) if reasoner else FROZEN
+            wrote[name] = run.manifest(f"row_{reading[0]}").figures["wrote"]
+    sessions = [each["session"] for each in next(iter(wrote.values()))]
     return [
-        Written(session=text, queries={name: queries.get(i) for name, queries in wrote.items()})
-        for i, text in zip(ids, texts, strict=True)
+        Written(session=text, queries={name: found[number]["query"] for name, found in wrote.items()})
+        for number, text in enumerate(sessions)
     ]

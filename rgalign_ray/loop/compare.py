@@ -3,7 +3,8 @@
   for each seed:  log → sessions → features → texts read by a sentence encoder and by the frozen reasoner
   for each seed and alignment that a row reads:  the reward's judges, queries and rewards (shared)
                   → what it selects → its objectives → texts read by its reasoner
-  for each seed and row:  train the ranker, judge it on that seed's test sessions     (a slice, a Ray task)
+  for each seed and row:  train its rankers, judge them on that seed's test sessions     (a slice, a Ray task)
+  for each seed and row that takes another's rankers:  judge those
   at the end:  one table, as text, CSV, Markdown and a page
 
 A slice is a stage like any other: done once for its settings and inputs, and skipped when it is there.
@@ -11,6 +12,7 @@ A slice is a stage like any other: done once for its settings and inputs, and sk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ from rgalign_ray.loop import (
     log_stages,
     rank_stages,
 )
-from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
+from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, check, rows_of, slice_name
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -62,15 +64,21 @@ def run(config: Config) -> report.Report:
     rows = rows_of(config)
     jobs = runs(config, rows)
     prepare(jobs, rows)
-    run_slices(config, "ladder", [slice_of(job, name) for job in jobs for name in rows])
+    for what, waits in (("ladder", False), ("other readouts", True)):
+        names = [name for name in rows if bool(ROWS[name].ranker_of) == waits]
+        if names:
+            numbers = range(config.compare.trainings)
+            run_slices(config, what, [slice_of(job, name, n) for n in numbers for job in jobs for name in names])
     made = alignments.told(jobs, rows, ladder_report.make(config, [judged(jobs, name) for name in rows]))
     show(config, made)
     return made
 
 
-def runs(config: Config, rows: list[RowName]) -> list[Run]:
-    """A run a seed. A real log is the same under every seed, hence read once: the first run lends what it prepares."""
-    first, *others = (Run(of_seed(config, seed)) for seed in config.compare.judged_seeds)
+def runs(config: Config, rows: list[RowName], seeds: Sequence[int] | None = None) -> list[Run]:
+    """A run a seed, those of `compare` if no other are named. A real log is the same under every seed, hence read once:
+    the first run lends what it prepares.
+    """
+    first, *others = (Run(of_seed(config, seed)) for seed in seeds or config.compare.judged_seeds)
     if truth_inputs(config):
         return [first, *others]
     lent = {stage.name: first.uri(stage.name) for stage in preparation(first.config, rows)}
@@ -109,8 +117,9 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
     """What the rows of a seed share: the log, and its texts as each encoder reads them.
 
     Raises:
-        ConfigError: for a row that reads the true need of a log that has none.
+        ConfigError: for a row that reads the true need of a log that has none, or takes what is not there.
     """
+    check(rows, config)
     reads = {ROWS[name].reads for name in rows}
     items, sessions = rank_stages.sentence_stages(config)
     sequence = [*log_stages.stages(config), items]
@@ -130,15 +139,15 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
     return sequence
 
 
-def slice_of(job: Run, name: RowName) -> tuple[Run, Stage]:
-    """One row under one seed, with the settings that its model was tuned to."""
+def slice_of(job: Run, name: RowName, number: int = 0) -> tuple[Run, Stage]:
+    """One ranker of a row under one seed, with the settings that its model was tuned to."""
     row = ROWS[name]
     stage = Stage(
-        f"row_{name}",
-        f"train and judge {row.title}",
-        partial(train_and_judge, row=row),
+        slice_name(name, number),
+        f"judge {row.title}" if row.ranker_of else f"train and judge {row.title}",
+        partial(train_and_judge, row=row, number=number),
         ("ranker", "evaluate"),
-        ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row)),
+        ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row, number)),
     )
     return _tuned(place_of(job, name), row.kind), stage
 
@@ -167,8 +176,12 @@ def texts_of(row: LadderRow) -> list[str]:
     return [items, *([SESSION_TEXTS[row.reads]] if row.reads else [])]
 
 
-def taught_by(row: LadderRow) -> list[str]:
-    """What a row with an aligned reasoner is held against, to see where the alignment is lost."""
+def taught_by(row: LadderRow, number: int) -> list[str]:
+    """The slice whose ranker a row takes; or what one with an aligned reasoner is held against, to see where the
+    alignment is lost.
+    """
+    if row.ranker_of:
+        return [slice_name(row.ranker_of, number)]
     if not row.aligned:
         return []
     return ["embeddings_0", "rewards_1", *([] if row.retrained else ["rankers_0"])]
@@ -197,14 +210,15 @@ def embed_needs(run: Run, out: str) -> Outcome:
     return Outcome({"sessions": len(ids)})
 
 
-def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
-    """Trains a row's ranker in this process."""
+def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
+    """Trains a row's ranker in this process; of those of a row and a seed, the one of this number."""
     from rgalign_ray.ranker import training
 
     config = run.config
+    seed = config.seed * 1000 + number
     items, *embeddings = texts_of(row)
     job = training.RankerJob(
-        rankers=(training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), config.seed * 1000, row.shuffled),),
+        rankers=(training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), seed, row.shuffled),),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=config.ranker,
@@ -219,15 +233,19 @@ def train(run: Run, out: str, row: LadderRow) -> TrainedRanker:
     return training.train(job)[RANKER]
 
 
-def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
-    """Trains a row's ranker in this process, and judges it on the test sessions."""
-    config = run.config
-    if row.retrained:
-        trained = train(run, out, row)
+def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
+    """Trains a row's ranker in this process, or takes another's, and judges it on the test sessions."""
+    settings = run.config.evaluate
+    if row.ranker_of:
+        settings = settings.model_copy(update={"readout": "query"})
+        taken = slice_name(row.ranker_of, number)
+        uri, figures = run.uri(taken, RANKER), run.manifest(taken).figures
+    elif row.retrained:
+        trained = train(run, out, row, number)
         uri, figures = trained.uri, trained.figures
     else:
         uri, figures = run.uri("rankers_0", "qe_rec"), run.manifest("rankers_0").figures["qe_rec"]
-    test = TestSessions(run.uri("sessions"), run.truth, config.evaluate)
+    test = TestSessions(run.uri("sessions"), run.truth, settings)
     _, *embeddings = texts_of(row)
     rung = Rung(
         row.title,
@@ -239,7 +257,9 @@ def train_and_judge(run: Run, out: str, row: LadderRow) -> Outcome:
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
     figures = figures | {"calibration": test.calibration(judged.scores)}
-    if row.aligned:
+    if row.reads == "reasoner":
+        figures["wrote"] = alignments.examples(run, test, run.uri(*embeddings))
+    if row.aligned and not row.ranker_of:
         found = evaluate_stages.diagnosis_of(run, 1, test.ids, figures["gauc_by_readout"], row.title)
         figures["diagnosis"] = found.model_dump()
     return Outcome({"test sessions": len(test.ids)}, figures)
@@ -285,10 +305,11 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     if ROWS[name].aligned:
         made = alignments.aligning(jobs[0], ROWS[name].aligned or "")
         read = list(dict.fromkeys(stage.name for stage in (*judge_stages.stages(places[0].config, 1), *made)))
+    slices = [slice_name(name, number) for number in range(jobs[0].config.compare.trainings)]
     return ladder_report.Judged(
         name,
-        [Verdict.load(place.uri(f"row_{name}", VERDICT)) for place in places],
-        [place.manifest(f"row_{name}") for place in places],
+        [Verdict.mean([Verdict.load(place.uri(each, VERDICT)) for each in slices]) for place in places],
+        [place.manifest(each) for place in places for each in slices],
         float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places])),
     )
 

@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import ROWS
+from rgalign_ray.loop.ladder_rows import ROWS, THROUGH_QUERY
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -31,7 +31,7 @@ class Judged:
     row: RowName
     verdicts: list[Verdict]
     manifests: list[storage.Manifest]
-    """Of its slices."""
+    """Of its slices, as many a seed as it has rankers."""
     reading_s: float
     """Seconds in which the texts that it reads were read, a seed."""
 
@@ -92,6 +92,7 @@ def make(config: Config, judged: list[Judged]) -> report.Report:
         facts={
             "log": config.log.source,
             "seeds": str(seeds),
+            "rankers a row and seed": f"{config.compare.trainings}; figures are their mean",
             "test sessions a seed": f"{len(first.sessions):,}",
             "candidates a session": f"{np.mean(first.weights['GAUC']):,.1f}",
             "sessions that count in GAUC": f"{np.mean(~np.isnan(first.values['GAUC'])):.1%}",
@@ -142,6 +143,13 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rg_sft", "rg_sft_random"),
         ("rg_sft", "sft_title"),
         *((row, "qe_rec") for row in ALONE),
+        ("gradient", "gradient_shuffled"),
+        *THROUGH_QUERY.items(),
+        ("rgalign_query", "qe_rec_query"),
+        ("rgalign_query", "gradient_query"),
+        ("rg_sft_query", "qe_rec_query"),
+        ("rg_sft_query", "rg_sft_random_query"),
+        ("rg_sft_query", "sft_title_query"),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]

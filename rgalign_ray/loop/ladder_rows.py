@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.loop.stage import truth_inputs
 
 
@@ -24,6 +25,7 @@ class LadderRow:
         aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
         retrained: on the reasoner it reads; else it is the ranker that taught that reasoner.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
+        ranker_of: the row whose rankers it takes, to read the test sessions through e(x,q) and not as that row does.
     """
 
     title: str
@@ -35,6 +37,7 @@ class LadderRow:
     aligned: str | None = None
     retrained: bool = True
     more: bool = False
+    ranker_of: config.RowName | None = None
 
     @property
     def rival(self) -> bool:
@@ -133,10 +136,38 @@ ROWS: dict[config.RowName, LadderRow] = {
         "aligned on sessions that the ranker learns from",
         control=True,
     ),
+    "gradient_shuffled": _aligned(
+        "ranking gradient shuffled",
+        "gradient",
+        "trained and tested with queries shuffled across users",
+        shuffled=True,
+        control=True,
+    ),
     "true_need": LadderRow(
         "QE-Rec, true need as query", "qe_rec", "the ceiling: its query is the need's own text", "need", control=True
     ),
 }
+
+THROUGH_QUERY: dict[config.RowName, config.RowName] = {
+    "qe_rec_query": "qe_rec",
+    "sft_title_query": "sft_title",
+    "rg_sft_random_query": "rg_sft_random",
+    "rg_sft_query": "rg_sft",
+    "gradient_query": "gradient",
+    "rgalign_query": "rgalign",
+}
+"""Rows that read the test sessions through a latent query, by name, with the rows whose rankers they take."""
+ROWS |= {
+    name: replace(
+        ROWS[row], title=f"{ROWS[row].title}, through its query", note="the same rankers read e(x,q)", ranker_of=row
+    )
+    for name, row in THROUGH_QUERY.items()
+}
+
+
+def slice_name(name: config.RowName, number: int) -> str:
+    """The stage that trains and judges a row's ranker of a number (`compare.trainings`)."""
+    return f"row_{name}-{number}" if number else f"row_{name}"
 
 
 def rows_of(settings: config.Config) -> list[config.RowName]:
@@ -144,4 +175,24 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
     if settings.compare.rows:
         return list(settings.compare.rows)
     known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
-    return [name for name in known if not ROWS[name].aligned and not (ROWS[name].more and not settings.align)]
+    return [name for name in known if _asked_unnamed(ROWS[name], settings)]
+
+
+def _asked_unnamed(row: LadderRow, settings: config.Config) -> bool:
+    return not (row.aligned or row.ranker_of or (row.more and not settings.align))
+
+
+def check(rows: list[config.RowName], settings: config.Config) -> None:
+    """Whether rows find what they take from others.
+
+    Raises:
+        ConfigError: for the first that does not.
+    """
+    for name in rows:
+        taken = ROWS[name].ranker_of
+        if taken and taken not in rows:
+            raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
+        if taken and not (settings.encode.test_queries or settings.evaluate.readout == "query"):
+            raise ConfigError(
+                f"compare.rows: {name} reads queries of test sessions; set encode.test_queries to true to have them."
+            )

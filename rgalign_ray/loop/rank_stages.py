@@ -202,12 +202,12 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
 
 
 def queried(config: Config) -> tuple[str, ...]:
-    """Roles all of whose sessions get a query: those that the ranker reads through it, and those that the auditor asks
+    """Roles all of whose sessions get a query: those that a ranker reads through it, and those that the auditor asks
     for.
     """
     if config.evaluate.readout == "query":
         return ("valid", "test")
-    return ("valid",) if config.early_stop else ()
+    return (*(("valid",) if config.early_stop else ()), *(("test",) if config.encode.test_queries else ()))
 
 
 def encode_sentences(run: Run, out: str) -> Outcome:

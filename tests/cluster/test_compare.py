@@ -9,10 +9,12 @@ import pytest
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
+from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.report import Report, Row
 from rgalign_ray.loop import compare
 
 ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled", "rgalign_leak")
+READ_OTHERWISE = ("qe_rec_query", "gradient_query")
 ALIGNMENTS = ("title", "gradient", "full", "leak")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
@@ -46,10 +48,11 @@ def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp
 
 @pytest.mark.slow
 def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, tmp_path: Path) -> None:
-    rows = ["din_more", "qe_rec", "rgalign_not_retrained", *ALIGNED]
+    rows = ["din_more", "qe_rec", "rgalign_not_retrained", *ALIGNED, *READ_OTHERWISE]
     overrides = [
         "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
         "world.sessions=900", "gradient.batch_sessions=8", "align=[sft]",
+        "compare.trainings=2", "encode.test_queries=true",
     ]  # fmt: skip
     made = compare.run(config.load("smoke", overrides))
     assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in rows}
@@ -72,6 +75,11 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
     assert taught == {"row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled"}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
+    trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
+    assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
+    assert not list(seed.glob("**/row_*_query*/ranker")), "the rankers are another row's"
+    verdicts = {name: Verdict.load(str(seed / f"row_{name}/verdict.parquet")) for name in ("qe_rec", "qe_rec_query")}
+    assert (verdicts["qe_rec"].values["GAUC"] != verdicts["qe_rec_query"].values["GAUC"]).any(), "read through e(x,q)"
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
     assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in ALIGNED]

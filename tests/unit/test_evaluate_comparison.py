@@ -33,6 +33,15 @@ def test_a_verdict_survives_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.weights["GAUC"], saved.weights["GAUC"])
 
 
+def test_rankers_of_one_row_are_averaged_session_by_session() -> None:
+    weights = np.array([3.0, 1.0, 2.0])
+    found = Verdict.mean([verdict(np.array(v), 1, weights) for v in ([0.5, np.nan, 1.0], [0.7, np.nan, 0.0])])
+    np.testing.assert_allclose(found.values["GAUC"], [0.6, np.nan, 0.5])
+    np.testing.assert_array_equal(found.weights["GAUC"], weights)
+    with pytest.raises(AssertionError, match="the same sessions"):
+        Verdict.mean([verdict(np.zeros(3), 1), verdict(np.zeros(3), 2)])
+
+
 @pytest.mark.parametrize("own_log", [True, False])
 def test_an_estimate_is_the_mean_over_seeds_of_weighted_means(own_log: bool) -> None:
     draw = np.random.default_rng(0)

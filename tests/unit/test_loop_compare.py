@@ -54,7 +54,13 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
     extra = {} if source == "shop" else {"features": {"spec": "movielens"}, "prompt": {"template": "movielens"}}
     if source == "movielens":
         rows = [name for name in rows if name != "true_need"]
-    settings = config.validate({"compare": {"rows": rows}, "log": {"source": source}, "rollout": {"n": 8}, **extra})
+    asked = {
+        "compare": {"rows": rows},
+        "log": {"source": source},
+        "rollout": {"n": 8},
+        "encode": {"test_queries": True},
+    }
+    settings = config.validate(asked | extra)
     stages = compare.preparation(settings, rows)
     made = {stage.name for stage in stages}
     assert ("embeddings_0" in made) == ("qe_rec" in rows), "the reasoner runs where a row reads it"
@@ -62,8 +68,15 @@ def test_what_a_row_reads_is_made_before_it(rows: list[str], source: str) -> Non
     assert ("embeddings_need" in made) == ("true_need" in rows)
     assert ("embeddings_sentence" in made) == ("din_sentence" in rows), "nobody waits for texts that no row reads"
     trials = [tune.trial_of(Run(settings), name, 0)[1] for name in tune.tunable(rows)]
-    for stage in [*stages, *trials, *(compare.slice_of(Run(settings), name)[1] for name in rows)]:
+    own = [compare.slice_of(Run(settings), name)[1] for name in rows if not ROWS[name].ranker_of]
+    for stage in [*stages, *trials, *own]:
         assert made.issuperset(stage.inputs), stage.name
+    made |= {stage.name for stage in own}
+    for name in rows:
+        job, stage = compare.slice_of(Run(settings), name)
+        assert made.issuperset(stage.inputs), "what takes the rankers of a row comes after it"
+        taken = ROWS[name].ranker_of
+        assert not taken or job.config.run_uri == compare.place_of(Run(settings), taken).config.run_uri
 
 
 def test_alignments_share_queries_and_rewards_and_keep_apart_what_they_learn() -> None:
@@ -112,6 +125,8 @@ def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
         ({"rollout": {"n": 4}}, "rg_sft_8", r"select\.n \(8\) is more than the 4 queries"),
         (CROSSFIT, "gradient", "does not go with gradient"),
         (CROSSFIT, "rgalign_leak", "set crossfit to 0"),
+        ({}, "rg_sft_query", "rg_sft_query takes the rankers of rg_sft; name that row as well"),
+        ({}, "qe_rec_query", "set encode.test_queries to true"),
     ],
 )
 def test_rows_that_contradict_the_settings_are_refused_before_anything_is_made(
@@ -166,7 +181,7 @@ def test_a_row_is_trained_with_what_its_model_was_tuned_to() -> None:
 
 def test_models_with_nothing_to_train_are_not_tuned() -> None:
     tuned = tune.tunable(list(ROWS))
-    assert tuned == [name for name, row in ROWS.items() if not (row.control or row.aligned or row.more)]
+    assert tuned == [n for n, row in ROWS.items() if not (row.control or row.aligned or row.more or row.ranker_of)]
     assert not {"popularity", "cosine", "template"} & set(tuned)
     assert len({ROWS[name].kind for name in tuned}) == len(tuned), "a model is tuned once"
 
@@ -179,6 +194,15 @@ def test_a_study_in_parts_has_the_seeds_of_the_whole() -> None:
     assert of(seeds=1) + of(seeds=2, first_seed=1) == of(seeds=3)
     with pytest.raises(ConfigError, match=r"tuning_seed \(1000\) is one of the 2 seeds"):
         of(seeds=2, first_seed=999)
+
+
+def test_rankers_of_one_row_are_slices_of_their_own() -> None:
+    job = Run(config.validate({"rollout": {"n": 8}}))
+    names = [compare.slice_of(job, "rg_sft", number)[1].name for number in range(3)]
+    assert names == ["row_rg_sft", "row_rg_sft-1", "row_rg_sft-2"]
+    assert not set(names) & {compare.slice_of(job, "rg_sft_2")[1].name}, "which is a row"
+    taken = [compare.slice_of(job, "rg_sft_query", number)[1].inputs[-1] for number in range(3)]
+    assert taken == names, "each reads through its own"
 
 
 def test_seeds_draw_their_own_world_and_keep_apart() -> None:
@@ -196,3 +220,4 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     assert ("qe_rec", "qe_rec_shuffled") in pairs
     assert ("true_need", "din") in pairs
     assert ladder_report.claims(["popularity", "qe_rec"], validation) == []
+    assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs

@@ -1,0 +1,103 @@
+"""One table of seeds that were run in different places: on machines that share no filesystem, or on different days.
+
+What a comparison tells of a seed stands in manifests and a few small tables, so that a seed's folder can travel
+without its weights and vectors:
+
+    rsync -am --include='*/' --include=config.json --include=manifest.json --include=verdict.parquet \\
+        --include=worth.parquet --exclude='*' runs/alignment/seed_1 elsewhere/
+    rgalign compare --config alignment --from runs/alignment --from elsewhere --run-dir runs/together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rgalign_ray import storage
+from rgalign_ray.config import Config, RowName
+from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.evaluate import report
+from rgalign_ray.loop import alignments, compare, ladder_report
+from rgalign_ray.loop.ladder_rows import rows_of, slice_name
+from rgalign_ray.loop.stage import Run
+
+SEED = "seed_"
+APART = ("seed", "run_dir", "cluster", "compare", "serve", "tracking")
+"""Settings in which seeds of one comparison may differ, beside the world's seed."""
+
+
+def run(config: Config, places: Sequence[str]) -> report.Report:
+    """Writes and prints the comparison of all seeds in some run directories, of the rows that `config` names.
+
+    Args:
+        config: which rows, how intervals are made, and where the comparison is written (its run directory).
+        places: run directories of `compare`, or of parts of it.
+
+    Raises:
+        ConfigError: where a place has no seed, two have the same one, or they were made with different settings.
+        DataError: where a seed lacks a row.
+    """
+    rows = rows_of(config)
+    found = {place: seeds_of(place) for place in places}
+    seeds = sorted(seed for those in found.values() for seed in those)
+    twice = [seed for seed in set(seeds) if seeds.count(seed) > 1]
+    if twice:
+        raise ConfigError(f"--from: seed {twice[0]} stands in two of the places; name each seed once.")
+    agree(found)
+    jobs = [job for place, those in found.items() for job in runs_in(config, place, those, rows)]
+    jobs.sort(key=lambda job: job.config.seed)
+    told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
+    made = alignments.told(jobs, rows, ladder_report.make(told, [compare.judged(jobs, name) for name in rows]))
+    compare.show(told, made)
+    return made
+
+
+def seeds_of(place: str) -> list[int]:
+    """The seeds that a run directory has.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    names = [name for name in storage.entries(place) if name.startswith(SEED)]
+    found = sorted(int(seed) for name in names if (seed := name.removeprefix(SEED)).isdecimal())
+    if not found:
+        raise ConfigError(f"--from {place}: no folder {SEED}0 or the like; `rgalign compare --run-dir` makes them.")
+    return found
+
+
+def agree(found: dict[str, list[int]]) -> None:
+    """Whether all seeds were made with the same settings.
+
+    Raises:
+        ConfigError: for the first setting in which one differs from the first.
+    """
+    places = [storage.join(place, f"{SEED}{seed}") for place, seeds in found.items() for seed in seeds]
+    settings = [_settings(place) for place in places]
+    for place, other in zip(places[1:], settings[1:], strict=True):
+        differing = [name for name in sorted({*settings[0], *other}) if settings[0].get(name) != other.get(name)]
+        if differing:
+            raise ConfigError(
+                f"--from: {place} was made with another {differing[0]} than {places[0]}; they make no one table."
+            )
+
+
+def _settings(place: str) -> dict[str, Any]:
+    config = storage.read_json(storage.join(place, "config.json"))
+    world = config["world"] | {"seed": None}
+    return {name: section for name, section in (config | {"world": world}).items() if name not in APART}
+
+
+def runs_in(config: Config, place: str, seeds: Sequence[int], rows: list[RowName]) -> list[Run]:
+    """The runs of a place's seeds.
+
+    Raises:
+        DataError: where one lacks a row.
+    """
+    jobs = compare.runs(config.model_copy(update={"run_dir": place}), rows, seeds)
+    for job in jobs:
+        for name in rows:
+            for number in range(config.compare.trainings):
+                made = compare.place_of(job, name).uri(slice_name(name, number))
+                if storage.read_manifest(made) is None:
+                    raise DataError(f"{made}: not there; finish that seed, or name the rows that all seeds have.")
+    return jobs

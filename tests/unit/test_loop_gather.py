@@ -1,0 +1,77 @@
+"""Seeds that were run in different places make one table, if they may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rgalign_ray import config, storage
+from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.evaluate.comparison import Verdict
+from rgalign_ray.loop import compare, gather
+
+ROWS: list[config.RowName] = ["two_tower", "din"]
+SESSIONS = 40
+
+
+def made(place: Path, seed: int, rows: list[config.RowName] = ROWS, **changes: Any) -> None:
+    """A seed's folder without weights and vectors, as it travels; DIN is better by .1."""
+    settings = compare.of_seed(config.validate(changes | {"run_dir": str(place)}), seed)
+    storage.write_json(f"{settings.run_uri}/config.json", settings.model_dump(mode="json"))
+    ids = [f"{seed}-{number}" for number in range(SESSIONS)]
+    for row in rows:
+        values = np.random.default_rng(seed).random(SESSIONS) / 2 + (0.1 if row == "din" else 0)
+        verdict = Verdict(ids, ids, ["SG"] * SESSIONS, {"GAUC": values}, {"GAUC": np.full(SESSIONS, 9.0)})
+        verdict.save(f"{settings.run_uri}/row_{row}/verdict.parquet")
+        figures = {"best_gauc": 0.5, "calibration": {"count": [9], "expected": [0.9], "observed": [0.8]}}
+        manifest = storage.Manifest(
+            stage=f"row_{row}", key="k", inputs={}, rows={}, figures=figures, seconds=9.0, peak_memory_mb=500
+        )
+        storage.write_json(f"{settings.run_uri}/row_{row}/manifest.json", manifest.model_dump())
+
+
+def told(tmp_path: Path, places: list[Path], rows: list[config.RowName] = ROWS) -> Any:
+    settings = {"compare": {"rows": rows}, "evaluate": {"bootstrap": 100}, "run_dir": str(tmp_path / "together")}
+    return gather.run(config.validate(settings), [str(place) for place in places])
+
+
+def test_seeds_of_several_places_make_one_table(tmp_path: Path) -> None:
+    for place, seed in (("here", 0), ("there", 2), ("there", 1)):
+        made(tmp_path / place, seed)
+    report = told(tmp_path, [tmp_path / "there", tmp_path / "here"])
+    whole = [float(np.mean(np.random.default_rng(seed).random(SESSIONS) / 2)) for seed in range(3)]
+    gauc = {row.name: row.metrics["GAUC"].value for row in report.rows}
+    assert gauc["AutoInt+MoE two-tower"] == pytest.approx(np.mean(whole))
+    assert gauc["DIN"] == pytest.approx(np.mean(whole) + 0.1)
+    assert report.facts["seeds"] == "3"
+    assert (tmp_path / "together/comparison.html").exists()
+
+
+def test_a_seed_is_told_of_once(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        made(tmp_path / place, 0)
+    with pytest.raises(ConfigError, match=r"--from: seed 0 stands in two of the places"):
+        told(tmp_path, [tmp_path / "here", tmp_path / "there"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [({"ranker": {"dim": 64}}, "ranker"), ({"world": {"sessions": 9000}}, "world"), ({"align": ["sft"]}, "align")],
+)
+def test_seeds_of_other_settings_make_no_table(tmp_path: Path, changes: dict[str, Any], differing: str) -> None:
+    made(tmp_path / "here", 0)
+    made(tmp_path / "there", 1, **changes)
+    with pytest.raises(ConfigError, match=f"seed_1 was made with another {differing} than"):
+        told(tmp_path, [tmp_path / "here", tmp_path / "there"])
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0, ["two_tower"])
+    with pytest.raises(DataError, match="row_din: not there; finish that seed, or name the rows that all seeds have"):
+        told(tmp_path, [tmp_path / "here"])
+    assert told(tmp_path, [tmp_path / "here"], ["two_tower"]).facts["seeds"] == "1"
+    with pytest.raises(ConfigError, match=r"nowhere: no folder seed_0 or the like"):
+        told(tmp_path, [tmp_path / "nowhere"])
