@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import trl.trainer.utils
 from learner_data import Counts
 
 from rgalign_ray import config, schema, storage
@@ -104,6 +105,26 @@ def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, 
     storage.write_table(path, fixed.select(table.column_names))
     figures = sft.train(task(tmp_path, "sft", config.Sft(lr=2e-2, epochs=8, batch_sessions=8)), Host())
     assert figures["loss"][-1] < 1.5 < 4 < figures["loss"][0]
+
+
+@pytest.mark.parametrize(("objective", "each"), [("sft", 1), ("dpo", 4)], ids=["sft", "dpo"])
+def test_only_tokens_that_have_a_loss_meet_the_vocabulary(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, each: int
+) -> None:
+    """RG-DPO reads two completions, with the policy and with the reference."""
+    projected = []
+    apply = trl.trainer.utils._ChunkedLogProbFunction.apply
+
+    def spy(hidden: torch.Tensor, *arguments: object) -> object:
+        projected.append(len(hidden))
+        return apply(hidden, *arguments)
+
+    monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "apply", spy)
+    paired(engine, tmp_path)
+    optimisation = {"sft": config.Sft(batch_sessions=8), "dpo": config.Dpo(batch_sessions=8)}[objective]
+    {"sft": sft, "dpo": dpo}[objective].train(task(tmp_path, objective, optimisation), Host())
+    table = storage.read_table(str(tmp_path / "data/selected/0.parquet"))
+    assert sum(projected) == each * sum(len(ids) for ids in table["completion_ids"].to_pylist())
 
 
 @pytest.mark.slow
