@@ -66,6 +66,9 @@ RowName = Literal[
     "rg_sft_query",
     "gradient_query",
     "rgalign_query",
+    "qe_rec_null",
+    "gradient_null",
+    "rgalign_null",
 ]
 
 

@@ -39,6 +39,8 @@ class Rung:
     """Artefact of the reasoner version it was trained on."""
     query: str = "own"
     """What each session's query tower reads: own, shuffled (another user's), or mean (the same for all)."""
+    readout: str | None = None
+    """null, prompt or query; None: as `evaluate.readout` says."""
     any_version: bool = False
     """Reads embeddings of a reasoner that it was not trained on."""
     prior: bool = False
@@ -151,7 +153,7 @@ class TestSessions:
             return np.where(self.mask, prior[self.candidates.clip(min=0)], -np.inf)
         rows = self._rows(ranker, rung)
         with torch.inference_mode():
-            z = self._queries(ranker, rows) if ranker.model.reads_queries else None
+            z = self._queries(ranker, rows, rung) if ranker.model.reads_queries else None
             if z is not None and rung.query == "mean":
                 z = z.mean(dim=0).expand_as(z)
             return self._score(ranker, rows, z)
@@ -163,13 +165,13 @@ class TestSessions:
         """
         ranker = scoring.load(rung.ranker)
         with torch.inference_mode():
-            z = self._queries(ranker, self._rows(ranker, rung)).double()
+            z = self._queries(ranker, self._rows(ranker, rung), rung).double()
         energy = (z**2).mean(dim=0).sum()
         return float(z.var(dim=0, correction=0).sum() / energy) if energy > 0 else 0.0
 
-    def _queries(self, ranker: scoring.LoadedRanker, rows: Rows) -> torch.Tensor:
+    def _queries(self, ranker: scoring.LoadedRanker, rows: Rows, rung: Rung) -> torch.Tensor:
         """z float32 [S, d]."""
-        reads = available(rows, np.full(len(self.ids), READOUTS[self.settings.readout]))
+        reads = available(rows, np.full(len(self.ids), READOUTS[rung.readout or self.settings.readout]))
         return ranker.model.queries(*query_input(rows, reads, slice(None)))
 
     def _score(self, ranker: scoring.LoadedRanker, rows: Rows, z: torch.Tensor | None) -> np.ndarray:

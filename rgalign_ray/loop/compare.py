@@ -235,9 +235,7 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
 
 def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     """Trains a row's ranker in this process, or takes another's, and judges it on the test sessions."""
-    settings = run.config.evaluate
     if row.ranker_of:
-        settings = settings.model_copy(update={"readout": "query"})
         taken = slice_name(row.ranker_of, number)
         uri, figures = run.uri(taken, RANKER), run.manifest(taken).figures
     elif row.retrained:
@@ -245,13 +243,14 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
         uri, figures = trained.uri, trained.figures
     else:
         uri, figures = run.uri("rankers_0", "qe_rec"), run.manifest("rankers_0").figures["qe_rec"]
-    test = TestSessions(run.uri("sessions"), run.truth, settings)
+    test = TestSessions(run.uri("sessions"), run.truth, run.config.evaluate)
     _, *embeddings = texts_of(row)
     rung = Rung(
         row.title,
         uri,
         run.uri(*embeddings) if embeddings else None,
         query="shuffled" if row.shuffled else "own",
+        readout=row.readout,
         any_version=not row.retrained,
     )
     judged = test.judge(test.score(rung))

@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import ROWS, THROUGH_QUERY
+from rgalign_ray.loop.ladder_rows import ROWS, THROUGH_QUERY, WITHOUT_QUERY
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -144,6 +144,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rg_sft", "sft_title"),
         *((row, "qe_rec") for row in ALONE),
         ("gradient", "gradient_shuffled"),
+        *((row, name) for name, row in WITHOUT_QUERY.items()),
         *THROUGH_QUERY.items(),
         ("rgalign_query", "qe_rec_query"),
         ("rgalign_query", "gradient_query"),

@@ -25,7 +25,8 @@ class LadderRow:
         aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
         retrained: on the reasoner it reads; else it is the ranker that taught that reasoner.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
-        ranker_of: the row whose rankers it takes, to read the test sessions through e(x,q) and not as that row does.
+        ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does,
+        readout: namely through e(x,q) (query) or not at all (null).
     """
 
     title: str
@@ -38,6 +39,7 @@ class LadderRow:
     retrained: bool = True
     more: bool = False
     ranker_of: config.RowName | None = None
+    readout: Literal["query", "null"] | None = None
 
     @property
     def rival(self) -> bool:
@@ -157,11 +159,32 @@ THROUGH_QUERY: dict[config.RowName, config.RowName] = {
     "rgalign_query": "rgalign",
 }
 """Rows that read the test sessions through a latent query, by name, with the rows whose rankers they take."""
+WITHOUT_QUERY: dict[config.RowName, config.RowName] = {
+    "qe_rec_null": "qe_rec",
+    "gradient_null": "gradient",
+    "rgalign_null": "rgalign",
+}
+"""Likewise, of rows whose rankers are told nothing by the reasoner: what is gained over them, the query brings."""
 ROWS |= {
     name: replace(
-        ROWS[row], title=f"{ROWS[row].title}, through its query", note="the same rankers read e(x,q)", ranker_of=row
+        ROWS[row],
+        title=f"{ROWS[row].title}, through its query",
+        note="the same rankers read e(x,q)",
+        ranker_of=row,
+        readout="query",
     )
     for name, row in THROUGH_QUERY.items()
+}
+ROWS |= {
+    name: replace(
+        ROWS[row],
+        title=f"{ROWS[row].title}, null query",
+        note="the same rankers without the reasoner",
+        control=True,
+        ranker_of=row,
+        readout="null",
+    )
+    for name, row in WITHOUT_QUERY.items()
 }
 
 
@@ -192,7 +215,8 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
         taken = ROWS[name].ranker_of
         if taken and taken not in rows:
             raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
-        if taken and not (settings.encode.test_queries or settings.evaluate.readout == "query"):
+        queries = settings.encode.test_queries or settings.evaluate.readout == "query"
+        if ROWS[name].readout == "query" and not queries:
             raise ConfigError(
                 f"compare.rows: {name} reads queries of test sessions; set encode.test_queries to true to have them."
             )

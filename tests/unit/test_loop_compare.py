@@ -126,6 +126,7 @@ def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
         (CROSSFIT, "gradient", "does not go with gradient"),
         (CROSSFIT, "rgalign_leak", "set crossfit to 0"),
         ({}, "rg_sft_query", "rg_sft_query takes the rankers of rg_sft; name that row as well"),
+        ({}, "gradient_null", "gradient_null takes the rankers of gradient"),
         ({}, "qe_rec_query", "set encode.test_queries to true"),
     ],
 )
@@ -221,3 +222,4 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     assert ("true_need", "din") in pairs
     assert ladder_report.claims(["popularity", "qe_rec"], validation) == []
     assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs
+    assert ("gradient", "gradient_null") in pairs
