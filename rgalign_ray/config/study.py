@@ -54,6 +54,7 @@ RowName = Literal[
     "rg_cl",
     "latent",
     "gradient",
+    "gradient_long",
     "rgalign",
     "rgalign_not_retrained",
     "rgalign_shuffled",

@@ -18,7 +18,7 @@ METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
 TEXT_RIVAL: RowName = "din_sentence"
 """Reads the same text as the reasoner: whatever validation GAUC says, a reasoner must beat it."""
-ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient")
+ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient", "gradient_long")
 """Rows whose reasoner one objective has aligned."""
 BY_REGION = ("GAUC", "true CTR")
 """Metrics that are shown by region, where the log has them."""
@@ -143,6 +143,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rg_sft", "rg_sft_random"),
         ("rg_sft", "sft_title"),
         *((row, "qe_rec") for row in ALONE),
+        ("gradient_long", "gradient"),
         ("gradient", "gradient_shuffled"),
         *((row, name) for name, row in WITHOUT_QUERY.items()),
         *THROUGH_QUERY.items(),

@@ -59,6 +59,7 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "contrastive": {"align": ["contrastive"]},
     "latent": {"align": ["latent"]},
     "gradient": {"align": ["gradient"]},
+    "gradient_long": {"align": ["gradient"], "gradient.epochs": 4},
     "full": {},
     "leak": {"crossfit": 1},
 }
@@ -121,6 +122,7 @@ ROWS: dict[config.RowName, LadderRow] = {
     "rg_cl": _aligned("RG-CL", "contrastive"),
     "latent": _aligned("RL on the embedding", "latent"),
     "gradient": _aligned("ranking gradient", "gradient", "the loss itself through the frozen ranker"),
+    "gradient_long": _aligned("ranking gradient, long", "gradient_long", "four epochs"),
     "rgalign": _aligned("RGAlign-Rec", "full", "all objectives as configured, ranker retrained"),
     "rgalign_not_retrained": _aligned(
         "RGAlign-Rec, not retrained", "full", "the ranker that taught the reasoner reads it", retrained=False
