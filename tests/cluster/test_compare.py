@@ -73,7 +73,8 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
-    assert taught == {"row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled"}
+    read = ("row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled")
+    assert taught == {f"{row}{again}" for row in read for again in ("", "-1")}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
     assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
