@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, RowName
+from rgalign_ray.config import Config, RowName, validate
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import alignments, compare, ladder_report
@@ -82,7 +82,8 @@ def agree(found: dict[str, list[int]]) -> None:
 
 
 def _settings(place: str) -> dict[str, Any]:
-    config = storage.read_json(storage.join(place, "config.json"))
+    """Those that seeds must agree in; one that is newer than the seed has its default."""
+    config = validate(storage.read_json(storage.join(place, "config.json"))).model_dump(mode="json")
     world = config["world"] | {"seed": None}
     return {name: section for name, section in (config | {"world": world}).items() if name not in APART}
 

@@ -50,6 +50,15 @@ def test_seeds_of_several_places_make_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "together/comparison.html").exists()
 
 
+def test_a_seed_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
+    for place, seed in (("here", 0), ("there", 1)):
+        made(tmp_path / place, seed)
+    old = storage.read_json(f"{tmp_path}/here/seed_0/config.json")
+    del old["encode"]["test_queries"]
+    storage.write_json(f"{tmp_path}/here/seed_0/config.json", old)
+    assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
+
+
 def test_a_seed_is_told_of_once(tmp_path: Path) -> None:
     for place in ("here", "there"):
         made(tmp_path / place, 0)
