@@ -53,6 +53,9 @@ class Ranker(Trained):
     batch_sessions: Count = 128
     """Sessions of one optimiser step, over all workers."""
     epochs: Count = 20
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Above 0, the ranker is the exponential moving average of the weights, by so much a step: what validation judges
+    and what is kept. It evens out what single steps do to few clicks."""
     patience: Count = 4
     """Epochs without a better validation GAUC before training stops."""
 

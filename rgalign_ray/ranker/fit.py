@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
@@ -121,6 +122,7 @@ class Fit:
         self.model.to(device)
         self.gradients = _flat_gradients(self.model)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, settings))
+        self.average = _moving_average(self.model, settings.ema_decay)
         self.progress = Progress()
         self.best = _copy(self.model)
 
@@ -134,12 +136,18 @@ class Fit:
             self.progress.gaucs.append(gauc)
             if gauc > self.progress.best_gauc:
                 self.progress.best_gauc, self.progress.best_epoch = gauc, self.progress.epoch
-                self.best = _copy(self.model)
+                self.best = _copy(self.judged)
             after_epoch(self)
+        self.average = None
         self.model.load_state_dict(self.best)
         if not self.gradients.numel():
             self.progress.best_gauc = self.validation_gauc("prompt")
         return self._figures()
+
+    @property
+    def judged(self) -> Ranker:
+        """What validation judges: the moving average where there is one, else the model in training."""
+        return self.average.module if self.average else self.model
 
     @property
     def finished(self) -> bool:
@@ -153,6 +161,7 @@ class Fit:
             "model": self.model.state_dict(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -161,10 +170,12 @@ class Fit:
         self.model.load_state_dict(state["model"])
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
     def validation_gauc(self, readout: str) -> float:
         """GAUC over all candidates of the validation sessions, the session being the group."""
-        scores = score_rows(self.model, self.valid, readout, self.device)
+        scores = score_rows(self.judged, self.valid, readout, self.device)
         clicks = self.valid["clicks"]
         auc = group_auc(scores, clicks.values, lists.rows(clicks.counts))
         total = self.group.sum(np.array([(auc.auc * auc.weight).sum(), auc.weight.sum()]))
@@ -226,6 +237,8 @@ class Fit:
             loss += float(summed.detach())
         self.group.add_(self.gradients)
         self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
         return loss
 
     def _loss(
@@ -269,6 +282,12 @@ class Fit:
                 figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}
         return figures
+
+
+def _moving_average(model: Ranker, decay: float) -> AveragedModel | None:
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def score_rows(model: Ranker, rows: Rows, readout: str, device: str = "cpu", batch: int = SCORE_BATCH) -> np.ndarray:

@@ -174,15 +174,42 @@ def test_training_repeats_to_the_bit_whatever_the_order_of_rows() -> None:
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in first.model.state_dict().items())
 
 
-def test_resumed_training_equals_uninterrupted() -> None:
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_resumed_training_equals_uninterrupted(ema_decay: float) -> None:
     data = rows(SIZES, 150)
-    whole = _fit(data, settings=SETTINGS.model_copy(update={"epochs": 4}))
+    settings = SETTINGS.model_copy(update={"epochs": 4, "ema_decay": ema_decay})
+    whole = _fit(data, settings=settings)
     states: list[bytes] = []
     figures = whole.run(lambda fit: states.append(pack(fit.state())))
-    resumed = _fit(data, settings=SETTINGS.model_copy(update={"epochs": 4}))
+    resumed = _fit(data, settings=settings)
     resumed.resume(unpack(states[1]))
     assert resumed.run() == figures
     assert all(torch.equal(t, resumed.model.state_dict()[n]) for n, t in whole.model.state_dict().items())
+
+
+def test_the_moving_average_of_the_weights_is_what_is_judged_and_kept() -> None:
+    data = rows(SIZES, 150)
+    settings = SETTINGS.model_copy(update={"epochs": 3})
+    passed: list[dict[str, torch.Tensor]] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *arguments: object) -> None:
+            super().step(*arguments)
+            passed.append({name: weight.detach().clone() for name, weight in fit.model.named_parameters()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watched)
+        fit = _fit(data, settings=settings.model_copy(update={"ema_decay": 0.9}))
+        figures = fit.run()
+    steps = figures["best_epoch"] * 5
+    expected = passed[0]
+    for weights in passed[1:steps]:
+        expected = {name: 0.9 * expected[name] + 0.1 * weight for name, weight in weights.items()}
+    for name, weight in fit.model.named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-4, atol=1e-6)
+    assert fit.validation_gauc("prompt") == pytest.approx(figures["best_gauc"])
+    plain = _fit(data, settings=settings)
+    assert plain.run()["losses"] == figures["losses"], "what learns is not changed by it"
 
 
 def test_best_epoch_is_kept_and_patience_stops() -> None:
