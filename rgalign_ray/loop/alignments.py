@@ -108,7 +108,7 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
     valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
     worth = worth_stages.found(jobs, 1)
-    diagnoses = [_diagnosis(jobs, row) for row in rows if _tells(ROWS[row])]
+    diagnoses = [_diagnosis(jobs, row) for row in rows if tells(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
     return made.model_copy(
         update={
@@ -121,7 +121,7 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     )
 
 
-def _tells(row: LadderRow) -> bool:
+def tells(row: LadderRow) -> bool:
     """Whether a row says where its alignment is lost: it has trained rankers on what the alignment made."""
     return row.aligned is not None and row.retrained and row.ranker_of is None
 

@@ -144,7 +144,7 @@ def slice_of(job: Run, name: RowName, number: int = 0) -> tuple[Run, Stage]:
     row = ROWS[name]
     stage = Stage(
         slice_name(name, number),
-        f"judge {row.title}" if row.ranker_of else f"train and judge {row.title}",
+        f"judge {row.title}" if row.ranker_of or not row.retrained else f"train and judge {row.title}",
         partial(train_and_judge, row=row, number=number),
         ("ranker", "evaluate"),
         ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row, number)),
@@ -177,14 +177,14 @@ def texts_of(row: LadderRow) -> list[str]:
 
 
 def taught_by(row: LadderRow, number: int) -> list[str]:
-    """The slice whose ranker a row takes; or what one with an aligned reasoner is held against, to see where the
-    alignment is lost.
+    """Where a row's ranker is taken from, if it is; and what a row that trains on an aligned reasoner is held against,
+    to see where the alignment is lost.
     """
+    if not row.retrained:
+        return ["rankers_0"]
     if row.ranker_of:
         return [slice_name(row.ranker_of, number)]
-    if not row.aligned:
-        return []
-    return ["embeddings_0", "rewards_1", *([] if row.retrained else ["rankers_0"])]
+    return ["embeddings_0", "rewards_1"] if row.aligned else []
 
 
 def embed_needs(run: Run, out: str) -> Outcome:
@@ -235,14 +235,14 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
 
 def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     """Trains a row's ranker in this process, or takes another's, and judges it on the test sessions."""
-    if row.ranker_of:
+    if not row.retrained:
+        uri, figures = run.uri("rankers_0", "qe_rec"), run.manifest("rankers_0").figures["qe_rec"]
+    elif row.ranker_of:
         taken = slice_name(row.ranker_of, number)
         uri, figures = run.uri(taken, RANKER), run.manifest(taken).figures
-    elif row.retrained:
+    else:
         trained = train(run, out, row, number)
         uri, figures = trained.uri, trained.figures
-    else:
-        uri, figures = run.uri("rankers_0", "qe_rec"), run.manifest("rankers_0").figures["qe_rec"]
     test = TestSessions(run.uri("sessions"), run.truth, run.config.evaluate)
     _, *embeddings = texts_of(row)
     rung = Rung(
@@ -258,7 +258,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     figures = figures | {"calibration": test.calibration(judged.scores)}
     if row.reads == "reasoner":
         figures["wrote"] = alignments.examples(run, test, run.uri(*embeddings))
-    if row.aligned and not row.ranker_of:
+    if alignments.tells(row):
         found = evaluate_stages.diagnosis_of(run, 1, test.ids, figures["gauc_by_readout"], row.title)
         figures["diagnosis"] = found.model_dump()
     return Outcome({"test sessions": len(test.ids)}, figures)

@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import ROWS, THROUGH_QUERY, WITHOUT_QUERY
+from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, ROWS, THROUGH_QUERY, WITHOUT_QUERY
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -139,7 +139,6 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rgalign", TEXT_RIVAL),
         ("rgalign", "rgalign_shuffled"),
         ("rgalign", "gradient"),
-        ("rgalign", "rgalign_not_retrained"),
         ("rg_sft", "rg_sft_random"),
         ("rg_sft", "sft_title"),
         *((row, "qe_rec") for row in ALONE),
@@ -152,6 +151,10 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rg_sft_query", "qe_rec_query"),
         ("rg_sft_query", "rg_sft_random_query"),
         ("rg_sft_query", "sft_title_query"),
+        *((row, "judge_query" if readout else "judge") for row, (_, readout) in JUDGED.items()),
+        ("rg_sft_not_retrained_query", "rg_sft_random_not_retrained_query"),
+        ("rg_sft_not_retrained_query", "sft_title_not_retrained_query"),
+        *((row, name) for name, row in NOT_RETRAINED.items()),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]

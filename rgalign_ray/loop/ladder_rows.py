@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
@@ -23,10 +23,11 @@ class LadderRow:
         shuffled: trained and tested on embeddings of other users' sessions.
         control: stands there to unmask a gain, not to win.
         aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
-        retrained: on the reasoner it reads; else it is the ranker that taught that reasoner.
+        retrained: on the reasoner it reads; else it is the frozen ranker that teaches.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
-        ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does,
-        readout: namely through e(x,q) (query) or not at all (null).
+        ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does.
+        readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query) or
+            nothing (null).
     """
 
     title: str
@@ -67,6 +68,7 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
 on sessions that the ranker learns from."""
 
 
+TAUGHT = "the ranker that taught the reasoner reads it"
 MORE = "learns from the sessions of role align as well"
 
 
@@ -124,9 +126,6 @@ ROWS: dict[config.RowName, LadderRow] = {
     "gradient": _aligned("ranking gradient", "gradient", "the loss itself through the frozen ranker"),
     "gradient_long": _aligned("ranking gradient, long", "gradient_long", "four epochs"),
     "rgalign": _aligned("RGAlign-Rec", "full", "all objectives as configured, ranker retrained"),
-    "rgalign_not_retrained": _aligned(
-        "RGAlign-Rec, not retrained", "full", "the ranker that taught the reasoner reads it", retrained=False
-    ),
     "rgalign_shuffled": _aligned(
         "RGAlign-Rec shuffled",
         "full",
@@ -190,6 +189,36 @@ ROWS |= {
 }
 
 
+NOT_RETRAINED: dict[config.RowName, config.RowName] = {
+    "rg_sft_not_retrained": "rg_sft",
+    "rg_sft_random_not_retrained": "rg_sft_random",
+    "sft_title_not_retrained": "sft_title",
+    "rg_cl_not_retrained": "rg_cl",
+    "gradient_not_retrained": "gradient",
+    "gradient_long_not_retrained": "gradient_long",
+    "rgalign_not_retrained": "rgalign",
+}
+"""Rows in which the ranker that taught a reasoner, frozen, reads it as it is now; by name, with those that retrain."""
+JUDGED: dict[config.RowName, tuple[config.RowName, Literal["query"] | None]] = {
+    cast(config.RowName, f"{name}_query" if readout else name): (row, readout)
+    for name, row in {"judge": "qe_rec", **NOT_RETRAINED}.items()
+    for readout in (None, "query")
+}
+"""Rows of the frozen ranker that teaches, by name: whose reasoner it reads, and through what."""
+ROWS |= {
+    name: replace(
+        ROWS[row],
+        title=("the judge" if row == "qe_rec" else f"{ROWS[row].title}, not retrained")
+        + (", through its query" if readout else ""),
+        note="the ranker that teaches reads the frozen reasoner" if row == "qe_rec" else TAUGHT,
+        control=True,
+        retrained=False,
+        readout=readout,
+    )
+    for name, (row, readout) in JUDGED.items()
+}
+
+
 def slice_name(name: config.RowName, number: int) -> str:
     """The stage that trains and judges a row's ranker of a number (`compare.trainings`)."""
     return f"row_{name}-{number}" if number else f"row_{name}"
@@ -204,7 +233,7 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
 
 
 def _asked_unnamed(row: LadderRow, settings: config.Config) -> bool:
-    return not (row.aligned or row.ranker_of or (row.more and not settings.align))
+    return row.retrained and not (row.aligned or row.ranker_of or (row.more and not settings.align))
 
 
 def check(rows: list[config.RowName], settings: config.Config) -> None:
@@ -213,8 +242,11 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
     Raises:
         ConfigError: for the first that does not.
     """
+    teaches = any(ROWS[name].aligned for name in rows)
     for name in rows:
         taken = ROWS[name].ranker_of
+        if not (ROWS[name].retrained or teaches):
+            raise ConfigError(f"compare.rows: {name} is the ranker that teaches; name a row whose reasoner it teaches.")
         if taken and taken not in rows:
             raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
         queries = settings.encode.test_queries or settings.evaluate.readout == "query"

@@ -68,7 +68,7 @@ def tunable(rows: list[RowName]) -> list[RowName]:
 
 
 def _stands_for_its_model(row: LadderRow) -> bool:
-    return not (row.control or row.aligned or row.more or row.ranker_of)
+    return not (row.control or row.aligned or row.more or row.ranker_of) and row.retrained
 
 
 def trial_of(job: Run, name: RowName, number: int) -> tuple[Run, Stage]:

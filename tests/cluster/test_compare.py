@@ -14,7 +14,7 @@ from rgalign_ray.evaluate.report import Report, Row
 from rgalign_ray.loop import compare
 
 ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled", "rgalign_leak")
-READ_OTHERWISE = ("qe_rec_query", "gradient_query", "qe_rec_null")
+READ_OTHERWISE = ("qe_rec_query", "gradient_query", "qe_rec_null", "judge", "rgalign_not_retrained_query")
 ALIGNMENTS = ("title", "gradient", "full", "leak")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
@@ -73,12 +73,13 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
-    read = ("row_rgalign", "row_rgalign_not_retrained", "row_rgalign_shuffled")
+    read = ("row_rgalign", "row_rgalign_not_retrained", "row_rgalign_not_retrained_query", "row_rgalign_shuffled")
     assert taught == {f"{row}{again}" for row in read for again in ("", "-1")}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
     assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
     assert not list(seed.glob("**/row_*_query*/ranker")), "the rankers are another row's"
+    assert not (seed / "row_judge/ranker").exists(), "it teaches"
     own, through_query, null = (
         Verdict.load(str(seed / f"row_{name}/verdict.parquet")).values["GAUC"]
         for name in ("qe_rec", "qe_rec_query", "qe_rec_null")
