@@ -21,7 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from rgalign_ray.evaluate.report import Breakdown, Calibration, Curves, QueryWorth, Report, RewardGate, Row, Stage
+    from rgalign_ray.evaluate.report import (
+        Breakdown,
+        Calibration,
+        Comparison,
+        Curves,
+        QueryWorth,
+        Report,
+        RewardGate,
+        Row,
+        Stage,
+    )
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -59,15 +69,18 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
+FAR = 3.0
+"""Differences that are so many times as large as nearly all of them are told in figures."""
 WIDTH = 4.6
 """Inches; narrow enough that a phone shows the text at its own size."""
 
 
 def all_of(report: Report) -> dict[str, list[Markup]]:
-    """The plots by section of the page: headline, reward, curves, stages; a section without data has none."""
+    """The plots by section of the page; a section without data has none."""
     gate = report.reward
     return {
         "headline": [intervals(metric, report.rows) for metric in report.columns],
+        "differences": [differences(metric, report.comparisons) for metric in report.telling],
         "reward": [
             *([reward_spread(gate), best_of_n(gate)] if gate else []),
             *([true_best_of_n(report.worth)] if report.worth else []),
@@ -104,6 +117,42 @@ def intervals(metric: str, rows: Sequence[Row]) -> Markup:
         axes.set_title(metric)
 
     return _svg(f"headline {metric}", draw, height=0.7 + 0.26 * len(shown))
+
+
+def differences(metric: str, comparisons: Sequence[Comparison]) -> Markup:
+    """A dot and its interval per paired difference; those whose interval holds zero are hollow.
+
+    Where a few stand far off, as a ceiling does, the others decide the scale, and those are told in figures.
+    """
+    shown = [it for it in comparisons if it.metric == metric and math.isfinite(it.difference.value)]
+
+    far = FAR * _quantile([abs(it.difference.value) for it in shown], 0.9)
+    near = [it.difference for it in shown if abs(it.difference.value) <= far]
+    limit = 1.1 * max((abs(end) for it in near for end in (it.low, it.value, it.high) if end), default=1.0)
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        for position, found in enumerate(shown):
+            it = found.difference
+            colour = SERIES[0] if found.separated else MUTED
+            if abs(it.value) > far:
+                right = it.value > 0
+                told = f"{it.value:+.3f} →" if right else f"← {it.value:+.3f}"
+                axes.text(limit if right else -limit, position, told, ha="right" if right else "left", va="center")
+                continue
+            if it.low is not None and it.high is not None:
+                axes.hlines(position, it.low, it.high, color=colour, linewidth=1.6)
+            fill = colour if found.separated else "none"
+            axes.plot(it.value, position, "o", markersize=5.5, markeredgecolor=colour, markerfacecolor=fill)
+        names = [f"{_short(it.better, 60)}\n− {_short(it.worse, 60)}" for it in shown]
+        axes.set_yticks(range(len(shown)), names, fontsize=6.5)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(-limit, limit)
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(f"{metric}, difference")
+
+    return _svg(f"differences {metric}", draw, height=0.7 + 0.34 * len(shown))
 
 
 def reward_spread(gate: RewardGate) -> Markup:

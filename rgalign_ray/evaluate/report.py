@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv as csvfile
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -22,6 +23,8 @@ from rgalign_ray import __version__, storage
 from rgalign_ray.progress import clock
 
 ABSENT = "–"
+TRUE_QUALITY = ("need Recall", "true CTR")
+"""Metrics, by what they begin with, that the simulated shop's truth gives."""
 
 
 class Part(BaseModel):
@@ -229,6 +232,15 @@ class Report(Part):
     def columns(self) -> list[str]:
         """Metrics in the order in which the rows bring them."""
         return list(dict.fromkeys(metric for row in self.rows for metric in row.metrics))
+
+    @property
+    def telling(self) -> list[str]:
+        return telling(self.columns)
+
+
+def telling(metrics: Sequence[str]) -> list[str]:
+    """Of a report's metrics those that its claims are about: the true quality where it is known, else the first."""
+    return [name for name in metrics if name.startswith(TRUE_QUALITY)] or list(metrics[:1])
 
 
 def write_report(uri: str, report: Report) -> str:

@@ -140,7 +140,9 @@ def ratio_bootstrap(
     above, below = np.mean(drawn, axis=0).T
     part, whole = np.mean(means, axis=0)
     per_seed = tuple(float(p / w) for p, w in means)
-    return Estimate(float(part / whole), percentiles(above / below, confidence), len(means), per_seed, None)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no whole
+        ratios = above / below
+    return Estimate(float(part / whole), percentiles(ratios, confidence), len(means), per_seed, None)
 
 
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:

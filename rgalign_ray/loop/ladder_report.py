@@ -86,7 +86,7 @@ def make(config: Config, judged: list[Judged]) -> report.Report:
     seeds = len(verdicts)
     claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
     return report.Report(
-        title=f"{config.name}: rankers on {config.log.source}, {seeds} seeds",
+        title=f"{config.name}: rankers on {config.log.source}, {seeds} seed{'s' if seeds > 1 else ''}",
         lead="Rankers side by side on the same test sessions, equally trained.",
         summary=_summary(config, by_row, comparisons, pairs, metrics),
         facts={
@@ -179,11 +179,18 @@ def _summary(
     pairs: list[tuple[RowName, RowName]],
     metrics: list[str],
 ) -> list[str]:
-    """What was found, a sentence each: GAUC's differences, and what QE-Rec and RGAlign-Rec are worth beside the best
-    rival.
+    """What was found, a sentence each: how competitors differ in the metrics that tell, and what QE-Rec and RGAlign-Rec
+    are worth beside the best rival. Rows that show why stand in the table and the plots.
     """
+    told = report.telling(metrics)
+    spoken = {(ROWS[better].title, ROWS[worse].title) for better, worse in pairs if _competes(better, worse)}
     over = "separated over users" + (" and seeds" if config.compare.seeds > 1 else " (one seed)")
-    lines = [summary.sentence(it, over) for it in comparisons if it.metric == metrics[0]]
+    lines = [
+        summary.sentence(it, over)
+        for metric in told
+        for it in comparisons
+        if it.metric == metric and (it.better, it.worse) in spoken
+    ]
     first = {better: worse for better, worse in reversed(pairs) if ROWS[worse].rival}
     for row in [row for row in METHOD if row in first]:
         ours, rival = by_row[row], by_row[first[row]]
@@ -191,13 +198,18 @@ def _summary(
         reduced = comparison.share_of_gap(*arguments, 1.0, metrics[0], config.evaluate)
         lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
         if CEILING in by_row:
-            for metric in metrics:
+            for metric in told:
                 closed = comparison.share_of_gap(*arguments, by_row[CEILING].verdicts, metric, config.evaluate)
                 lines.append(
                     f"{metric}: {ours.title} closes {_share(closed)} of the headroom between {rival.title} and the "
                     "true need."
                 )
     return lines
+
+
+def _competes(better: RowName, worse: RowName) -> bool:
+    """Whether a pair is about what ranks better, and not about why."""
+    return all(ROWS[name].ranker_of is None and ROWS[name].retrained for name in (better, worse))
 
 
 def _share(found: Estimate) -> str:

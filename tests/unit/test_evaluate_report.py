@@ -193,7 +193,9 @@ def test_every_text_is_escaped() -> None:
 def test_any_text_leaves_the_page_well_formed(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            plots, "all_of", lambda _: {"headline": [], "reward": [], "curves": [], "looks": [], "stages": []}
+            plots,
+            "all_of",
+            lambda _: {"headline": [], "differences": [], "reward": [], "curves": [], "looks": [], "stages": []},
         )
         page, plain = Page(render(report(text))), Page(render(report()))
     assert page.open == []
@@ -228,6 +230,20 @@ def test_plots_take_every_colour_from_the_page(page_text: str) -> None:
     assert "var(--series-1)" in text
     assert re.findall(r"#[0-9a-f]{6}\b", text) == []
     assert "mathdefault" not in text, "an axis is labelled by formulas that nobody renders"
+
+
+def test_one_difference_far_off_leaves_the_others_their_scale() -> None:
+    def found(value: float, worse: str) -> Comparison:
+        width = Estimate(value=value, low=value - 0.01, high=value + 0.01)
+        return Comparison(better="a", worse=worse, metric="GAUC", difference=width, separated=value > 0.01)
+
+    near = [found(0.01 * number, f"w{number}") for number in range(-2, 5)]
+    drawn = plots.differences(
+        "GAUC", [*near, found(0.5, "the ceiling"), found(0.9, "w").model_copy(update={"metric": "x"})]
+    )
+    assert "+0.500 →" in drawn and "the ceiling" in drawn, "told in figures"
+    ticks = [float(text.replace("−", "-")) for text in re.findall(r">([−0-9.]+)</text>", drawn)]
+    assert len(ticks) >= 3 and max(map(abs, ticks)) < 0.06, "the axis is the others'"
 
 
 def test_equal_reports_give_equal_pages(page_text: str) -> None:
