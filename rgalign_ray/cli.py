@@ -88,7 +88,11 @@ def compare(
     scale: Scale = 1.0,
     gather: Annotated[
         list[str] | None,
-        typer.Option("--from", help="Run directory of seeds that were run elsewhere, once for each: run nothing."),
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Run directory of seeds that are done, to tell of them and run nothing; repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Compare rankers over several seeds; the same command again resumes where it stopped."""

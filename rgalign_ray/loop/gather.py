@@ -100,5 +100,7 @@ def runs_in(config: Config, place: str, seeds: Sequence[int], rows: list[RowName
             for number in range(config.compare.trainings):
                 made = compare.place_of(job, name).uri(slice_name(name, number))
                 if storage.read_manifest(made) is None:
-                    raise DataError(f"{made}: not there; finish that seed, or name the rows that all seeds have.")
+                    raise DataError(
+                        f"{made}: not there; finish that seed, or name rows and compare.trainings that all seeds have."
+                    )
     return jobs
