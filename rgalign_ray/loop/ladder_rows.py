@@ -166,28 +166,22 @@ WITHOUT_QUERY: dict[config.RowName, config.RowName] = {
     "rgalign_null": "rgalign",
 }
 """Likewise, of rows whose rankers are told nothing by the reasoner: what is gained over them, the query brings."""
+OTHERWISE: tuple[tuple[dict[config.RowName, config.RowName], Literal["query", "null"], str, str], ...] = (
+    (THROUGH_QUERY, "query", "through its query", "the same rankers read e(x,q)"),
+    (WITHOUT_QUERY, "null", "null query", "the same rankers without the reasoner"),
+)
 ROWS |= {
     name: replace(
         ROWS[row],
-        title=f"{ROWS[row].title}, through its query",
-        note="the same rankers read e(x,q)",
+        title=f"{ROWS[row].title}, {what}",
+        note=note,
+        control=ROWS[row].control or readout == "null",
         ranker_of=row,
-        readout="query",
+        readout=readout,
     )
-    for name, row in THROUGH_QUERY.items()
+    for taking, readout, what, note in OTHERWISE
+    for name, row in taking.items()
 }
-ROWS |= {
-    name: replace(
-        ROWS[row],
-        title=f"{ROWS[row].title}, null query",
-        note="the same rankers without the reasoner",
-        control=True,
-        ranker_of=row,
-        readout="null",
-    )
-    for name, row in WITHOUT_QUERY.items()
-}
-
 
 NOT_RETRAINED: dict[config.RowName, config.RowName] = {
     "rg_sft_not_retrained": "rg_sft",
