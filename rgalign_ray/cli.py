@@ -471,7 +471,6 @@ def prune(
 
     from rich.console import Console
 
-    from rgalign_ray import storage
     from rgalign_ray.ops import runs as folders
 
     there = folders.found(folder)
@@ -479,7 +478,7 @@ def prune(
     what = "removed" if yes else "to remove; --yes does it"
     Console().print(folders.table(stale, f"{len(stale)} of {len(there)} runs in {folder} {what}"))
     for run in stale if yes else ():
-        storage.delete(run.uri)
+        folders.remove(run)
 
 
 @app.command()

@@ -178,10 +178,14 @@ def list_paths(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[str]:
 
 
 def delete(uri: str) -> None:
-    """Removes a file or a folder; absent is fine."""
+    """Removes a file or a folder; absent is fine.
+
+    An artefact's manifest goes first, so that a death on the way leaves nothing that is taken for whole.
+    """
     fs, path = filesystem(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:
+        delete(join(uri, MANIFEST))
         fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)

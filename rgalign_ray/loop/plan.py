@@ -125,24 +125,30 @@ class Node:
 
 
 def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
-    """Refuses workers for which the nodes that carry their labels have no room.
+    """Refuses workers for which the nodes that carry their labels have no room, and one that fits on no node.
 
     Raises:
         ConfigError: with what is asked for, and what those nodes have.
     """
     for ask in asks(config):
         labels = ask.placed.node_labels
+        words = f" with {', '.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
         fit = [node for node in nodes if labels.items() <= node.labels.items()]
         for name, total, there in (
             ("CPUs", ask.total_cpus, sum(node.cpus for node in fit)),
             ("GPUs", ask.total_gpus, sum(node.gpus for node in fit)),
         ):
             if labels and total > there:
-                words = ", ".join(f"{key}={value}" for key, value in labels.items())
                 raise ConfigError(
-                    f"{ask.key}: {ask.count} {ask.worker}s ask for {total:g} {name} on nodes with {words}; of "
+                    f"{ask.key}: {ask.count} {ask.worker}s ask for {total:g} {name} on nodes{words}; of "
                     f"{len(nodes)} nodes {len(fit)} carry that, with {there:g}."
                 )
+        if not any(node.cpus >= ask.cpus and node.gpus >= ask.gpus for node in fit):
+            gpus = f" and {ask.gpus:g} GPUs" if ask.gpus else ""
+            raise ConfigError(
+                f"{ask.key}: one {ask.worker} asks for {ask.cpus:g} CPUs{gpus} on one node, and none of the "
+                f"{len(fit)} nodes{words} has that."
+            )
 
 
 def check_cluster(config: Config, nodes: Sequence[Node]) -> None:

@@ -54,6 +54,7 @@ def run(config: Config, key: str, values: list[str], control: str | None = None)
     chosen = None if control is None else value_of(with_setting(config, key, control), key)
     if chosen is not None and chosen not in configs:
         raise ConfigError(f"--control {control}: not one of {', '.join(values)}.")
+    controller.settle(config)  # marks the folder as one of a run
     made = {}
     for value, changed in configs.items():
         controller.console.print(f"[bold]{key} = {value}[/bold]")

@@ -15,8 +15,9 @@ from rgalign_ray import storage
 if TYPE_CHECKING:
     from rich.table import Table
 
-SETTINGS = "config.json"
-"""A folder without it is no run, and is neither shown nor removed."""
+MARKS = ("config.json", "settled.json")
+"""A folder with neither is no run, and is neither shown nor removed: settings of a run, and what a run, a comparison, a
+sweep or a tuning has settled as it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def found(folder: str) -> list[RunFolder]:
     runs = []
     for name, infos in files.items():
         place = f"{root.rstrip('/')}/{name}"
-        if not any(info.path == f"{place}/{SETTINGS}" for info in infos):
+        if not any(info.path == f"{place}/{mark}" for info in infos for mark in MARKS):
             continue
         manifests = {
             info.path.removeprefix(f"{place}/").removesuffix(f"/{storage.MANIFEST}"): info.mtime
@@ -79,6 +80,18 @@ def stale(runs: Sequence[RunFolder], keep: int, older_than_days: float, now: dat
     """
     limit = now - datetime.timedelta(days=older_than_days)
     return [run for run in runs[: len(runs) - keep if keep else None] if run.changed <= limit]
+
+
+def remove(run: RunFolder) -> None:
+    """Deletes a run, its manifests first and its marks last: what a death on the way leaves is taken for whole by
+    nobody, is still found, and is removed by the next try.
+    """
+    for manifest in storage.list_files(run.uri, f"/{storage.MANIFEST}"):
+        storage.delete(manifest)
+    for entry in storage.entries(run.uri):
+        if entry not in MARKS:
+            storage.delete(storage.join(run.uri, entry))
+    storage.delete(run.uri)
 
 
 def table(runs: Sequence[RunFolder], title: str) -> Table:

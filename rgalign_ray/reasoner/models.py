@@ -127,7 +127,8 @@ class Weights:
     """The weights of a model in memory, in whose place those of reasoner artefacts come.
 
     Nothing is built anew: an adapter is merged into the matrices that it changes, W + (α / r)·B·A (Hu et al., 2022),
-    and a whole model is copied. Only what adapters change is held twice.
+    and a whole model is copied. Only what adapters change is held twice. Sums in bfloat16 are rounded at random: nearly
+    all of what an adapter adds to a number is less than half a step of it, and to the nearest would be lost.
 
     Args:
         model: the base model.
@@ -191,6 +192,7 @@ class Weights:
 
         pairs, scale = self._adapter(folder)
         self._restore(pairs.keys())
+        draw = torch.Generator(self.model.device).manual_seed(0)
         for name, (first, second) in pairs.items():
             weight = self._parameters[name]
             if name not in self._base:
@@ -199,7 +201,7 @@ class Weights:
             if weight.dtype == torch.float32:
                 torch.addmm(base, second, first, alpha=scale, out=weight)
             else:
-                weight.copy_(base.addmm_(second, first, alpha=scale))  # of a copy, and rounded once
+                weight.copy_(rounded(base.addmm_(second, first, alpha=scale), draw))  # of a copy, and rounded once
 
     def _adapter(self, folder: str) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
         """A, B by the name of the weight that they change, and α / r."""
@@ -222,6 +224,21 @@ class Weights:
                 raise DataError(f"{folder}: an adapter of another model than {self.settings.model} ({name}).")
             pairs[name] = (first, second)
         return pairs, told["lora_alpha"] / told["r"]
+
+
+def rounded(values: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Numbers of float32 as bfloat16, up or down with the probability of their distance from the one on the other side.
+
+    (Stochastic rounding; Gupta et al., 2015.) A bfloat16 is the first 16 bits of a float32: a random number is added to
+    the last 16, and what they hold then is cut off.
+    """
+    import torch
+
+    size = values.numel()
+    # four draws of 16 bits in one of 64: drawing takes most of the time
+    bits = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-size // 4),), generator=draw, device=values.device)
+    noise = bits.view(torch.int16)[:size].view(values.shape).to(torch.int32) & 0xFFFF
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def describe(uri: str, *, base: str, version: str, adapter: bool) -> None:

@@ -271,6 +271,12 @@ def test_one_version_of_ray_everywhere() -> None:
     assert torch is not None and f"ARG TORCH={torch[1]}\n" in docker
 
 
+def test_the_image_has_vllm_where_workers_look_for_it() -> None:
+    folder = str(Path(str(PLAN.reasoner.vllm.python)).parents[1])
+    assert PLAN.reasoner.engine == "vllm"
+    assert f"python -m venv {folder} " in (CLUSTER / "Dockerfile").read_text()
+
+
 def test_rays_launcher_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("token")

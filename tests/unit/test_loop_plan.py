@@ -95,6 +95,18 @@ def test_workers_bound_to_nodes_must_fit_on_those() -> None:
         plan.check_nodes(chosen, [free, bound])
 
 
+def test_one_worker_must_fit_on_one_node() -> None:
+    chosen = config.validate({"reward": {"cpus": 3}})
+    small = [plan.Node({}, 1, 0)] * 8
+    plan.check_cluster(chosen, [*small, plan.Node({}, 3, 0)])
+    sentence = r"^reward\.cpus: one reward model asks for 3 CPUs on one node, and none of the 8 nodes has that\.$"
+    with pytest.raises(ConfigError, match=sentence):
+        plan.check_cluster(chosen, small)
+    apart = config.validate({"encode": {"gpus_per_worker": 1, "workers": 1, "node_labels": {"a": "b"}}})
+    with pytest.raises(ConfigError, match=r"asks for 0\.5 CPUs and 1 GPUs on one node, .* the 2 nodes with a=b has"):
+        plan.check_cluster(apart, [plan.Node({"a": "b"}, 0, 1), plan.Node({"a": "b"}, 4, 0), plan.Node({}, 4, 1)])
+
+
 def test_a_service_passes_exactly_where_its_replicas_fit() -> None:
     its = {"gateways": 2, "reasoners": 3, "rankers": 5, "cpus_per_replica": 0.1, "reasoner_gpus": 0.5}
     chosen = config.validate({"serve": its, "rollout": {"workers": 64}})

@@ -10,6 +10,7 @@ from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate.report import Comparison, Estimate, Report, Row
 from rgalign_ray.loop import compare, sweep
+from rgalign_ray.ops import runs
 
 KEY = "world.text_share"
 
@@ -47,7 +48,8 @@ def test_every_value_is_compared_in_a_folder_of_its_own(tmp_path: Path, monkeypa
     assert [it.world.text_share for it in seen] == [0, 0.5, 1]
     assert len({it.run_uri for it in seen}) == 3
     assert [row.metrics["GAUC"].value for row in made.rows] == [0.02] * 3, "the first claim, not the last"
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep.html", "sweep.md", "sweep.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.html", "sweep.md", "sweep.json", "settled.json"}
+    assert tmp_path.name in [run.name for run in runs.found(str(tmp_path.parent))], "`rgalign runs` finds it"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from rgalign_ray.ops import runs
 NOW = datetime.datetime(2026, 6, 30, tzinfo=datetime.UTC)
 
 
-def make(folder: Path, name: str, days: float, *stages: str) -> None:
+def make(folder: Path, name: str, days: float, *stages: str, mark: str = "config.json") -> None:
     """A run whose files are so many days old, each stage a minute younger than the one before."""
-    files = [runs.SETTINGS, *(f"{stage}/{storage.MANIFEST}" for stage in stages)]
+    files = [mark, *(f"{stage}/{storage.MANIFEST}" for stage in stages)]
     for minute, file in enumerate(files):
         path = folder / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,8 @@ def make(folder: Path, name: str, days: float, *stages: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make(tmp_path, "old", 90, "log", "sessions", "seed_0/row_din", ".sessions.half")
+    # as a comparison leaves it: settings stand in its seeds' folders
+    make(tmp_path, "old", 90, "seed_0/log", "seed_0/sessions", "seed_0/row_din", ".sessions.half", mark="settled.json")
     make(tmp_path, "older", 100)
     make(tmp_path, "new", 2, "log")
     (tmp_path / "notes").mkdir()
@@ -69,6 +70,33 @@ def test_nothing_is_removed_before_it_is_asked_for(folder: Path) -> None:
     assert "2 of 3 runs" in shown.stdout and (folder / "old").exists()
     run(cli.app, ["runs", "prune", str(folder), "--keep", "1", "--yes"])
     assert sorted(path.name for path in folder.iterdir()) == ["new", "notes"]
+
+
+def test_a_death_at_any_moment_of_a_removal_leaves_no_manifest_without_its_rows_and_the_next_try_ends_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("seed_0/log", "seed_0/sessions", "seed_0/row_din"):
+        (folder / "old" / stage / "rows.parquet").write_bytes(b"")
+    delete, lives = storage.delete, 0
+
+    def mortal(uri: str) -> None:
+        nonlocal lives
+        lives -= 1
+        if lives < 0:
+            raise KeyboardInterrupt
+        delete(uri)
+
+    monkeypatch.setattr(storage, "delete", mortal)
+    for moment in range(20):
+        lives = moment
+        (old,) = [run for run in runs.found(str(folder)) if run.name == "old"]
+        try:
+            runs.remove(old)
+        except KeyboardInterrupt:
+            assert all((path.parent / "rows.parquet").exists() for path in folder.glob("old/seed_0/*/manifest.json"))
+        else:
+            break
+    assert moment > 1 and not (folder / "old").exists()
 
 
 def test_what_is_said_to_be_removed_is_removed_whatever_the_uri(tmp_path: Path) -> None:

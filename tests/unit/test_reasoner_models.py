@@ -98,7 +98,7 @@ def test_adapters_stand_on_the_upper_layers(upper: float, layers: list[int]) -> 
 TINY = config.Reasoner(model="tiny", dtype="float32")
 
 
-def adapter(folder: Path, seed: int, **lora: object) -> str:
+def adapter(folder: Path, seed: int, std: float = 0.3, **lora: object) -> str:
     """A reasoner artefact with an adapter that changes the model."""
     from peft import get_peft_model
 
@@ -107,7 +107,7 @@ def adapter(folder: Path, seed: int, **lora: object) -> str:
     torch.manual_seed(seed)
     for name, parameter in made.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     made.save_pretrained(folder)
     models.describe(str(folder), base="tiny", version=f"adapter {seed}", adapter=True)
     return str(folder)
@@ -132,19 +132,41 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
     from peft import PeftModel
 
     place = adapter(tmp_path / "a", 1, rank=4, alpha=6.0)
     base = weights(models.load_base(TINY))
     merged = weights(PeftModel.from_pretrained(models.load_base(TINY), place).merge_and_unload())
-    model = models.load_base(TINY).to(dtype)
-    models.Weights(model, TINY).take(place)
+    taken = weights(models.load_reasoner(TINY, place))
     for name, value in merged.items():
-        exact = base[name].to(dtype).float() + (value - base[name])
-        torch.testing.assert_close(model.get_parameter(name), exact.to(dtype))
+        torch.testing.assert_close(taken[name], value)
     assert not equal(merged, base)
+
+
+def test_a_small_adapter_is_not_rounded_away_in_bfloat16(tmp_path: Path) -> None:
+    place, other = (adapter(tmp_path / name, 1, std=0.003, rank=16, alpha=32.0) for name in "ab")
+    half = TINY.model_copy(update={"dtype": "bfloat16"})
+    base, exact = weights(models.load_base(half)), weights(models.load_reasoner(TINY, place))
+    full, taken = weights(models.load_base(TINY)), weights(models.load_reasoner(half, place))
+    added = {name: exact[name] - full[name] for name in full if not torch.equal(exact[name], full[name])}
+    assert added
+    for name, wanted in added.items():
+        start, found = base[name].float(), taken[name].float() - base[name].float()
+        assert wanted.norm() < 1e-3 * start.norm(), "as after some steps of training"
+        nearest = (start + wanted).bfloat16().float() - start
+        kept, left = ((each * wanted).sum() / (wanted * wanted).sum() for each in (found, nearest))
+        assert 0.7 < kept < 1.3 and left < 0.5, name
+    assert equal(taken, weights(models.load_reasoner(half, other))), "the same numbers are drawn again"
+
+
+def test_numbers_are_rounded_up_as_often_as_they_are_near() -> None:
+    step = 2**-7  # between neighbours of bfloat16 from 1 to 2
+    for share in (0.0, 0.1, 0.5, 0.9):
+        values = torch.full((40_001,), -(1 + share * step))
+        found = models.rounded(values, torch.Generator().manual_seed(3)).float()
+        assert set(found.tolist()) <= {-1.0, -(1.0 + step)}
+        assert ((found < -1).float().mean() - share).abs() < 0.01
 
 
 def test_weights_are_those_last_taken_whatever_came_before(tmp_path: Path) -> None:
