@@ -234,16 +234,26 @@ def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
 
 
 @app.command()
-def doctor(config: ConfigName = "demo", override: Overrides = None, run_dir: RunDir = None) -> None:
+def doctor(
+    config: ConfigName = "demo",
+    override: Overrides = None,
+    run_dir: RunDir = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Job server of a cluster that shall hold the run instead."),
+    ] = None,
+) -> None:
     """Check whether this machine, or the cluster that is named, can hold a run; exits with 4 when it cannot."""
     settings = _scaled(_load(config, override), run_dir, scale=1.0)
+    if address is not None:
+        _with_token()
     from rich.console import Console
 
     from rgalign_ray.ops.doctor import examine
 
     colours = {"ok": "green", "warning": "yellow", "failure": "red"}
     console, failed = Console(), False
-    for finding in examine(settings):
+    for finding in examine(settings, address):
         failed |= finding.state == "failure"
         head = f"[{colours[finding.state]}]{finding.state:7}[/] {finding.check}: "
         console.print(head, end="", soft_wrap=True)
@@ -400,7 +410,7 @@ def stop(name: RunName, address: Address = None) -> None:
 
     client = jobs.connect(address)
     job = jobs.latest(client, name)
-    print(f"{job.id}: {'stopped' if jobs.stop(client, job) else f'was over ({job.status.lower()})'}")
+    print(f"{job.id}: {'stopped' if jobs.stop(client, job.id) else f'was over ({job.status.lower()})'}")
 
 
 @app.command()
@@ -436,7 +446,7 @@ def _follow(client: Client, job_id: str, wait: bool) -> None:
     except KeyboardInterrupt:
         _tell("")
         if sys.stdin.isatty() and typer.confirm(f"Stop {job_id} as well?", err=True):
-            client.stop_job(job_id)
+            jobs.stop(client, job_id)
             _tell(f"{job_id} is stopped; `rgalign resume` goes on where it was.")
         else:
             _tell(f"{job_id} goes on; `rgalign logs` shows it again.")

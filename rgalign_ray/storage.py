@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -38,9 +38,15 @@ PATH_CHARACTERS = "/=:@!$&'()*+,;"
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` (file path, file://, s3://, gs://, hdfs://) and the path inside it."""
+    """The filesystem of `uri` (file path, file://, s3://, gs://, hdfs://) and the path inside it.
+
+    Raises:
+        DataError: for a scheme that has none, and for a URI with a key, which tables, logs and manifests would repeat.
+    """
     if "://" not in uri:
         return pafs.LocalFileSystem(), _absolute(uri)
+    if "@" in urlsplit(uri).netloc:
+        raise DataError(f"{uri.rpartition('@')[2]}: the address holds a key; keys belong in the environment.")
     try:
         return pafs.FileSystem.from_uri(uri)
     except pa.ArrowException as error:

@@ -49,7 +49,7 @@ class Log(Settings):
     tau_retail: TauRetail = TauRetail()
     intents: Place | None = None
     """parquet: the `intents` table."""
-    candidate_sets: str | None = None
+    candidate_sets: Place | None = None
     """parquet: the `candidate_sets` table, where sessions name a set instead of listing candidates."""
     history_length: Count | None = None
     """Newest events of a session's history that are kept and that features read; None: `history.length` of the feature

@@ -24,8 +24,9 @@ from packaging.requirements import Requirement
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError, first_line
+from rgalign_ray.errors import ConfigError, DataError, InfrastructureError, first_line
 from rgalign_ray.loop import plan
+from rgalign_ray.ops import local_cluster
 
 PACKAGE = "rgalign_ray"
 SHOWN = ("ray", "torch", "transformers", "trl", "deepspeed", "pyarrow")
@@ -50,10 +51,14 @@ class Finding:
     way_out: str = ""
 
 
-def examine(config: Config) -> Iterator[Finding]:
-    """The findings of all checks, one after the other."""
+def examine(config: Config, job_server: str | None = None) -> Iterator[Finding]:
+    """The findings of all checks, one after the other; if it is given, of the cluster of `job_server` as well."""
+    if job_server is not None:
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     for check in CHECKS:
         yield check(config)
+    if job_server is not None:
+        yield submission(config, job_server)
 
 
 def versions(config: Config) -> Finding:
@@ -183,6 +188,39 @@ def address(config: Config) -> Finding:
     return Finding("cluster", "ok", f"{name} answers")
 
 
+def submission(config: Config, job_server: str) -> Finding:
+    """Whether a cluster takes jobs, and its nodes hold the plan."""
+    from rgalign_ray.ops import jobs
+
+    try:
+        jobs.check(jobs.connect(job_server), "loop", config)
+    except ConfigError as error:
+        return Finding("job server", "failure", str(error), "lower that setting, or add nodes")
+    except InfrastructureError as error:
+        return Finding(
+            "job server", "failure", str(error), "is it up, is the port open from here, is the token its own?"
+        )
+    return Finding("job server", "ok", f"{job_server} answers, and its nodes hold every stage")
+
+
+def ports(config: Config) -> Finding:
+    """Whether the ports of this machine's cluster and service are free for them, where no cluster is named."""
+    if config.cluster.address is not None or local_cluster.running():
+        return Finding("ports", "ok", "the cluster has its own")
+    wanted = {
+        local_cluster.PORT: "rgalign cluster up --port",
+        local_cluster.DASHBOARD_PORT: "rgalign cluster up --dashboard-port",
+        config.serve.port: "serve.port",
+    }
+    taken = {port: setting for port, setting in wanted.items() if local_cluster.listens(port)}
+    if taken:
+        what = f"{', '.join(map(str, taken))} taken by another program"
+        return Finding("ports", "warning", what, f"end that one, or choose others by {', '.join(taken.values())}")
+    return Finding(
+        "ports", "ok", f"{', '.join(map(str, wanted))} are free, for `rgalign cluster up` and `rgalign serve`"
+    )
+
+
 def build_cache(config: Config) -> Finding:
     """Whether a killed build of DeepSpeed's left a lock, on which every later one waits for ever."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
@@ -217,14 +255,15 @@ def model(config: Config) -> Finding:
 def run_folder(config: Config) -> Finding:
     """Whether what is written into the run's folder can be read again."""
     probe = storage.join(config.run_uri, f".doctor-{os.getpid()}")
-    said, began, new = os.urandom(16), time.perf_counter(), not storage.exists(config.run_uri)
+    said, began = os.urandom(16), time.perf_counter()
     try:
+        new = not storage.exists(config.run_uri)
         storage.write_bytes(probe, said)
         fs, path = storage.filesystem(probe)
         with fs.open_input_stream(path) as stream:
             heard = stream.read()
         storage.delete(config.run_uri if new else probe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DataError) as error:
         reason = first_line(error)
         return Finding(
             "run folder", "failure", f"{config.run_uri} cannot be written ({reason})", "name another --run-dir"
@@ -245,6 +284,7 @@ CHECKS: tuple[Callable[[Config], Finding], ...] = (
     disk,
     token,
     address,
+    ports,
     build_cache,
     model,
     run_folder,

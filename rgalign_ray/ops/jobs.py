@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 MAX_PACKAGE_MB = 50.0
 """Code and settings are a few; more is a file that was not meant."""
-SETTINGS = "run.yaml"
+SETTINGS, FILES = "run.yaml", "files"
+"""The settings that travel, and the folder of the files that they name."""
 ENTRY = ("python", "-m", "rgalign_ray.cli")
 RUN, VERB, RUN_DIR, CONFIG = "rgalign_run", "rgalign_verb", "rgalign_run_dir", "rgalign_config"
 """Metadata of a job."""
@@ -61,6 +62,10 @@ AGENT_DEADLINE_S = 60.0
 NO_AGENT = "No available agent"
 """What it says until then."""
 ASK_EVERY_S = 0.5
+SIGNALLED = 128
+"""Exit statuses from here on, and those below 0, are of processes that a signal ended."""
+SERVES = "serve"
+"""The verb that only reads its run directory: others may write there meanwhile, and it takes up what they make."""
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -127,7 +132,7 @@ def check(client: Client, verb: str, config: Config) -> None:
         for node in found
         if node.state == "ALIVE"
     ]
-    if verb == "serve":
+    if verb == SERVES:
         plan.check_served(config, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
     else:
         plan.check_cluster(config, nodes)
@@ -157,22 +162,25 @@ def submit(
             service whose keys would not.
         InfrastructureError: when the cluster does not take it.
     """
-    if verb == "serve" and config.serve.keys is None and os.environ.get(VARIABLE):
+    if verb == SERVES and config.serve.keys is None and os.environ.get(VARIABLE):
         raise ConfigError(
             f"${VARIABLE}: what this machine's environment holds does not travel, and the service would answer "
             "everybody; name a file of keys on the cluster's head by serve.keys, or unset it."
         )
-    busy = [job for job in listed(client) if job.run_dir == config.run_uri and not job.over]
+    here = [job for job in listed(client) if _same(job.run_dir, config.run_uri) and not job.over]
+    busy = [job for job in here if SERVES not in (verb, job.verb)]
     if busy:
         raise ConfigError(
             f"run_dir: {busy[0].id} is at work on {config.run_uri}; `rgalign logs {config.name}` shows it, and "
             f"`rgalign stop {config.name}` ends it."
         )
-    named = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)  # a job's id is part of addresses
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)  # a job's id is part of addresses
     with tempfile.TemporaryDirectory(prefix="rgalign-submit-") as folder:
         files = pack(config, Path(folder))
         size = sum(file.stat().st_size for file in files) / 1e6
-        say(f"sending {len(files)} files, {size:.1f} MB: rgalign_ray {rgalign_ray.__version__}, {SETTINGS}")
+        named = [file.name for file in files if Path(folder, FILES) in file.parents]
+        what = ", ".join([f"rgalign_ray {rgalign_ray.__version__}", SETTINGS, *named])
+        say(f"sending {len(files)} files, {size:.1f} MB: {what}; nothing else of this machine")
         if size > MAX_PACKAGE_MB:
             largest = max(files, key=lambda file: file.stat().st_size)
             raise ConfigError(
@@ -181,13 +189,13 @@ def submit(
             )
         request = {
             "entrypoint": " ".join([*ENTRY, *VERBS[verb], "--config", SETTINGS, "--set", "cluster.address=auto"]),
-            "submission_id": f"{named}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+            "submission_id": f"{name}-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
             "runtime_env": {"working_dir": folder},
             "metadata": {
                 RUN: config.name,
                 VERB: verb,
                 RUN_DIR: config.run_uri,
-                CONFIG: config.model_dump_json(),
+                CONFIG: json.dumps(anywhere(config)),
             },
         }
         until = time.monotonic() + AGENT_DEADLINE_S
@@ -212,20 +220,30 @@ def pack(config: Config, folder: Path) -> list[Path]:
     for named in (config.prompt.template, *(teacher.template for teacher in config.teachers if teacher.template)):
         Template.load(named)
     package = Path(rgalign_ray.__file__).parent
-    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    data = config.model_dump(mode="json") | {"run_dir": config.run_uri}
-    for section, key in [
-        (data["features"], "spec"),
-        *((each, "template") for each in [data["prompt"], *data["teachers"]]),
-    ]:
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+    data = anywhere(config)
+    for section, key in _files(data):
         named = section[key]
-        if named and named.endswith((".yaml", ".yml")):
-            target = Path("files", f"{storage.content_key(str(Path(named).resolve()))}-{Path(named).name}")
-            (folder / target.parent).mkdir(exist_ok=True)
-            shutil.copyfile(named, folder / target)
-            section[key] = str(target)
+        target = Path(FILES, f"{storage.content_key(named)}-{Path(named).name}")
+        (folder / target.parent).mkdir(exist_ok=True)
+        shutil.copyfile(named, folder / target)
+        section[key] = str(target)
     (folder / SETTINGS).write_text(json.dumps(data, indent=2))
     return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def anywhere(config: Config) -> dict[str, Any]:
+    """The settings as plain data that mean the same in every folder: paths are absolute."""
+    data = config.model_dump(mode="json") | {"run_dir": config.run_uri}
+    for section, key in _files(data):
+        section[key] = str(Path(section[key]).resolve())
+    return data
+
+
+def _files(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where settings name files of this machine: a section of them, and a key in it."""
+    places = [(data["features"], "spec"), *((each, "template") for each in [data["prompt"], *data["teachers"]])]
+    return [(section, key) for section, key in places if (section[key] or "").endswith((".yaml", ".yml"))]
 
 
 def listed(client: Client, name: str | None = None) -> list[Job]:
@@ -257,7 +275,7 @@ def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:
     """Passes a job's logs on until it ends.
 
     Returns:
-        the exit status of its driver; that of `InfrastructureError` where it has none.
+        the exit status of its driver; that of `InfrastructureError` where it has none, or a signal ended it.
 
     Raises:
         InfrastructureError: when the cluster stops answering.
@@ -277,16 +295,13 @@ def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:
         ) from None
     if job.exit_code is None and job.status != JobStatus.SUCCEEDED:
         out(f"{job.id}: {job.status.lower()}. {job.message}\n")
-    return (
-        job.exit_code
-        if job.exit_code is not None
-        else 0
-        if job.status == JobStatus.SUCCEEDED
-        else InfrastructureError.exit_code
-    )
+    if job.exit_code is None:
+        return 0 if job.status == JobStatus.SUCCEEDED else InfrastructureError.exit_code
+    # a driver that a signal ended, as one that was out of memory
+    return job.exit_code if 0 <= job.exit_code < SIGNALLED else InfrastructureError.exit_code
 
 
-def stop(client: Client, job: Job) -> bool:
+def stop(client: Client, job_id: str) -> bool:
     """Ends a job and waits until it has ended; what its run has finished stays.
 
     Returns:
@@ -296,10 +311,10 @@ def stop(client: Client, job: Job) -> bool:
         InfrastructureError: when the cluster does not answer, or the job does not end.
     """
     try:
-        if not client.stop_job(job.id):
+        if not client.stop_job(job_id):
             return False
-        if not _ended(client, job.id).over:
-            raise InfrastructureError(f"{job.id}: told to stop, and still at work after {ENDED_DEADLINE_S:.0f} s.")
+        if not _ended(client, job_id).over:
+            raise InfrastructureError(f"{job_id}: told to stop, and still at work after {ENDED_DEADLINE_S:.0f} s.")
         return True
     except REFUSALS as error:
         raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
@@ -326,6 +341,11 @@ def table(found: list[Job]) -> Table:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
         shown.add_row(job.name, job.verb, state, began, took, f"{job.run_dir}\n{job.id}")
     return shown
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two run directories are one."""
+    return one.rstrip("/") == other.rstrip("/")
 
 
 def _ended(client: Client, job_id: str) -> Job:

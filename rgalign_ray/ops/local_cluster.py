@@ -96,7 +96,7 @@ def up(
     if (there := running()) is not None:
         raise ConfigError(f"cluster: one is up already at {there.dashboard}; `rgalign cluster down` ends it.")
     for taken, name in ((port, "--port"), (dashboard_port, "--dashboard-port")):
-        if _listens(taken):
+        if listens(taken):
             raise ConfigError(f"cluster: {name} {taken} is taken by another process of this machine.")
     down()  # nodes of a head that died
     environment.token()
@@ -229,7 +229,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether something on this machine takes connections there."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((LOOPBACK, port)) == 0

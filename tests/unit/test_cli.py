@@ -298,3 +298,12 @@ def test_tau_retail_needs_its_folder(
     assert "log.uri" in capsys.readouterr().err
     assert run([*arguments, "--folder", str(tmp_path / "nowhere")], monkeypatch) == 3
     assert "users.json: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["runs", "list"], ["runs", "prune"], ["lineage"], ["prepare", "shop", "--out"]])
+def test_an_address_with_a_key_is_refused_and_the_key_not_repeated(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*command, "s3://name:planted@bucket/x"], monkeypatch) == DataError.exit_code
+    told = capsys.readouterr()
+    assert "the address holds a key" in told.err and "planted" not in told.out + told.err

@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from rgalign_ray import config
@@ -107,7 +106,6 @@ class RayJob(Strict):
     backoff_limit: int
     active_deadline_seconds: int
     deletion_strategy: DeletionStrategy
-    runtime_env_yaml: Annotated[str, Field(alias="runtimeEnvYAML")] = ""
     ray_cluster_spec: RayCluster
 
 
@@ -211,7 +209,6 @@ def test_the_job_has_the_same_cluster() -> None:
     job = JobManifest.model_validate(read("kuberay/rayjob.yaml")).spec
     assert job.ray_cluster_spec == cluster()
     assert "--config qwen3_4b" in job.entrypoint and "--set cluster.address=auto" in job.entrypoint
-    RuntimeEnv(**(yaml.safe_load(job.runtime_env_yaml) or {}))
 
 
 def test_the_service_is_one_that_ray_serve_takes() -> None:
@@ -248,6 +245,23 @@ def test_pods_are_valid_and_safe(spec: RayCluster) -> None:
         assert {"mountPath": SHARED_MEMORY, "name": "shared-memory"} in only["volumeMounts"]
         assert only["lifecycle"]["preStop"] and only["readinessProbe"]
         assert "env" not in only, "what is secret comes from a Secret"
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob", "rayservice"])
+def test_what_a_manifest_needs_of_others_is_applied_with_it_or_said_at_its_head(name: str) -> None:
+    text = (CLUSTER / f"kuberay/{name}.yaml").read_text()
+    redis = (CLUSTER / "kuberay/redis.yaml").read_text()
+    assert f"-f cluster/kuberay/redis.yaml -f cluster/kuberay/{name}.yaml" in text
+    service, server = yaml.safe_load_all(redis)
+    assert f"redisAddress: {service['metadata']['name']}:{service['spec']['ports'][0]['port']}\n" in text
+    labels = server["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == server["spec"]["selector"]["matchLabels"] == labels
+    for each in (service, server):
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    needed = set(re.findall(r"(?:secretKeyRef: {name: |secretName: )([\w-]+)", text + redis))
+    assert "rgalign-redis" in needed
+    for secret in needed:
+        assert f"#   kubectl create secret generic {secret} " in text + redis
 
 
 def test_the_head_runs_no_worker() -> None:
@@ -297,6 +311,9 @@ def test_rays_launcher_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
     started = " ".join(data["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in started and "0.0.0.0" not in started
     assert "--env RAY_AUTH_MODE=token" in data["docker"]["run_options"]
+    for node in nodes.values():  # Ray gives a profile of its own to the head alone
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": "rgalign"}
+    assert "profile `rgalign`" in (CLUSTER / "aws.yaml").read_text()
 
 
 def test_arguments_of_the_service_that_there_are_not_are_refused() -> None:

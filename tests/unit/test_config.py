@@ -193,7 +193,7 @@ def test_a_ladder_without_alignment_needs_no_queries() -> None:
         config.load("ladder", ["align=[sft]"])
 
 
-@pytest.mark.parametrize("key", ["run_dir", "log.uri", "encode.kept"])
+@pytest.mark.parametrize("key", ["run_dir", "log.uri", "log.intents", "log.candidate_sets", "encode.kept"])
 def test_keys_in_an_address_are_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: an address is written into manifests") as met:
         config.load("demo", [f"{key}=s3://name:planted@bucket/x"])

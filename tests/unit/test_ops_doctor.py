@@ -10,13 +10,14 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from rgalign_ray import cli, config
-from rgalign_ray.ops import doctor
+from rgalign_ray import cli, config, storage
+from rgalign_ray.ops import doctor, jobs, local_cluster
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -29,10 +30,18 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(32 * 2**30))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 100 * 2**30))
+    monkeypatch.setattr(local_cluster, "running", lambda: None)
+    for name in ("PORT", "DASHBOARD_PORT"):
+        monkeypatch.setattr(local_cluster, name, 0)  # any that is free
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
 
 
 def settings(folder: Path, **changes: Any) -> config.Config:
-    return config.validate({"run_dir": str(folder / "run"), "reasoner": {"model": "tiny"}} | changes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    given = {"run_dir": str(folder / "run"), "reasoner": {"model": "tiny"}, "serve": {"port": free}}
+    return config.validate(given | changes)
 
 
 def found(check: Any, chosen: config.Config) -> tuple[str, str]:
@@ -128,6 +137,39 @@ def test_address(tmp_path: Path) -> None:
     assert "is no address" in found(doctor.address, settings(tmp_path, cluster={"address": "somewhere"}))[1]
 
 
+def test_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", chosen.serve.port))
+        other.listen()
+        state, told = found(doctor.ports, chosen)
+        assert state == "warning" and told.startswith(f"{chosen.serve.port} taken by another program → ")
+        assert told.endswith("choose others by serve.port")
+        monkeypatch.setattr(local_cluster, "running", lambda: object())
+        assert found(doctor.ports, chosen)[0] == "ok"
+    monkeypatch.setattr(local_cluster, "running", lambda: None)
+    assert found(doctor.ports, chosen)[0] == "ok"
+
+
+def test_the_cluster_that_jobs_are_submitted_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(tmp_path, reward={"cpus": 3}, cluster={"num_cpus": 1})
+    node = SimpleNamespace(state="ALIVE", labels={}, resources_total={"CPU": 2.0})
+    monkeypatch.setattr(jobs, "JobSubmissionClient", lambda address: SimpleNamespace(get_address=lambda: address))
+    monkeypatch.setattr(jobs, "list_nodes", lambda **_: [node] * 4)
+    *others, last = doctor.examine(chosen, "http://there")
+    assert {finding.state for finding in others} <= {"ok", "warning"}, "this machine need not hold it"
+    assert last.state == "failure" and last.what.startswith("reward.cpus: one reward model asks for 3 CPUs on one node")
+    node.resources_total["CPU"] = 4.0
+    assert [*doctor.examine(chosen, "http://there")][-1].state == "ok"
+
+    def silent(address: str) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", silent)
+    last = [*doctor.examine(chosen, "http://there")][-1]
+    assert last.state == "failure" and last.what == "--address http://there: nobody there" and last.way_out
+
+
 def test_a_stale_lock(tmp_path: Path) -> None:
     lock = tmp_path / "extensions/py311_cpu/deepspeed_shm_comm/lock"
     lock.parent.mkdir(parents=True)
@@ -150,6 +192,20 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     state, told = found(doctor.run_folder, settings(tmp_path))
     assert state == "failure" and "cannot be written" in told
+
+
+def test_a_run_folder_of_a_store_that_refuses_or_of_no_filesystem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, told = found(doctor.run_folder, settings(tmp_path, run_dir="nowhere://bucket/run"))
+    assert state == "failure" and "no filesystem" in told
+
+    def refuse(uri: str) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during HeadObject")
+
+    monkeypatch.setattr(storage, "exists", refuse)
+    state, told = found(doctor.run_folder, settings(tmp_path, run_dir="s3://bucket/run"))
+    assert state == "failure" and "ACCESS_DENIED" in told
 
 
 def test_a_probe_leaves_a_run_as_it_was(tmp_path: Path) -> None:

@@ -86,6 +86,18 @@ def test_the_package_the_settings_and_the_files_they_name_travel_and_nothing_els
     assert config.validate(sent) == chosen.model_copy(update={"run_dir": chosen.run_uri})
 
 
+def test_hidden_files_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "rgalign_ray"
+    (package / ".cache").mkdir(parents=True)
+    for name in ("__init__.py", ".env", ".cache/a.bin"):
+        (package / name).write_text("planted")
+    monkeypatch.setattr(jobs.rgalign_ray, "__file__", str(package / "__init__.py"))
+    client, told = Client(), []
+    jobs.submit(client, "loop", settings(tmp_path), say=told.append)
+    assert set(client.files) == {"rgalign_ray/__init__.py", "run.yaml"}
+    assert told[0].startswith("sending 2 files, ")
+
+
 def test_a_service_does_not_leave_its_keys_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RGALIGN_SERVE_KEYS", "shop a-key-of-the-shop")
     client = Client()
@@ -136,9 +148,25 @@ def test_two_jobs_are_not_given_one_run_directory(tmp_path: Path) -> None:
     assert jobs.submit(client, "loop", settings(tmp_path), say=quiet) != first
 
 
-def test_a_run_goes_on_with_the_settings_it_had(tmp_path: Path) -> None:
+def test_a_service_and_a_run_may_share_a_run_directory(tmp_path: Path) -> None:
     client = Client()
-    jobs.submit(client, "rollout", settings(tmp_path, seed=3), say=quiet)
+    jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    first = jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    with pytest.raises(ConfigError, match=rf"^run_dir: {first} is at work"):
+        jobs.submit(client, "loop", settings(tmp_path, run_dir=f"{tmp_path}/run/"), say=quiet)
+
+
+def test_a_run_goes_on_with_the_settings_it_had_whatever_folder_it_is_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path(TEMPLATE).write_text(Template.load("shop").model_dump_json())
+    client = Client()
+    chosen = config.validate({"name": "shop", "seed": 3, "prompt": {"template": TEMPLATE}})
+    jobs.submit(client, "rollout", chosen, say=quiet)
+    monkeypatch.chdir(tmp_path / "there")
     before = client.files["run.yaml"]
     client.known[0] = client.known[0].model_copy(update={"status": JobStatus.STOPPED})
     client.known.append(details("another's", metadata={}))
@@ -166,7 +194,7 @@ def test_stopping_waits_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jobs, "ASK_EVERY_S", 0.0)
     client = Ending()
     jobs.submit(client, "loop", settings(tmp_path), say=quiet)
-    assert jobs.stop(client, jobs.latest(client, "shop"))
+    assert jobs.stop(client, jobs.latest(client, "shop").id)
     assert jobs.resume(client, jobs.latest(client, "shop"), say=quiet)
     assert asked > 3
 
@@ -174,7 +202,31 @@ def test_stopping_waits_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jobs, "ENDED_DEADLINE_S", 0.0)
     asked = -9
     with pytest.raises(InfrastructureError, match="told to stop, and still at work after 0 s"):
-        jobs.stop(client, jobs.latest(client, "shop"))
+        jobs.stop(client, jobs.latest(client, "shop").id)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_interrupt_asks_whether_the_job_shall_end_as_well_and_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: bool
+) -> None:
+    class Stopping(Client):
+        def stop_job(self, job_id: str) -> bool:
+            self.known[0] = self.known[0].model_copy(update={"status": JobStatus.STOPPED})
+            return True
+
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    client = Stopping()
+    job = jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    monkeypatch.setattr(jobs, "follow", interrupted)
+    monkeypatch.setattr(cli.sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(cli.typer, "confirm", lambda *_, **__: answer)
+    with pytest.raises(cli.typer.Exit) as left:
+        cli._follow(client, job, wait=True)  # type: ignore[arg-type]
+    assert left.value.exit_code == cli.INTERRUPTED
+    assert jobs.latest(client, "shop").over == answer
+    assert ("is stopped" if answer else "goes on") in capsys.readouterr().err
 
 
 def test_a_jobs_id_can_stand_in_an_address(tmp_path: Path) -> None:
@@ -217,6 +269,8 @@ def test_a_head_that_has_just_started_is_waited_for(tmp_path: Path, monkeypatch:
     [
         (JobStatus.SUCCEEDED, 0, 0),
         (JobStatus.FAILED, 3, 3),
+        (JobStatus.FAILED, -9, InfrastructureError.exit_code),
+        (JobStatus.FAILED, 137, InfrastructureError.exit_code),
         (JobStatus.STOPPED, None, InfrastructureError.exit_code),
         (JobStatus.FAILED, None, InfrastructureError.exit_code),
     ],
