@@ -66,9 +66,9 @@ RowName = Literal[
     "rg_sft_query",
     "gradient_query",
     "rgalign_query",
-    "qe_rec_null",
-    "gradient_null",
-    "rgalign_null",
+    "qe_rec_other",
+    "gradient_other",
+    "rgalign_other",
     "judge",
     "judge_query",
     "rg_sft_not_retrained",
@@ -85,6 +85,13 @@ RowName = Literal[
     "gradient_long_not_retrained_query",
     "rgalign_not_retrained",
     "rgalign_not_retrained_query",
+    "rg_sft_shift",
+    "rg_sft_random_shift",
+    "sft_title_shift",
+    "rg_cl_shift",
+    "gradient_shift",
+    "gradient_long_shift",
+    "rgalign_shift",
 ]
 
 

@@ -39,6 +39,7 @@ def diagnose(
         queries=len(both),
         queries_changed=float(np.mean([before[i] != after[i] for i in both])) if both else float("nan"),
         moved=moved(*embeddings),
+        common=common(*embeddings),
         read=gauc_by_readout["prompt"] - gauc_by_readout["null"],
     )
 
@@ -53,6 +54,15 @@ def moved(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.sqrt((after - before).var(axis=0).sum() / (2 * before.var(axis=0).sum())))
 
 
+def common(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of the squared movement of embeddings [S, D] that one vector makes: |E d|² / E |d|², d = after − before; 0
+    where nothing moved.
+    """
+    movement = after.astype(np.float64) - before.astype(np.float64)
+    whole = (movement**2).sum(axis=1).mean()
+    return float((movement.mean(axis=0) ** 2).sum() / whole) if whole else 0.0
+
+
 def averaged(seeds: Sequence[Diagnosis]) -> Diagnosis:
     """The mean over seeds; `queries` are those of all."""
     errors = [found.informative_error for found in seeds]
@@ -61,7 +71,7 @@ def averaged(seeds: Sequence[Diagnosis]) -> Diagnosis:
         return float(np.mean([getattr(found, name) for found in seeds]))
 
     return seeds[0].model_copy(
-        update={name: mean(name) for name in ("informative", "queries_changed", "moved", "read")}
+        update={name: mean(name) for name in ("informative", "queries_changed", "moved", "common", "read")}
         | {
             "informative_error": float(np.sqrt(np.sum(np.square(errors))) / len(errors)),
             "queries": sum(found.queries for found in seeds),
@@ -77,5 +87,6 @@ def sentence(found: Diagnosis) -> str:
     return (
         f"{found.name}: of a session's best query another judge confirms {found.informative:+.4f} ± "
         f"{found.informative_error:.4f} in reward; {changed}; embeddings moved {found.moved:.2f} of the distance "
-        f"between sessions; the ranker reads {found.read:+.4f} GAUC from them (validation)."
+        f"between sessions, beside {found.common:.0%} of the movement that is the same for all; the ranker reads "
+        f"{found.read:+.4f} GAUC from them (validation)."
     )

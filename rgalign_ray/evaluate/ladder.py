@@ -41,6 +41,8 @@ class Rung:
     """What each session's query tower reads: own, shuffled (another user's), or mean (the same for all)."""
     readout: str | None = None
     """null, prompt or query; None: as `evaluate.readout` says."""
+    moved_from: str | None = None
+    """Artefact of the reasoner whose embeddings it reads instead, moved by the mean way from there to `embeddings`."""
     any_version: bool = False
     """Reads embeddings of a reasoner that it was not trained on."""
     prior: bool = False
@@ -188,6 +190,8 @@ class TestSessions:
         if embeddings is not None:
             if not rung.any_version:
                 ranker.require(reasoner_version=embeddings.reasoner_version)
+            if rung.moved_from:
+                embeddings = Embeddings.load(rung.moved_from).moved_to(embeddings)
             if rung.query == "shuffled":
                 embeddings = embeddings.shuffled(self.ids, self.users, SHUFFLE_SEED)
         return scoring.with_embeddings(examples(self.table, ranker.space, self.catalogue), embeddings)

@@ -141,7 +141,9 @@ class Diagnosis(Part):
     queries_changed: float
     """Share of them that changed, the random numbers being the same."""
     moved: float
-    """How far e(x) moved, in units of the distance between two sessions."""
+    """How far e(x) moved apart from one another, in units of the distance between two sessions."""
+    common: float
+    """Share of all squared movement of e(x) that is the same for every session, and counts nothing in `moved`."""
     read: float
     """Validation GAUC of the retrained ranker through e(x) above that through the null query."""
 

@@ -181,7 +181,7 @@ def taught_by(row: LadderRow, number: int) -> list[str]:
     to see where the alignment is lost.
     """
     if not row.retrained:
-        return ["rankers_0"]
+        return ["rankers_0", *(["embeddings_0"] if row.readout == "shift" else [])]
     if row.ranker_of:
         return [slice_name(row.ranker_of, number)]
     return ["embeddings_0", "rewards_1"] if row.aligned else []
@@ -249,9 +249,10 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
         row.title,
         uri,
         run.uri(*embeddings) if embeddings else None,
-        query="shuffled" if row.shuffled else "own",
-        readout=row.readout,
+        query="shuffled" if row.shuffled or row.readout == "other" else "own",
+        readout=row.readout if row.readout == "query" else None,
         any_version=not row.retrained,
+        moved_from=run.uri("embeddings_0") if row.readout == "shift" else None,
     )
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))

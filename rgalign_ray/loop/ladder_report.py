@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, ROWS, THROUGH_QUERY, WITHOUT_QUERY
+from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, OTHERS_QUERY, ROWS, SHIFTED, THROUGH_QUERY
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -144,7 +144,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         *((row, "qe_rec") for row in ALONE),
         ("gradient_long", "gradient"),
         ("gradient", "gradient_shuffled"),
-        *((row, name) for name, row in WITHOUT_QUERY.items()),
+        *((row, name) for name, row in OTHERS_QUERY.items()),
         *THROUGH_QUERY.items(),
         ("rgalign_query", "qe_rec_query"),
         ("rgalign_query", "gradient_query"),
@@ -152,6 +152,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rg_sft_query", "rg_sft_random_query"),
         ("rg_sft_query", "sft_title_query"),
         *((row, "judge_query" if readout else "judge") for row, (_, readout) in JUDGED.items()),
+        *((row, shifted) for shifted, row in SHIFTED.items()),
         ("rg_sft_not_retrained_query", "rg_sft_random_not_retrained_query"),
         ("rg_sft_not_retrained_query", "sft_title_not_retrained_query"),
         *((row, name) for name, row in NOT_RETRAINED.items()),

@@ -26,8 +26,9 @@ class LadderRow:
         retrained: on the reasoner it reads; else it is the frozen ranker that teaches.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
         ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does.
-        readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query) or
-            nothing (null).
+        readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query), what
+            the reasoner says of another user's session (other), or what the frozen reasoner says, moved by the aligned
+            one's mean way from there, the same for every session (shift).
     """
 
     title: str
@@ -40,7 +41,7 @@ class LadderRow:
     retrained: bool = True
     more: bool = False
     ranker_of: config.RowName | None = None
-    readout: Literal["query", "null"] | None = None
+    readout: Literal["query", "other", "shift"] | None = None
 
     @property
     def rival(self) -> bool:
@@ -160,22 +161,25 @@ THROUGH_QUERY: dict[config.RowName, config.RowName] = {
     "rgalign_query": "rgalign",
 }
 """Rows that read the test sessions through a latent query, by name, with the rows whose rankers they take."""
-WITHOUT_QUERY: dict[config.RowName, config.RowName] = {
-    "qe_rec_null": "qe_rec",
-    "gradient_null": "gradient",
-    "rgalign_null": "rgalign",
+OTHERS_QUERY: dict[config.RowName, config.RowName] = {
+    "qe_rec_other": "qe_rec",
+    "gradient_other": "gradient",
+    "rgalign_other": "rgalign",
 }
-"""Likewise, of rows whose rankers are told nothing by the reasoner: what is gained over them, the query brings."""
-OTHERWISE: tuple[tuple[dict[config.RowName, config.RowName], Literal["query", "null"], str, str], ...] = (
+"""Likewise, of rows whose rankers are told of another user's session: what is gained over them, what the reasoner says
+of this session brings. The null query would not do: where sessions without a click are not read (`encode.unclicked`),
+rankers have learned that it goes with no click.
+"""
+OTHERWISE: tuple[tuple[dict[config.RowName, config.RowName], Literal["query", "other"], str, str], ...] = (
     (THROUGH_QUERY, "query", "through its query", "the same rankers read e(x,q)"),
-    (WITHOUT_QUERY, "null", "null query", "the same rankers without the reasoner"),
+    (OTHERS_QUERY, "other", "another's query", "the same rankers, told of another user's session"),
 )
 ROWS |= {
     name: replace(
         ROWS[row],
         title=f"{ROWS[row].title}, {what}",
         note=note,
-        control=ROWS[row].control or readout == "null",
+        control=ROWS[row].control or readout == "other",
         ranker_of=row,
         readout=readout,
     )
@@ -199,6 +203,12 @@ JUDGED: dict[config.RowName, tuple[config.RowName, Literal["query"] | None]] = {
     for readout in (None, "query")
 }
 """Rows of the frozen ranker that teaches, by name: whose reasoner it reads, and through what."""
+SHIFTED: dict[config.RowName, config.RowName] = {
+    cast(config.RowName, f"{row}_shift"): name for name, row in NOT_RETRAINED.items()
+}
+"""Controls of rows that are not retrained, by name: the share of what such a row gains that one vector brings, added to
+what the frozen reasoner says of every session, as a shift towards what is popular would.
+"""
 ROWS |= {
     name: replace(
         ROWS[row],
@@ -210,6 +220,15 @@ ROWS |= {
         readout=readout,
     )
     for name, (row, readout) in JUDGED.items()
+}
+ROWS |= {
+    shifted: replace(
+        ROWS[row],
+        title=f"{ROWS[NOT_RETRAINED[row]].title}, its mean movement alone",
+        note="the same, reading the frozen reasoner moved by one vector",
+        readout="shift",
+    )
+    for shifted, row in SHIFTED.items()
 }
 
 

@@ -80,6 +80,14 @@ class Embeddings:
             raise DataError(f"item embeddings: intent '{intent_ids[int(np.argmin(found))]}' has none; encode it.")
         return vectors
 
+    def moved_to(self, other: Embeddings) -> Embeddings:
+        """The control: every e(x) moved by one vector, the mean way from here to `other` over ids that both have."""
+        known, vectors = self.readouts["prompt"]
+        there, found = other.lookup(known, "prompt")
+        way = (there[found].astype(np.float32) - vectors[found]).mean(axis=0)
+        moved = (vectors + way).astype(np.float16)
+        return Embeddings(other.reasoner_version, self.dim, {"prompt": (known, moved)})
+
     def shuffled(self, session_ids: list[str], user_ids: list[str], seed: int) -> Embeddings:
         """The control: each session gets the vectors of a session of another user, by a permutation.
 

@@ -14,7 +14,14 @@ from rgalign_ray.evaluate.report import Report, Row
 from rgalign_ray.loop import compare
 
 ALIGNED = ("sft_title", "gradient", "rgalign", "rgalign_shuffled", "rgalign_leak")
-READ_OTHERWISE = ("qe_rec_query", "gradient_query", "qe_rec_null", "judge", "rgalign_not_retrained_query")
+READ_OTHERWISE = (
+    "qe_rec_query",
+    "gradient_query",
+    "qe_rec_other",
+    "judge",
+    "rgalign_not_retrained_query",
+    "rgalign_shift",
+)
 ALIGNMENTS = ("title", "gradient", "full", "leak")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
@@ -73,18 +80,23 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
-    read = ("row_rgalign", "row_rgalign_not_retrained", "row_rgalign_not_retrained_query", "row_rgalign_shuffled")
+    read = [f"row_rgalign{how}" for how in ("", "_not_retrained", "_not_retrained_query", "_shift", "_shuffled")]
     assert taught == {f"{row}{again}" for row in read for again in ("", "-1")}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
     assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
     assert not list(seed.glob("**/row_*_query*/ranker")), "the rankers are another row's"
     assert not (seed / "row_judge/ranker").exists(), "it teaches"
-    own, through_query, null = (
+    own, through_query, other = (
         Verdict.load(str(seed / f"row_{name}/verdict.parquet")).values["GAUC"]
-        for name in ("qe_rec", "qe_rec_query", "qe_rec_null")
+        for name in ("qe_rec", "qe_rec_query", "qe_rec_other")
     )
-    assert (own != through_query).any() and (own != null).any() and (through_query != null).any()
+    assert (own != through_query).any() and (own != other).any() and (through_query != other).any()
+    judge, shifted, aligned = (
+        Verdict.load(str(seed / f"{row}/verdict.parquet")).values["GAUC"]
+        for row in ("row_judge", "aligned_full/row_rgalign_shift", "aligned_full/row_rgalign_not_retrained")
+    )
+    assert (judge != shifted).any() and (shifted != aligned).any()
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
     assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in ALIGNED]

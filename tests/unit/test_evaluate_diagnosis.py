@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgalign_ray.evaluate.diagnosis import averaged, diagnose, moved, sentence
+from rgalign_ray.evaluate.diagnosis import averaged, common, diagnose, moved, sentence
 
 
 @settings(deadline=None, max_examples=20)
@@ -19,6 +19,14 @@ def test_a_common_shift_is_no_movement_and_another_session_is_one(seed: int) -> 
     assert moved(before, before[random.permutation(4000)]) == pytest.approx(1.0, abs=0.05)
     assert moved(before, 1.5 * before) == pytest.approx(0.5 / np.sqrt(2))
     assert moved(100 * before, 150 * before) == pytest.approx(0.5 / np.sqrt(2)), "in no unit"
+
+
+def test_what_moves_all_alike_is_common() -> None:
+    before = np.random.default_rng(0).normal(size=(4000, 6))
+    apart = np.random.default_rng(1).normal(size=(4000, 6))
+    assert common(before, before + 3.0) == pytest.approx(1.0)
+    assert common(before, before + apart) == pytest.approx(0.0, abs=1e-2)
+    assert common(before, before + apart + 1.0) == pytest.approx(0.5, abs=0.02)
 
 
 def test_each_question_has_its_figure() -> None:
@@ -37,7 +45,13 @@ def test_each_question_has_its_figure() -> None:
     assert found.moved == pytest.approx(1 / np.sqrt(2))
     assert found.read == pytest.approx(0.01)
     said = sentence(found)
-    assert "+0.0500 ± 0.0100" in said and "50% of 2" in said and "0.71" in said and "+0.0100 GAUC" in said
+    assert (
+        "+0.0500 ± 0.0100" in said
+        and "50% of 2" in said
+        and "0.71" in said
+        and "% of the movement" in said
+        and "+0.0100 GAUC" in said
+    )
 
 
 def test_without_queries_nothing_is_said_to_have_changed() -> None:

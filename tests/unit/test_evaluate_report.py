@@ -98,6 +98,7 @@ def report(text: str = "plain", **changes: Any) -> Report:
                 queries=300,
                 queries_changed=0.4,
                 moved=0.31,
+                common=0.4,
                 read=-0.0021,
             )
         ],

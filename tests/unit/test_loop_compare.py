@@ -127,7 +127,7 @@ def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
         (CROSSFIT, "rgalign_leak", "set crossfit to 0"),
         ({}, "rg_sft_query", "rg_sft_query takes the rankers of rg_sft; name that row as well"),
         ({}, "judge", "judge is the ranker that teaches; name a row whose reasoner it teaches"),
-        ({}, "gradient_null", "gradient_null takes the rankers of gradient"),
+        ({}, "gradient_other", "gradient_other takes the rankers of gradient"),
         ({}, "qe_rec_query", "set encode.test_queries to true"),
     ],
 )
@@ -223,5 +223,5 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     assert ("true_need", "din") in pairs
     assert ladder_report.claims(["popularity", "qe_rec"], validation) == []
     assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs
-    assert ("gradient", "gradient_null") in pairs
+    assert ("gradient", "gradient_other") in pairs and ("gradient_not_retrained", "gradient_shift") in pairs
     assert ("gradient_not_retrained", "judge") in pairs and ("gradient_not_retrained_query", "judge_query") in pairs

@@ -78,12 +78,12 @@ def test_gains_are_told_as_shares_of_error_and_headroom(report: ladder_report.re
 
 
 def test_why_is_shown_and_not_said() -> None:
-    rows: list[config.RowName] = ["qe_rec", "qe_rec_null", "qe_rec_shuffled"]
+    rows: list[config.RowName] = ["qe_rec", "qe_rec_other", "qe_rec_shuffled"]
     settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
     made = ladder_report.make(settings, [judged(row) for row in rows])
     assert "QE-Rec over QE-Rec shuffled" in "\n".join(made.summary)
-    assert "null query" not in "\n".join(made.summary)
-    assert [it for it in made.comparisons if it.worse == "QE-Rec, null query" and it.metric == "true CTR@3"]
+    assert "another's query" not in "\n".join(made.summary)
+    assert [it for it in made.comparisons if it.worse == "QE-Rec, another's query" and it.metric == "true CTR@3"]
 
 
 def test_details_are_shown_of_the_rows_that_are_compared(report: ladder_report.report.Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,18 @@ def test_shuffling_gives_every_session_that_was_read_a_vector_of_another() -> No
     shuffled = partly.shuffled(ids, users, seed=1)
     _, found = shuffled.lookup(session_keys(ids), "prompt")
     assert found.tolist() == [i % 3 == 0 for i in range(40)], "the control reads as many as the row itself"
+
+
+def test_all_are_moved_by_the_mean_way_to_another_version() -> None:
+    ids = [f"s{i}" for i in range(20)]
+    before = Embeddings.of(_table(ids, "prompt"))
+    known, vectors = before.readouts["prompt"]
+    way = np.arange(before.dim, dtype=np.float16)
+    either = np.where(np.arange(10) % 2, 1.0, -1.0)[:, None].astype(np.float16)
+    after = replace(before, reasoner_version="r1", readouts={"prompt": (known[:10], vectors[:10] + way + either)})
+    moved = before.moved_to(after)
+    assert moved.reasoner_version == "r1"
+    found, has = moved.lookup(session_keys(ids), "prompt")
+    own, _ = before.lookup(session_keys(ids), "prompt")
+    assert has.all()
+    np.testing.assert_allclose((found - own).astype(np.float64), np.tile(way, (20, 1)), atol=0.02)
