@@ -110,6 +110,8 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     worth = worth_stages.found(jobs, 1)
     diagnoses = [_diagnosis(jobs, row) for row in rows if tells(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
+    if jobs[0].config.roles.audit:
+        lines.append(audit_stages.hearing([job.manifest(audit_stages.AUDITOR) for job in jobs]))
     return made.model_copy(
         update={
             "reward": summary.reward_gate(rewards, valid),

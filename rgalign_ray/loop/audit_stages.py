@@ -8,6 +8,7 @@ the audit does not is a reward that is being hacked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -148,6 +149,14 @@ def gain(run: Run, round_: int) -> Estimate:
         repetitions=settings.bootstrap,
         confidence=settings.confidence,
     )
+
+
+def hearing(auditors: Sequence[storage.Manifest]) -> str:
+    """Whether the auditors can judge at all: what they read from e(x), in a sentence."""
+    readouts = [auditor.figures["gauc_by_readout"] for auditor in auditors]
+    reads = float(np.mean([gauc["prompt"] - gauc["null"] for gauc in readouts]))
+    said = f"The auditor reads {reads:+.4f} GAUC from e(x) (validation)"
+    return f"{said}." if reads > 0 else f"{said}: it hears nothing, so what it does not confirm is not refuted."
 
 
 def auditor_spec(run: Run) -> AuditorSpec:

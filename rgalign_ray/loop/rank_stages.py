@@ -207,7 +207,9 @@ def queried(config: Config) -> tuple[str, ...]:
     """
     if config.evaluate.readout == "query":
         return ("valid", "test")
-    return (*(("valid",) if config.early_stop else ()), *(("test",) if config.encode.test_queries else ()))
+    if config.encode.test_queries:  # what a comparison says of e(x,q) on test sessions, it can say of validation, too
+        return ("valid", "test")
+    return ("valid",) if config.early_stop else ()
 
 
 def encode_sentences(run: Run, out: str) -> Outcome:

@@ -130,6 +130,8 @@ def _summary(
             "(standard error) over the session's mean."
             + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )
+    if run.config.roles.audit:
+        lines.append(audit_stages.hearing([manifests[audit_stages.AUDITOR]]))
     for round_ in range(1, len(gates) + 1):
         if audit_stages.audited_stages(run.config, round_):
             seen = audit_stages.gain(run, round_)

@@ -119,12 +119,18 @@ class OpenAIEngine:
         except self._openai.APIStatusError as error:
             said = _short(error.message.replace(self._key, "…"))
             raise ConfigError(f"{where} refuses the request ({error.status_code}: {said}).") from None
-        tokens = answer.usage.total_tokens if answer.usage else 0
+        tokens = answer.usage.total_tokens if answer.usage else _at_most(request)
         self.tokens += tokens
         choice = answer.choices[0]
         text = choice.message.content if self.endpoint.api == "chat" else choice.text
         lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
         return Proposal(lines[0] if lines else "", "length" if choice.finish_reason == "length" else "stop"), tokens
+
+
+def _at_most(request: dict[str, Any]) -> int:
+    """No fewer tokens than an answer takes whose endpoint does not count them: none holds less than a byte."""
+    asked = [request["prompt"]] if "prompt" in request else [message["content"] for message in request["messages"]]
+    return sum(len(text.encode()) for text in asked) + int(request["max_tokens"])
 
 
 def _short(message: str, most: int = 200) -> str:

@@ -106,3 +106,11 @@ def test_clicked_validation_sessions_with_a_query_are_audited(place: Path, spec:
     storage.write_table(str(tmp_path / "embeddings_2/part.parquet"), written.slice(0, 1))
     with pytest.raises(DataError, match="audited_2: no clicked validation session"):
         audit_stages.audit(run, str(tmp_path / "audited_2"), 2)
+
+
+@pytest.mark.parametrize(("prompt", "hears"), [(0.85, True), (0.79, False)])
+def test_whether_the_auditor_hears_is_said(prompt: float, hears: bool) -> None:
+    figures = [{"gauc_by_readout": {"prompt": prompt + off, "null": 0.8 + off}} for off in (0.0, 0.1)]
+    said = audit_stages.hearing([storage.Manifest(stage="auditor", key="", figures=each) for each in figures])
+    assert f"reads {prompt - 0.8:+.4f} GAUC" in said
+    assert ("it hears nothing" not in said) == hears

@@ -35,6 +35,8 @@ class Server(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
+        self.counts = True
+        """Whether it says how many tokens an answer took."""
         self.statuses: list[int] = []
         """Of the next requests; 200 afterwards."""
 
@@ -61,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         text = f"  A question, seed {request['seed']}?\nAnd more."
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "text": text}
         usage = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
-        answer = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+        answer = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [choice]}
+        answer |= {"usage": usage} if server.counts else {}
         if status != 200:
             answer = {"error": {"message": f"refused, with key {KEY}", "type": "t"}}
         body = json.dumps(answer).encode()
@@ -152,6 +155,17 @@ def test_what_it_has_by_the_end_of_its_budget_is_used(server: Server, tmp_path: 
     again = engine(server, tmp_path, max_tokens=100, concurrency=1)
     again.propose(PROMPTS, [[5, 6], [7, 8]])
     assert len(server.asked) == 3, "whoever goes on with a run has what is left of its budget"
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_an_endpoint_that_counts_no_tokens_has_a_budget_too(server: Server, tmp_path: Path, api: str) -> None:
+    server.counts = False
+    most = sum(len(text.encode()) for text in (PROMPTS.prefix, PROMPTS.texts[0], PROMPTS.suffix)) + 12
+    for _ in range(2):
+        made = engine(server, tmp_path, api=api, max_tokens=most // 2, concurrency=1)
+        made.propose(PROMPTS, [[1, 2], [3, 4]])
+        assert len(server.asked) == 1, "also by whoever goes on with the run"
+        assert most // 2 < made.tokens <= most
 
 
 @pytest.mark.parametrize(
