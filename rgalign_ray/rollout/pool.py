@@ -33,7 +33,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rgalign_ray import config, ray_metrics, schema, storage
@@ -257,7 +264,7 @@ class RolloutPool:
         """Takes one answer of a worker; False where it has died."""
         try:
             answer = ray.get(call, timeout=POLL_S)
-        except (RayActorError, WorkerCrashedError) as error:
+        except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:  # the last from Ray's memory monitor
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise  # it raised before its first unit, and every other one would
             self._lose(member, f"died ({first_line(error)})", finished)

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import ray
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
@@ -167,6 +169,26 @@ def test_a_worker_killed_in_the_middle_costs_no_unit_and_doubles_none(quiet: Pat
     assert contents(tmp_path) == contents(quiet)
     assert calls(tmp_path)["text 3 a"] == 2
     assert calls(tmp_path).total() <= len(UNITS) + 2, "only what the dead one had in hand"
+
+
+def test_a_worker_that_the_memory_monitor_kills_has_died(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tells of it by an error that is not the one of an actor's death."""
+    get = ray.get
+
+    def told(*args: Any, **options: Any) -> Any:
+        try:
+            return get(*args, **options)
+        except RayActorError:
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.") from None
+
+    monkeypatch.setattr("rgalign_ray.rollout.pool.ray.get", told)
+    with pool(tmp_path, trouble="die", retries=1) as made:
+        list(made.run(UNITS, "context"))
+        assert made.quarantined == ["s3a"] and made.deaths == 3
+    [row] = storage.read_table(str(tmp_path / "out/quarantine")).to_pylist()
+    assert "died (1 worker(s) were killed due to the node running low on memory.)" in row["reason"]
 
 
 def test_a_worker_that_hangs_past_its_deadline_is_replaced(quiet: Path, tmp_path: Path) -> None:
