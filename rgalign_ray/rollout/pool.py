@@ -126,12 +126,15 @@ class RolloutPool:
             runtime_env={"py_executable": python} if python else None,
         )
         self._any_done = False
+        """Whether a unit is done, in this run or before it: what ends a worker then may be the session."""
         self._looked = -math.inf
         """When the cluster was last asked for room."""
         self._requested = False
         """Whether the cluster has been told to grow."""
         self._members: list[_Member] = []
         self._queue: deque[_Task] = deque()
+        self._behind: list[_Task] = []
+        """Units that go last in the queue, once the source has filled it."""
 
     def run(self, units: Iterable[Unit], context: str) -> Iterator[tuple[str, int]]:
         """Yields (unit key, sessions) once each unit's files are written, in the order of completion.
@@ -149,9 +152,12 @@ class RolloutPool:
                 if unit is not None:
                     task = _Task(unit.key(context), unit)
                     if storage.exists(self._file(task.key)):
+                        self._any_done = True
                         yield task.key, len(unit.session_ids)
                     else:
                         self._queue.append(task)
+            self._queue.extend(self._behind)
+            self._behind.clear()
             if not self._queue and not any(member.calls for member in self._members):
                 return
             self._resize()
@@ -282,20 +288,24 @@ class RolloutPool:
         return True
 
     def _lose(self, member: _Member, why: str, finished: list[_Task]) -> None:
-        """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue."""
+        """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue.
+
+        While no unit is done, what it was at goes last: one session must not hide that workers can work.
+        """
         self.deaths += 1
         ray_metrics.counter("rollout_deaths").inc()
         self._members.remove(member)
         ray.kill(member.actor)
         tasks = list(member.calls.values())
         finished += [task for task in tasks if storage.exists(self._file(task.key))]  # done, and not heard of
+        self._any_done |= bool(finished)
         tasks = [task for task in tasks if task not in finished]
         at, rest = (tasks[0], tasks[1:]) if tasks else (None, [])
         again: list[_Task] = []
         if at is None or not self._any_done:  # where none can work, no session is at fault
             if at is not None or not self._with_its_node(member):
                 self._losers.add(f"worker {self.deaths}")
-            again = [at] if at else []
+            self._behind += [at] if at else []
         elif at.losses < (1 if len(at.unit.session_ids) > 1 else 2):
             at.losses += 1
             if not self._with_its_node(member):

@@ -99,14 +99,16 @@ def vector(seed: int) -> np.ndarray:
 
 
 @contextmanager
-def pool(folder: Path, out: str = "out", trouble: str = "", **changes: object) -> Iterator[RolloutPool]:
+def pool(
+    folder: Path, out: str = "out", trouble: str = "", at: str = "text 3 a", **changes: object
+) -> Iterator[RolloutPool]:
     """A pool of two workers that notes in `folder`/notes; `changes` are of the settings."""
     (folder / "notes").mkdir(exist_ok=True)
     settings = config.Rollout(**({"n": 2, "workers": 2, "in_flight_per_worker": 2} | changes))  # type: ignore[arg-type]
     made = RolloutPool(
         settings,
         {
-            "engine": FakeEngine(str(folder / "notes"), trouble),
+            "engine": FakeEngine(str(folder / "notes"), trouble, at),
             "instruction": Instruction("", "", "v1"),
             "settings": settings,
             "run_seed": 3,
@@ -256,6 +258,22 @@ def test_a_session_that_ends_every_worker_is_set_aside_and_all_others_are_done(q
     assert Counter(sessions) == {i: 2 for unit in UNITS for i in unit.session_ids if i != "s3a"}
     [row] = storage.read_table(str(tmp_path / "out/quarantine")).to_pylist()
     assert row["session_id"] == "s3a" and row["text"] == "text 3 a" and "died" in row["reason"]
+
+
+def test_a_session_that_comes_first_does_not_keep_the_others_from_being_done(tmp_path: Path) -> None:
+    with pool(tmp_path, trouble="die", at=FIRST, workers=1, in_flight_per_worker=1) as made:
+        finished = list(made.run(UNITS, "context"))
+        assert made.quarantined == ["s0a"] and made.deaths == 4
+    parts = [(unit.key("context"), 1) for unit in UNITS[0].singly()]
+    assert sorted(finished) == sorted([*parts, *((unit.key("context"), 2) for unit in UNITS[1:])])
+
+
+def test_what_an_earlier_run_has_done_shows_that_workers_can_work(tmp_path: Path) -> None:
+    with pool(tmp_path) as made:
+        assert len(list(made.run(UNITS[1:], "context"))) == len(UNITS) - 1
+    with pool(tmp_path, trouble="die", at=FIRST, workers=1) as made:
+        list(made.run([*UNITS[1:], UNITS[0]], "context"))
+        assert made.quarantined == ["s0a"] and made.deaths == 3
 
 
 def test_too_many_sessions_set_aside_end_the_run(tmp_path: Path) -> None:
