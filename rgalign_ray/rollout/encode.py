@@ -217,9 +217,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         if isinstance(error.cause, UserError):  # Ray Data adds lines on retries to what it says
             raise type(error.cause)(first_line(error.cause)) from None
         raise
-    for uri in storage.list_files(out_uri, ".parquet"):
-        if storage.pure_path(uri).stem not in keys:
-            storage.delete(uri)
+    storage.keep_units(out_uri, keys)
     return counts
 
 

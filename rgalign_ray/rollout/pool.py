@@ -45,7 +45,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rgalign_ray import config, ray_metrics, schema, storage
 from rgalign_ray.errors import DataError, InfrastructureError, UserError, first_line
-from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
+from rgalign_ray.rollout.worker import EMBEDDINGS, ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
 STACKS_S = 10.0
@@ -141,7 +141,19 @@ class RolloutPool:
 
         `context` stands for whatever else decides the result (weights, template, sampling settings): it
         is part of a unit's key. Sessions that are set aside are counted with those that are done.
+
+        At its end files of an earlier try whose units this one did not meet are removed: of a unit that one try alone
+        has cut, or for which a teacher was asked again, they hold the same sessions once more.
         """
+        storage.delete(storage.join(self.out_uri, QUARANTINE))  # what an earlier try set aside is tried again
+        met = set()
+        for key, sessions in self._run(units, context):
+            met.add(key)
+            yield key, sessions
+        for folder in (self.table, EMBEDDINGS):
+            storage.keep_units(storage.join(self.out_uri, folder), met)
+
+    def _run(self, units: Iterable[Unit], context: str) -> Iterator[tuple[str, int]]:
         self._context = context
         source = iter(units)
         more = True

@@ -260,6 +260,18 @@ def test_a_session_that_ends_every_worker_is_set_aside_and_all_others_are_done(q
     assert row["session_id"] == "s3a" and row["text"] == "text 3 a" and "died" in row["reason"]
 
 
+def test_a_unit_that_an_earlier_try_has_cut_is_there_once(quiet: Path, tmp_path: Path) -> None:
+    parts = [part.key("context") for part in UNITS[3].singly()]
+    with pool(tmp_path, trouble="die") as made:
+        for key, _ in made.run(UNITS, "context"):
+            if key in parts and storage.exists(str(tmp_path / f"out/rollouts/{key}.parquet")):
+                break  # the driver dies
+    with pool(tmp_path) as made:
+        list(made.run(UNITS, "context"))
+        assert not made.quarantined
+    assert contents(tmp_path) == contents(quiet)
+
+
 def test_a_session_that_comes_first_does_not_keep_the_others_from_being_done(tmp_path: Path) -> None:
     with pool(tmp_path, trouble="die", at=FIRST, workers=1, in_flight_per_worker=1) as made:
         finished = list(made.run(UNITS, "context"))
