@@ -21,37 +21,23 @@ again. Failures are told apart:
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import (
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from rgalign_ray import config, ray_metrics, schema, storage
+from rgalign_ray import config, ray_metrics, ray_stacks, schema, storage
 from rgalign_ray.errors import DataError, InfrastructureError, UserError, first_line
 from rgalign_ray.rollout.worker import EMBEDDINGS, ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
-STACKS_S = 10.0
-"""Wait for the stacks of a silent worker."""
-STACKS_AT = 0.9
-"""Share of its deadline after which a worker notes where it is."""
 NODE_LOSS_S = 60.0
 """Within which Ray notices that a node has died; until then whatever is put there dies as well."""
 QUARANTINE = "quarantine"
@@ -82,8 +68,8 @@ class _Member:
     """When it was asked to start, was handed its oldest unfinished unit, or ran out of them."""
     calls: dict[Any, _Task] = field(default_factory=dict)
     """Unfinished calls, oldest first."""
-    stacks: tuple[str, str] = ("", "")
-    """Node and file of what it was at, should it fall silent."""
+    place: ray_stacks.Place = field(default_factory=ray_stacks.Place)
+    """Where it runs, once it has started."""
 
 
 class RolloutPool:
@@ -119,7 +105,7 @@ class RolloutPool:
         node that dies takes with it, the first."""
         self._struck: tuple[str, float] = ("", -math.inf)
         """Node, empty where the worker had not started, and time of the last loss that was one of its own."""
-        self._actor_class = _watched(worker, settings.deadline_s * STACKS_AT).options(
+        self._actor_class = ray_stacks.actor(worker, "run", settings.deadline_s).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
             label_selector=settings.node_labels,
@@ -205,7 +191,7 @@ class RolloutPool:
 
     def _start(self) -> _Member:
         actor = self._actor_class.remote(**self.worker_args)
-        return _Member(actor, actor.stacks_file.remote(), time.monotonic())
+        return _Member(actor, actor.place.remote(), time.monotonic())
 
     def _resize(self) -> None:
         """Starts workers that the queue has work for and the cluster has room for; ends those that have had none."""
@@ -290,9 +276,11 @@ class RolloutPool:
         except RayTaskError as error:
             if isinstance(error.cause, (UserError, InfrastructureError)):
                 raise error.cause from None  # what the worker itself said, without Ray's account of it
-            raise error.as_instanceof_cause() from None
+            bug = error.as_instanceof_cause()
+            bug.add_note(f"The last lines of the worker's log:\n{ray_stacks.last_lines(member.place)}")
+            raise bug from None
         if call is member.starting:
-            member.starting, member.stacks = None, answer
+            member.starting, member.place = None, answer
         else:
             finished.append(member.calls.pop(call))
             self._any_done = True
@@ -341,7 +329,7 @@ class RolloutPool:
 
     def _with_its_node(self, member: _Member) -> bool:
         """Whether a worker that is lost was so with the node of the loss before it, as far as can be known."""
-        node, now = member.stacks[0], time.monotonic()
+        node, now = member.place.node, time.monotonic()
         struck, when = self._struck
         if now - when < NODE_LOSS_S and node in ("", struck):
             return True
@@ -375,41 +363,6 @@ class RolloutPool:
 
     def _save_stacks(self, member: _Member) -> None:
         """What a silent worker was at, from the file that it wrote beside its work."""
-        node, file = member.stacks
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        try:
-            stacks = ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=STACKS_S)
-        except (RayError, GetTimeoutError) as error:
-            stacks = f"{file} on node {node} cannot be read ({type(error).__name__})\n"
+        stacks = ray_stacks.read(member.place.node, member.place.stacks)
         at = next(iter(member.calls.values()))
         storage.write_bytes(storage.join(self.out_uri, STACKS, f"{at.key}.txt"), stacks.encode())
-
-
-def _watched(worker: Worker, patience_s: float) -> Any:
-    """The actor of a worker, which notes all its stacks when one unit takes longer than `patience_s`.
-
-    A thread of C does, so that it also tells of a worker that holds Python's lock for ever.
-    """
-
-    class Watched(worker):  # type: ignore[misc, valid-type]
-        def stacks_file(self) -> tuple[str, str]:
-            context = ray.get_runtime_context()
-            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
-            self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
-            return context.get_node_id(), self._stacks.name
-
-        def run(self, unit: Unit, key: str) -> int:
-            faulthandler.dump_traceback_later(patience_s, file=self._stacks)
-            try:
-                return super().run(unit, key)
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-
-    Watched.__name__, Watched.__qualname__ = worker.__name__, worker.__qualname__  # as processes are called
-    return ray.remote(Watched)
-
-
-@ray.remote(num_cpus=0)
-def _read(file: str) -> str:
-    with open(file) as stream:
-        return stream.read()

@@ -22,6 +22,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
+from rgalign_ray.ray_stacks import Place
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample
 from rgalign_ray.rollout.pool import RolloutPool, _Member
 from rgalign_ray.rollout.worker import Instruction, Unit
@@ -79,6 +80,7 @@ class FakeEngine:
         if "hang" in self.trouble:
             time.sleep(600)
         if "raise" in self.trouble:
+            print("beside the bug", file=sys.stderr)
             raise ZeroDivisionError("a bug")
 
     def wait_for_company(self, text: str) -> None:
@@ -220,7 +222,7 @@ def test_what_a_node_takes_with_it_is_one_loss(
     now = 1000.0
     monkeypatch.setattr("rgalign_ray.rollout.pool.time.monotonic", lambda: now)
     with pool(tmp_path) as made:
-        lost = [_Member(None, None, 0.0, stacks=(node.strip(), "")) for node in nodes]
+        lost = [_Member(None, None, 0.0, place=Place(node.strip())) for node in nodes]
         assert sum(not made._with_its_node(member) for member in lost) == losses
         now += 61.0
         assert not made._with_its_node(lost[-1]), "another minute, another loss"
@@ -321,10 +323,11 @@ def test_the_source_is_read_no_further_than_there_is_room(tmp_path: Path) -> Non
 def test_a_bug_ends_the_run_at_once_under_its_own_name(tmp_path: Path) -> None:
     with pool(tmp_path, trouble="raise") as made:
         run = made.run(UNITS, "context")
-        with pytest.raises(ZeroDivisionError, match="a bug"):
+        with pytest.raises(ZeroDivisionError, match="a bug") as error:
             list(run)
         assert made.deaths == 0
     assert calls(tmp_path)["text 3 a"] == 1
+    assert error.value.__notes__ == ["The last lines of the worker's log:\nbeside the bug"]
 
 
 def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(tmp_path: Path) -> None:
