@@ -76,6 +76,15 @@ def read(node: str, file: str) -> str:
         return f"{file} on node {node} cannot be read ({type(error).__name__})\n"
 
 
+def stacks(place: Any) -> str:
+    """What an actor is at, by its answer to `place`."""
+    try:
+        where = ray.get(place, timeout=READ_S)
+    except (RayError, GetTimeoutError):
+        return "it has not started"
+    return read(where.node, where.stacks)
+
+
 def last_lines(place: Place, lines: int = 10) -> str:
     """The end of an actor's log, without what Ray tells itself there."""
     said = read(place.node, place.log).splitlines()
