@@ -6,6 +6,7 @@ Ray tells neither. A process writes its stacks into a file beside its log, and t
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 AT = 0.9
 """Share of its deadline after which a process notes where it is."""
 READ_S = 10.0
 """Wait for a file of another node."""
+MOST_BYTES = 1 << 20
+"""Of a file, from its end: a log may be long."""
 
 
 class Place(NamedTuple):
@@ -50,12 +53,13 @@ def actor(plain: type, method: str, deadline_s: float) -> Any:
 
     class Watched(plain):
         def place(self) -> Place:
-            context = ray.get_runtime_context()
-            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
-            if not hasattr(self, "_stacks"):
+            if not hasattr(self, "_place"):
+                context = ray.get_runtime_context()
+                logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
                 self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
-            own = next(logs.glob(f"worker-{context.get_worker_id()}-*.err"), "")
-            return Place(context.get_node_id(), self._stacks.name, str(own))
+                log = next(logs.glob(f"worker-{context.get_worker_id()}-*.err"), "")
+                self._place = Place(context.get_node_id(), self._stacks.name, str(log))
+            return self._place
 
     def watched(self: Any, *args: Any) -> Any:
         self.place()  # Ray starts an actor anew without its leave
@@ -68,11 +72,11 @@ def actor(plain: type, method: str, deadline_s: float) -> Any:
 
 
 def read(node: str, file: str) -> str:
-    """A text file of a node, or one line that says why there is none."""
+    """The end of a text file of a node, or one line that says why there is none."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
         return str(ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=READ_S))
-    except (RayError, GetTimeoutError) as error:
+    except RayError as error:
         return f"{file} on node {node} cannot be read ({type(error).__name__})\n"
 
 
@@ -80,7 +84,7 @@ def stacks(place: Any) -> str:
     """What an actor is at, by its answer to `place`."""
     try:
         where = ray.get(place, timeout=READ_S)
-    except (RayError, GetTimeoutError):
+    except RayError:  # not within its time, or not again
         return "it has not started"
     return read(where.node, where.stacks)
 
@@ -94,5 +98,6 @@ def last_lines(place: Place, lines: int = 10) -> str:
 
 @ray.remote(num_cpus=0)
 def _read(file: str) -> str:
-    with open(file, errors="replace") as stream:
-        return stream.read()
+    with open(file, "rb") as stream:
+        stream.seek(max(os.path.getsize(file) - MOST_BYTES, 0))
+        return stream.read().decode(errors="replace")

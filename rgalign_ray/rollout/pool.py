@@ -277,7 +277,8 @@ class RolloutPool:
             if isinstance(error.cause, (UserError, InfrastructureError)):
                 raise error.cause from None  # what the worker itself said, without Ray's account of it
             bug = error.as_instanceof_cause()
-            bug.add_note(f"The last lines of the worker's log:\n{ray_stacks.last_lines(member.place)}")
+            if call is not member.starting:
+                bug.add_note(f"The last lines of the worker's log:\n{ray_stacks.last_lines(member.place)}")
             raise bug from None
         if call is member.starting:
             member.starting, member.place = None, answer
