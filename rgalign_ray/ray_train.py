@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import (
     CheckpointConfig,
     ControllerError,
@@ -113,7 +113,9 @@ def run(
 
 
 def _died(failure: BaseException) -> bool:
-    return isinstance(getattr(failure, "health_check_failure", failure), (RayActorError, WorkerGroupStartupFailedError))
+    """Whether it tells of a process that is gone; one that Ray's memory monitor kills has an error of its own."""
+    met = getattr(failure, "health_check_failure", failure)
+    return isinstance(met, (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -202,6 +202,13 @@ def keep_only(uri: str, name: str) -> None:
     for entry in entries(uri):
         if entry != name:
             delete(join(uri, entry))
+
+
+def keep_units(uri: str, keys: Container[str]) -> None:
+    """Removes a folder's Parquet files that are named after none of the keys; absent is fine."""
+    for file in list_files(uri, ".parquet"):
+        if pure_path(file).stem not in keys:
+            delete(file)
 
 
 def entries(uri: str) -> list[str]:

@@ -179,5 +179,17 @@ class Encode(Placed):
     """Sample a query for every test session too, so that a comparison can judge rankers through either readout."""
     kept: Place | None = None
     """Folder or URI that keeps what frozen models have read, for other runs over the same texts."""
+    deadline_s: Positive = 1800.0
+    """Longest wait for the next unit, for room on the cluster as well, before the pass ends."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a worker may die and start again, and how often what it had in hand is read again."""
 
-    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "workers", "cpus_per_worker", "gpus_per_worker", "kept")
+    ASIDE: ClassVar[tuple[str, ...]] = (
+        *Placed.ASIDE,
+        "workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "kept",
+        "deadline_s",
+        "retries",
+    )

@@ -23,7 +23,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from rgalign_ray import config, ray_metrics, schema, storage
+from rgalign_ray import config, ray_metrics, ray_stacks, schema, storage
 from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
@@ -32,6 +32,9 @@ from rgalign_ray.ranker import scoring
 from rgalign_ray.reward import functions
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
 from rgalign_ray.reward.judging import judge_queries
+
+DEADLINE_S = 600.0
+"""Longest wait for the rewards of one unit."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class RewardModel:
 
 def remote(rankers: list[list[str]], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None) -> Any:
     """A `RewardModel` of the same arguments as a Ray actor; a restart is a start."""
-    actor = ray.remote(RewardModel).options(
+    actor = ray_stacks.actor(RewardModel, "score", DEADLINE_S).options(
         num_cpus=settings.cpus, label_selector=settings.node_labels, max_restarts=3, max_task_retries=3
     )
     return actor.remote(rankers, log_uri, settings, auditor)
@@ -178,29 +181,31 @@ Request = tuple[pa.Table, str, str]
 
 
 def score_all(
-    actor: Any, requests: Iterable[Request], in_flight: int = 4, deadline_s: float = 600.0
+    actor: Any, requests: Iterable[Request], in_flight: int = 4, deadline_s: float = DEADLINE_S
 ) -> Iterator[tuple[Request, pa.Table, np.ndarray]]:
     """Requests and what `RewardModel.score` says to them, in their order, with at most `in_flight` at the actor.
 
     Raises:
-        InfrastructureError: when one takes longer than its deadline.
+        InfrastructureError: when one takes longer than its deadline, with what the actor was at.
     """
-    waiting: deque[tuple[Request, Any]] = deque()
+    waiting: deque[tuple[Request, Any, Any]] = deque()
     for request in requests:
-        waiting.append((request, actor.score.remote(*request)))
+        waiting.append((request, actor.place.remote(), actor.score.remote(*request)))
         if len(waiting) == in_flight:
-            done, call = waiting.popleft()
-            yield done, *_result(call, deadline_s)
-    for done, call in waiting:
-        yield done, *_result(call, deadline_s)
+            done, place, call = waiting.popleft()
+            yield done, *_result(place, call, deadline_s)
+    for done, place, call in waiting:
+        yield done, *_result(place, call, deadline_s)
 
 
-def _result(call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:
+def _result(place: Any, call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:
+    """The answer to a call; `place` is the call before it, which says where it is worked on."""
     try:
         scored, judged = ray.get(call, timeout=deadline_s)
     except GetTimeoutError:
         raise InfrastructureError(
-            f"rewards: the reward model gave no answer for {deadline_s:.0f} s; the same command tries again."
+            f"rewards: the reward model gave no answer for {deadline_s:.0f} s; the same command tries again. What it "
+            f"was at:\n{ray_stacks.stacks(place)}"
         ) from None
     except RayTaskError as error:
         raise error.as_instanceof_cause() from None

@@ -8,18 +8,21 @@ its content, so that a killed pass redoes only the units in flight, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayTaskError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from rgalign_ray import __version__, config, storage
-from rgalign_ray.errors import UserError, first_line
+from rgalign_ray import __version__, config, ray_stacks, storage
+from rgalign_ray.errors import InfrastructureError, UserError, first_line
 from rgalign_ray.logs import lists, stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
@@ -87,6 +90,10 @@ class SessionEncoder:
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        with ray_stacks.noted(self.plan.encode.deadline_s):
+            return self._unit(batch)
+
+    def _unit(self, batch: pa.Table) -> pa.Table:
         ids, texts = batch["session_id"].to_pylist(), batch["text"].to_pylist()
         wants_query = self._wants_query(ids, batch["role"].to_pylist())
         queries = [self.written.get(i) for i in ids]
@@ -183,6 +190,8 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
 
     Raises:
         DataError: when the template fails on a session.
+        InfrastructureError: when an encoder died more often than `plan.encode.retries`, or nothing came within
+            `plan.encode.deadline_s`.
     """
     context = DataContext.get_current()
     context.execution_options.preserve_order = True  # units must not depend on timing
@@ -199,28 +208,55 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         fn_constructor_kwargs={"engine": engine, "plan": plan, "out_uri": out_uri},
         batch_size=plan.encode.unit_sessions,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=plan.encode.workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=plan.encode.cpus_per_worker,
-        num_gpus=plan.encode.gpus_per_worker,
-        label_selector=plan.encode.node_labels,
+        **actors(plan.encode),
     )
+    units.context.execution_no_progress_timeout_s = plan.encode.deadline_s
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()
-    try:
+    with told("encode", plan.encode):
         for block in units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in block.to_pylist():
                 keys.add(row["key"])
                 for name in counts:
                     counts[name] += row[name]
                 advance(row["sessions"])
+    storage.keep_units(out_uri, keys)
+    return counts
+
+
+def actors(settings: config.Encode) -> dict[str, Any]:
+    """How many encoders Ray Data runs and where, and how often they may die: without a limit, if left to itself."""
+    return {
+        "compute": ActorPoolStrategy(min_size=1, max_size=settings.workers, max_tasks_in_flight_per_actor=2),
+        "num_cpus": settings.cpus_per_worker,
+        "num_gpus": settings.gpus_per_worker,
+        "label_selector": settings.node_labels,
+        "max_restarts": settings.retries,
+        "max_task_retries": settings.retries,
+    }
+
+
+@contextmanager
+def told(label: str, settings: config.Encode) -> Iterator[None]:
+    """Has what ends a pass of encoders told in the block as a user should read it."""
+    try:
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, UserError):  # Ray Data adds lines on retries to what it says
             raise type(error.cause)(first_line(error.cause)) from None
         raise
-    for uri in storage.list_files(out_uri, ".parquet"):
-        if storage.pure_path(uri).stem not in keys:
-            storage.delete(uri)
-    return counts
+    except (RayActorError, OutOfMemoryError) as error:
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise  # it raised as it started, and says why
+        raise InfrastructureError(
+            f"{label}: an encoder died more often than encode.retries = {settings.retries} allows "
+            f"({first_line(error)}); its log says more, and the same command tries again."
+        ) from None
+    except ExecutionTimeoutError:
+        raise InfrastructureError(
+            f"{label}: nothing was read for {settings.deadline_s:.0f} s, which is encode.deadline_s; {room(settings)}. "
+            "What an encoder was at is in its log, and the same command tries again."
+        ) from None
 
 
 def room(settings: config.Encode) -> str:

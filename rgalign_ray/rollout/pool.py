@@ -21,30 +21,23 @@ again. Failures are told apart:
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from rgalign_ray import config, ray_metrics, schema, storage
+from rgalign_ray import config, ray_metrics, ray_stacks, schema, storage
 from rgalign_ray.errors import DataError, InfrastructureError, UserError, first_line
-from rgalign_ray.rollout.worker import ProposalWorker, RolloutWorker, Unit
+from rgalign_ray.rollout.worker import EMBEDDINGS, ProposalWorker, RolloutWorker, Unit
 
 POLL_S = 1.0
-STACKS_S = 10.0
-"""Wait for the stacks of a silent worker."""
-STACKS_AT = 0.9
-"""Share of its deadline after which a worker notes where it is."""
 NODE_LOSS_S = 60.0
 """Within which Ray notices that a node has died; until then whatever is put there dies as well."""
 QUARANTINE = "quarantine"
@@ -75,8 +68,8 @@ class _Member:
     """When it was asked to start, was handed its oldest unfinished unit, or ran out of them."""
     calls: dict[Any, _Task] = field(default_factory=dict)
     """Unfinished calls, oldest first."""
-    stacks: tuple[str, str] = ("", "")
-    """Node and file of what it was at, should it fall silent."""
+    place: ray_stacks.Place = field(default_factory=ray_stacks.Place)
+    """Where it runs, once it has started."""
 
 
 class RolloutPool:
@@ -112,26 +105,41 @@ class RolloutPool:
         node that dies takes with it, the first."""
         self._struck: tuple[str, float] = ("", -math.inf)
         """Node, empty where the worker had not started, and time of the last loss that was one of its own."""
-        self._actor_class = _watched(worker, settings.deadline_s * STACKS_AT).options(
+        self._actor_class = ray_stacks.actor(worker, "run", settings.deadline_s).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
             label_selector=settings.node_labels,
             runtime_env={"py_executable": python} if python else None,
         )
         self._any_done = False
+        """Whether a unit is done, in this run or before it: what ends a worker then may be the session."""
         self._looked = -math.inf
         """When the cluster was last asked for room."""
         self._requested = False
         """Whether the cluster has been told to grow."""
         self._members: list[_Member] = []
         self._queue: deque[_Task] = deque()
+        self._behind: list[_Task] = []
+        """Units that go last in the queue, once the source has filled it."""
 
     def run(self, units: Iterable[Unit], context: str) -> Iterator[tuple[str, int]]:
         """Yields (unit key, sessions) once each unit's files are written, in the order of completion.
 
         `context` stands for whatever else decides the result (weights, template, sampling settings): it
         is part of a unit's key. Sessions that are set aside are counted with those that are done.
+
+        At its end files of an earlier try whose units this one did not meet are removed: of a unit that one try alone
+        has cut, or for which a teacher was asked again, they hold the same sessions once more.
         """
+        storage.delete(storage.join(self.out_uri, QUARANTINE))  # what an earlier try set aside is tried again
+        met = set()
+        for key, sessions in self._run(units, context):
+            met.add(key)
+            yield key, sessions
+        for folder in (self.table, EMBEDDINGS):
+            storage.keep_units(storage.join(self.out_uri, folder), met)
+
+    def _run(self, units: Iterable[Unit], context: str) -> Iterator[tuple[str, int]]:
         self._context = context
         source = iter(units)
         more = True
@@ -142,9 +150,12 @@ class RolloutPool:
                 if unit is not None:
                     task = _Task(unit.key(context), unit)
                     if storage.exists(self._file(task.key)):
+                        self._any_done = True
                         yield task.key, len(unit.session_ids)
                     else:
                         self._queue.append(task)
+            self._queue.extend(self._behind)
+            self._behind.clear()
             if not self._queue and not any(member.calls for member in self._members):
                 return
             self._resize()
@@ -180,7 +191,7 @@ class RolloutPool:
 
     def _start(self) -> _Member:
         actor = self._actor_class.remote(**self.worker_args)
-        return _Member(actor, actor.stacks_file.remote(), time.monotonic())
+        return _Member(actor, actor.place.remote(), time.monotonic())
 
     def _resize(self) -> None:
         """Starts workers that the queue has work for and the cluster has room for; ends those that have had none."""
@@ -257,7 +268,7 @@ class RolloutPool:
         """Takes one answer of a worker; False where it has died."""
         try:
             answer = ray.get(call, timeout=POLL_S)
-        except (RayActorError, WorkerCrashedError) as error:
+        except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:  # the last from Ray's memory monitor
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise  # it raised before its first unit, and every other one would
             self._lose(member, f"died ({first_line(error)})", finished)
@@ -265,9 +276,12 @@ class RolloutPool:
         except RayTaskError as error:
             if isinstance(error.cause, (UserError, InfrastructureError)):
                 raise error.cause from None  # what the worker itself said, without Ray's account of it
-            raise error.as_instanceof_cause() from None
+            bug = error.as_instanceof_cause()
+            if call is not member.starting:
+                bug.add_note(f"The last lines of the worker's log:\n{ray_stacks.last_lines(member.place)}")
+            raise bug from None
         if call is member.starting:
-            member.starting, member.stacks = None, answer
+            member.starting, member.place = None, answer
         else:
             finished.append(member.calls.pop(call))
             self._any_done = True
@@ -275,20 +289,24 @@ class RolloutPool:
         return True
 
     def _lose(self, member: _Member, why: str, finished: list[_Task]) -> None:
-        """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue."""
+        """Ends a worker. What it was at is to blame or unlucky; what it had not begun goes first in the queue.
+
+        While no unit is done, what it was at goes last: one session must not hide that workers can work.
+        """
         self.deaths += 1
         ray_metrics.counter("rollout_deaths").inc()
         self._members.remove(member)
         ray.kill(member.actor)
         tasks = list(member.calls.values())
         finished += [task for task in tasks if storage.exists(self._file(task.key))]  # done, and not heard of
+        self._any_done |= bool(finished)
         tasks = [task for task in tasks if task not in finished]
         at, rest = (tasks[0], tasks[1:]) if tasks else (None, [])
         again: list[_Task] = []
         if at is None or not self._any_done:  # where none can work, no session is at fault
             if at is not None or not self._with_its_node(member):
                 self._losers.add(f"worker {self.deaths}")
-            again = [at] if at else []
+            self._behind += [at] if at else []
         elif at.losses < (1 if len(at.unit.session_ids) > 1 else 2):
             at.losses += 1
             if not self._with_its_node(member):
@@ -312,7 +330,7 @@ class RolloutPool:
 
     def _with_its_node(self, member: _Member) -> bool:
         """Whether a worker that is lost was so with the node of the loss before it, as far as can be known."""
-        node, now = member.stacks[0], time.monotonic()
+        node, now = member.place.node, time.monotonic()
         struck, when = self._struck
         if now - when < NODE_LOSS_S and node in ("", struck):
             return True
@@ -346,41 +364,6 @@ class RolloutPool:
 
     def _save_stacks(self, member: _Member) -> None:
         """What a silent worker was at, from the file that it wrote beside its work."""
-        node, file = member.stacks
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        try:
-            stacks = ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=STACKS_S)
-        except (RayError, GetTimeoutError) as error:
-            stacks = f"{file} on node {node} cannot be read ({type(error).__name__})\n"
+        stacks = ray_stacks.read(member.place.node, member.place.stacks)
         at = next(iter(member.calls.values()))
         storage.write_bytes(storage.join(self.out_uri, STACKS, f"{at.key}.txt"), stacks.encode())
-
-
-def _watched(worker: Worker, patience_s: float) -> Any:
-    """The actor of a worker, which notes all its stacks when one unit takes longer than `patience_s`.
-
-    A thread of C does, so that it also tells of a worker that holds Python's lock for ever.
-    """
-
-    class Watched(worker):  # type: ignore[misc, valid-type]
-        def stacks_file(self) -> tuple[str, str]:
-            context = ray.get_runtime_context()
-            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
-            self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
-            return context.get_node_id(), self._stacks.name
-
-        def run(self, unit: Unit, key: str) -> int:
-            faulthandler.dump_traceback_later(patience_s, file=self._stacks)
-            try:
-                return super().run(unit, key)
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-
-    Watched.__name__, Watched.__qualname__ = worker.__name__, worker.__qualname__  # as processes are called
-    return ray.remote(Watched)
-
-
-@ray.remote(num_cpus=0)
-def _read(file: str) -> str:
-    with open(file) as stream:
-        return stream.read()

@@ -12,6 +12,9 @@ from rgalign_ray.reasoner.engine import Engine, EngineSpec, Group, Prompts, Samp
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward.functions import fault
 
+EMBEDDINGS = "embeddings"
+"""Folder of the vectors of units that were sampled."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
@@ -109,7 +112,7 @@ class RolloutWorker:
         if unit.proposed is not None:
             groups = self._with_proposals(groups, unit.texts, unit.proposed)
         embeddings = embedding_table(unit.session_ids, groups, self.engine)
-        storage.write_table(storage.join(self.out_uri, "embeddings", f"{key}.parquet"), embeddings)
+        storage.write_table(storage.join(self.out_uri, EMBEDDINGS, f"{key}.parquet"), embeddings)
         rollouts = self._rollout_table(unit, groups)
         storage.write_table(storage.join(self.out_uri, self.TABLE, f"{key}.parquet"), rollouts)
         return sum(len(sample.completion_ids) for group in groups for sample in group.samples)

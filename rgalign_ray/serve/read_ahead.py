@@ -10,11 +10,10 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from ray.data import ActorPoolStrategy
 
-from rgalign_ray import config, progress
+from rgalign_ray import config, progress, ray_stacks
 from rgalign_ray.logs import stream
-from rgalign_ray.rollout.encode import room
+from rgalign_ray.rollout.encode import actors, room, told
 from rgalign_ray.serve import query_store
 from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
 from rgalign_ray.serve.query_store import Kept
@@ -23,15 +22,19 @@ from rgalign_ray.serve.query_store import Kept
 class Reader:
     """Reads batches of situations; a plain class that Ray Data runs."""
 
-    def __init__(self, spec: PairSpec, batch_size: int) -> None:
-        self.reasoner, self.template, self.batch_size = FrozenReasoner(spec), spec.reader().template, batch_size
+    def __init__(self, spec: PairSpec, encode: config.Encode) -> None:
+        self.reasoner, self.template, self.encode = FrozenReasoner(spec), spec.reader().template, encode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        with ray_stacks.noted(self.encode.deadline_s):
+            return self._vectors(batch)
+
+    def _vectors(self, batch: pa.Table) -> pa.Table:
         texts = self.template.sessions(batch)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # of like length, so that little is padding
         vectors: list[bytes] = [b""] * len(texts)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for start in range(0, len(order), self.encode.batch_size):
+            rows = order[start : start + self.encode.batch_size]
             for row, vector in zip(rows, self.reasoner.read([texts[row] for row in rows]), strict=True):
                 vectors[row] = vector.tobytes()
         return pa.table({"user_id": batch["user_id"], "ts": batch["ts"], "vector": pa.array(vectors, pa.binary())})
@@ -52,20 +55,19 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
 
     Raises:
         DataError: where the log has no such days.
+        InfrastructureError: as `rollout.encode.encode`.
     """
     columns = sorted({*spec.reader().template.columns, "user_id", "ts"})
     situations = stream.sessions(log_uri, columns=columns, start=start)
     total = situations.count()
     read = situations.map_batches(
         Reader,
-        fn_constructor_kwargs={"spec": spec, "batch_size": encode.batch_size},
+        fn_constructor_kwargs={"spec": spec, "encode": encode},
         batch_size=encode.unit_sessions,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=encode.workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=encode.cpus_per_worker,
-        num_gpus=encode.gpus_per_worker,
-        label_selector=encode.node_labels,
+        **actors(encode),
     )
+    read.context.execution_no_progress_timeout_s = encode.deadline_s
 
     def kept() -> Iterator[Kept]:
         with progress.track("read ahead", total, "sessions", idle=partial(room, encode)) as advance:
@@ -74,4 +76,5 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
                     yield Kept(row["user_id"], row["ts"], np.frombuffer(row["vector"], np.float16))
                 advance(block.num_rows)
 
-    return query_store.write(folder, spec.reads, kept())
+    with told("read ahead", encode):
+        return query_store.write(folder, spec.reads, kept())

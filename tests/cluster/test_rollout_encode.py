@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
+from ray import cloudpickle
 
 from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.rollout.encode import EncodePlan, encode, encode_items
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 ENGINE = EngineSpec(config.Reasoner(model="tiny", dtype="float32"), 32, None)
 TEMPLATE = Template(
@@ -44,20 +55,42 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(log: Path, out: Path, workers: int = 1) -> tuple[dict[str, int], list[int]]:
-    """Counts of a pass into `out`, and what it advanced by."""
+@dataclass(frozen=True)
+class Troubled:
+    """A spec and its engine, which dies or hangs over every prompt; `notes` grows by a byte each time."""
+
+    notes: str
+    trouble: str
+
+    version = "troubled"
+
+    def start(self) -> Troubled:
+        return self
+
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> None:
+        with Path(self.notes).open("a") as notes:
+            notes.write(".")
+        if self.trouble == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+
+def run(
+    log: Path, out: Path, workers: int = 1, engine: Any = ENGINE, **changes: object
+) -> tuple[dict[str, int], list[int]]:
+    """Counts of a pass into `out`, and what it advanced by; `changes` are of `encode`."""
     plan = EncodePlan(
         log_uri=str(log),
         template=TEMPLATE,
         roles=("rank", "test"),
         queries_for=(),
         query_sessions=("s3", "s7"),
-        encode=config.Encode(workers=workers, unit_sessions=16, batch_size=8, query_share=0.5),
+        encode=config.Encode(workers=workers, unit_sessions=16, batch_size=8, query_share=0.5, **changes),  # type: ignore[arg-type]
         sampling=config.Rollout(max_new_tokens=12, temperature=1.0),
         run_seed=0,
     )
     steps: list[int] = []
-    return encode(plan, ENGINE, str(out), steps.append), steps
+    return encode(plan, engine, str(out), steps.append), steps
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,6 +143,26 @@ def test_a_pass_repeats_resumes_and_cleans_up(encoded: Path, log: Path, tmp_path
     assert counts == storage.read_json(str(encoded.parent / "counts.json"))
     assert contents(tmp_path) == whole, "one worker or two, resumed or not"
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == written
+
+
+def test_an_encoder_that_dies_every_time_ends_the_pass(log: Path, tmp_path: Path) -> None:
+    engine = Troubled(str(tmp_path / "notes"), "die")
+    with pytest.raises(
+        InfrastructureError, match=r"encode: an encoder died more often than encode\.retries = 1 allows"
+    ):
+        run(log, tmp_path / "out", engine=engine, retries=1, deadline_s=60.0)
+    assert (tmp_path / "notes").read_text() == "..", "what it had in hand is tried once more"
+
+
+def test_an_encoder_that_hangs_ends_the_pass_and_leaves_what_it_was_at(log: Path, tmp_path: Path) -> None:
+    engine = Troubled(str(tmp_path / "notes"), "hang")
+    with pytest.raises(
+        InfrastructureError, match=r"nothing was read for 12 s, which is encode\.deadline_s; .*CPUs are"
+    ):
+        run(log, tmp_path / "out", engine=engine, deadline_s=12.0)
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    assert [log for log in logs.glob("worker-*.err") if "in _sample" in log.read_text()]
 
 
 def test_items_are_read_in_their_order(tmp_path: Path) -> None:

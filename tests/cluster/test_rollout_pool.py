@@ -11,15 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import ray
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
+from rgalign_ray.ray_stacks import Place
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample
 from rgalign_ray.rollout.pool import RolloutPool, _Member
 from rgalign_ray.rollout.worker import Instruction, Unit
@@ -77,6 +80,7 @@ class FakeEngine:
         if "hang" in self.trouble:
             time.sleep(600)
         if "raise" in self.trouble:
+            print("beside the bug", file=sys.stderr)
             raise ZeroDivisionError("a bug")
 
     def wait_for_company(self, text: str) -> None:
@@ -97,14 +101,16 @@ def vector(seed: int) -> np.ndarray:
 
 
 @contextmanager
-def pool(folder: Path, out: str = "out", trouble: str = "", **changes: object) -> Iterator[RolloutPool]:
+def pool(
+    folder: Path, out: str = "out", trouble: str = "", at: str = "text 3 a", **changes: object
+) -> Iterator[RolloutPool]:
     """A pool of two workers that notes in `folder`/notes; `changes` are of the settings."""
     (folder / "notes").mkdir(exist_ok=True)
     settings = config.Rollout(**({"n": 2, "workers": 2, "in_flight_per_worker": 2} | changes))  # type: ignore[arg-type]
     made = RolloutPool(
         settings,
         {
-            "engine": FakeEngine(str(folder / "notes"), trouble),
+            "engine": FakeEngine(str(folder / "notes"), trouble, at),
             "instruction": Instruction("", "", "v1"),
             "settings": settings,
             "run_seed": 3,
@@ -169,6 +175,26 @@ def test_a_worker_killed_in_the_middle_costs_no_unit_and_doubles_none(quiet: Pat
     assert calls(tmp_path).total() <= len(UNITS) + 2, "only what the dead one had in hand"
 
 
+def test_a_worker_that_the_memory_monitor_kills_has_died(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tells of it by an error that is not the one of an actor's death."""
+    get = ray.get
+
+    def told(*args: Any, **options: Any) -> Any:
+        try:
+            return get(*args, **options)
+        except RayActorError:
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.") from None
+
+    monkeypatch.setattr("rgalign_ray.rollout.pool.ray.get", told)
+    with pool(tmp_path, trouble="die", retries=1) as made:
+        list(made.run(UNITS, "context"))
+        assert made.quarantined == ["s3a"] and made.deaths == 3
+    [row] = storage.read_table(str(tmp_path / "out/quarantine")).to_pylist()
+    assert "died (1 worker(s) were killed due to the node running low on memory.)" in row["reason"]
+
+
 def test_a_worker_that_hangs_past_its_deadline_is_replaced(quiet: Path, tmp_path: Path) -> None:
     with pool(tmp_path, trouble="hang once", deadline_s=20.0) as made:
         finished = list(made.run(UNITS, "context"))
@@ -196,7 +222,7 @@ def test_what_a_node_takes_with_it_is_one_loss(
     now = 1000.0
     monkeypatch.setattr("rgalign_ray.rollout.pool.time.monotonic", lambda: now)
     with pool(tmp_path) as made:
-        lost = [_Member(None, None, 0.0, stacks=(node.strip(), "")) for node in nodes]
+        lost = [_Member(None, None, 0.0, place=Place(node.strip())) for node in nodes]
         assert sum(not made._with_its_node(member) for member in lost) == losses
         now += 61.0
         assert not made._with_its_node(lost[-1]), "another minute, another loss"
@@ -236,6 +262,34 @@ def test_a_session_that_ends_every_worker_is_set_aside_and_all_others_are_done(q
     assert row["session_id"] == "s3a" and row["text"] == "text 3 a" and "died" in row["reason"]
 
 
+def test_a_unit_that_an_earlier_try_has_cut_is_there_once(quiet: Path, tmp_path: Path) -> None:
+    parts = [part.key("context") for part in UNITS[3].singly()]
+    with pool(tmp_path, trouble="die") as made:
+        for key, _ in made.run(UNITS, "context"):
+            if key in parts and storage.exists(str(tmp_path / f"out/rollouts/{key}.parquet")):
+                break  # the driver dies
+    with pool(tmp_path) as made:
+        list(made.run(UNITS, "context"))
+        assert not made.quarantined
+    assert contents(tmp_path) == contents(quiet)
+
+
+def test_a_session_that_comes_first_does_not_keep_the_others_from_being_done(tmp_path: Path) -> None:
+    with pool(tmp_path, trouble="die", at=FIRST, workers=1, in_flight_per_worker=1) as made:
+        finished = list(made.run(UNITS, "context"))
+        assert made.quarantined == ["s0a"] and made.deaths == 4
+    parts = [(unit.key("context"), 1) for unit in UNITS[0].singly()]
+    assert sorted(finished) == sorted([*parts, *((unit.key("context"), 2) for unit in UNITS[1:])])
+
+
+def test_what_an_earlier_run_has_done_shows_that_workers_can_work(tmp_path: Path) -> None:
+    with pool(tmp_path) as made:
+        assert len(list(made.run(UNITS[1:], "context"))) == len(UNITS) - 1
+    with pool(tmp_path, trouble="die", at=FIRST, workers=1) as made:
+        list(made.run([*UNITS[1:], UNITS[0]], "context"))
+        assert made.quarantined == ["s0a"] and made.deaths == 3
+
+
 def test_too_many_sessions_set_aside_end_the_run(tmp_path: Path) -> None:
     with pool(tmp_path, trouble="die", quarantine=0) as made:
         run = made.run(UNITS, "context")
@@ -269,10 +323,11 @@ def test_the_source_is_read_no_further_than_there_is_room(tmp_path: Path) -> Non
 def test_a_bug_ends_the_run_at_once_under_its_own_name(tmp_path: Path) -> None:
     with pool(tmp_path, trouble="raise") as made:
         run = made.run(UNITS, "context")
-        with pytest.raises(ZeroDivisionError, match="a bug"):
+        with pytest.raises(ZeroDivisionError, match="a bug") as error:
             list(run)
         assert made.deaths == 0
     assert calls(tmp_path)["text 3 a"] == 1
+    assert error.value.__notes__ == ["The last lines of the worker's log:\nbeside the bug"]
 
 
 def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(tmp_path: Path) -> None:

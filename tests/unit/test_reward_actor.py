@@ -13,7 +13,10 @@ from rgalign_ray.reward import actor
 
 @pytest.mark.parametrize(
     ("error", "says"),
-    [(GetTimeoutError("late"), "gave no answer for 9 s"), (RayActorError(), "died more often than it is started")],
+    [
+        (GetTimeoutError("late"), r"gave no answer for 9 s[^\n]*at:\nit has not started"),
+        (RayActorError(), "died more often than it is started"),
+    ],
 )
 def test_silence_and_deaths_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
     def get(call: Any, timeout: float) -> None:
@@ -21,4 +24,4 @@ def test_silence_and_deaths_are_one_sentence(monkeypatch: pytest.MonkeyPatch, er
 
     monkeypatch.setattr(actor.ray, "get", get)
     with pytest.raises(InfrastructureError, match=f"rewards: the reward model {says}"):
-        actor._result(object(), 9.0)
+        actor._result(object(), object(), 9.0)

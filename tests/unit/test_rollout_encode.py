@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import DataError, InfrastructureError
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
-from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, encode, session_texts, written_queries
+from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, encode, session_texts, told, written_queries
 from rgalign_ray.rollout.worker import vectors_table
 
 ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
@@ -114,6 +114,8 @@ def test_sessions_that_clicked_nothing_can_be_left_unread() -> None:
 
 def test_what_a_template_says_in_the_pass_comes_back_as_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing:
+        context = DataContext()
+
         def map_batches(self, *args: object, **settings: object) -> Failing:
             return self
 
@@ -139,3 +141,11 @@ def test_what_a_template_says_in_the_pass_comes_back_as_it_was_said(monkeypatch:
     assert type(error.value) is DataError
     assert str(error.value) == "prompt.template: fails on session 's1'."
     assert DataContext.get_current().raise_original_map_exception, "else Ray Data hides what was said"
+
+
+def test_an_encoder_that_cannot_start_says_why_and_one_that_died_is_a_sentence() -> None:
+    with pytest.raises(RayActorError, match="no such model"), told("encode", config.Encode()):
+        raise RayActorError(error_msg="no such model", actor_init_failed=True)
+    for died in (RayActorError(), OutOfMemoryError("1 worker(s) were killed")):
+        with pytest.raises(InfrastructureError, match=r"encode: an encoder died more"), told("encode", config.Encode()):
+            raise died

@@ -126,6 +126,15 @@ def test_all_but_one_entry_of_a_folder_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "all/b/y").exists()
 
 
+@pytest.mark.parametrize("form", ["{}", "file://{}/", "file://{}?x=1/2-3"])
+def test_all_but_some_units_of_a_folder_are_removed(tmp_path: Path, form: str) -> None:
+    storage.keep_units(form.format(tmp_path / "nothing"), {"b"})
+    for name in ("a.parquet", "b.parquet", "a.json"):
+        storage.write_bytes(str(tmp_path / "all" / name), b"")
+    storage.keep_units(form.format(tmp_path / "all"), {"b"})
+    assert names(tmp_path / "all") == ["a.json", "b.parquet"]
+
+
 def test_an_artefact_without_a_manifest_does_not_exist(tmp_path: Path) -> None:
     place = str(tmp_path / "artefact")
     assert storage.read_manifest(place) is None

@@ -1,0 +1,103 @@
+"""What a process of Ray was at: its stacks, where it is silent for too long, and the last lines of its log.
+
+Ray tells neither. A process writes its stacks into a file beside its log, and the driver has them read on that node.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+AT = 0.9
+"""Share of its deadline after which a process notes where it is."""
+READ_S = 10.0
+"""Wait for a file of another node."""
+MOST_BYTES = 1 << 20
+"""Of a file, from its end: a log may be long."""
+
+
+class Place(NamedTuple):
+    """Where an actor can be read about."""
+
+    node: str = ""
+    stacks: str = ""
+    """File of its stacks; empty until a call is overdue."""
+    log: str = ""
+    """File that Ray keeps of what it says on standard error."""
+
+
+@contextmanager
+def noted(deadline_s: float, file: TextIO | None = None) -> Iterator[None]:
+    """Has all stacks of this process noted, in `file` or on standard error, where the block is about to be overdue.
+
+    A thread of C does, so that it also tells of a process that holds Python's lock for ever.
+    """
+    faulthandler.dump_traceback_later(deadline_s * AT, file=file or sys.stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def actor(plain: type, method: str, deadline_s: float) -> Any:
+    """The actor class of a plain class. Calls of its `method` are watched, and `place` answers its `Place`."""
+
+    class Watched(plain):
+        def place(self) -> Place:
+            if not hasattr(self, "_place"):
+                context = ray.get_runtime_context()
+                logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
+                self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
+                log = next(logs.glob(f"worker-{context.get_worker_id()}-*.err"), "")
+                self._place = Place(context.get_node_id(), self._stacks.name, str(log))
+            return self._place
+
+    def watched(self: Any, *args: Any) -> Any:
+        self.place()  # Ray starts an actor anew without its leave
+        with noted(deadline_s, self._stacks):
+            return getattr(plain, method)(self, *args)
+
+    setattr(Watched, method, watched)
+    Watched.__name__, Watched.__qualname__ = plain.__name__, plain.__qualname__  # as processes are called
+    return ray.remote(Watched)
+
+
+def read(node: str, file: str) -> str:
+    """The end of a text file of a node, or one line that says why there is none."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return str(ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=READ_S))
+    except RayError as error:
+        return f"{file} on node {node} cannot be read ({type(error).__name__})\n"
+
+
+def stacks(place: Any) -> str:
+    """What an actor is at, by its answer to `place`."""
+    try:
+        where = ray.get(place, timeout=READ_S)
+    except RayError:  # not within its time, or not again
+        return "it has not started"
+    return read(where.node, where.stacks)
+
+
+def last_lines(place: Place, lines: int = 10) -> str:
+    """The end of an actor's log, without what Ray tells itself there."""
+    said = read(place.node, place.log).splitlines()
+    said = [line for line in said if not line.startswith((":job_id:", ":actor_name:"))]
+    return "\n".join(said[-lines:])
+
+
+@ray.remote(num_cpus=0)
+def _read(file: str) -> str:
+    with open(file, "rb") as stream:
+        stream.seek(max(os.path.getsize(file) - MOST_BYTES, 0))
+        return stream.read().decode(errors="replace")
