@@ -63,9 +63,13 @@ class OnPolicyStream:
         self.unit_sessions = unit_sessions
         self.deadline_s = deadline_s
         self._changed = asyncio.Condition()
+        self._gone: set[str] = set()
+        """Samplers that were lost: Ray does not end the calls of a process that died, and they would still take."""
+        self._beginnings = 0
         self._begin(0, {})
 
     def _begin(self, step: int, weights: Mapping[int, str]) -> None:
+        self._beginnings += 1
         self.version = max(step - 1, 0)
         self._weights: dict[int, str | None] = {0: None, **weights}
         self._admitted = step
@@ -93,7 +97,8 @@ class OnPolicyStream:
         """The next task for a sampler, by the order of steps; None: there is none yet, ask again.
 
         When all has been taken there may be one yet: the learners can still die, and go on from an earlier step. A
-        sampler that asks again without an answer to its last task has lost it, and gets it again.
+        sampler that asks again without an answer to its last task has lost it, and gets it again. One that is lost gets
+        none.
 
         Raises:
             InfrastructureError: when no step is admitted for `deadline_s` though some are left.
@@ -102,7 +107,7 @@ class OnPolicyStream:
             self._take_back(sampler)
             try:
                 async with asyncio.timeout(self.deadline_s):
-                    await self._changed.wait_for(lambda: self._waiting)
+                    await self._changed.wait_for(lambda: self._waiting or sampler in self._gone)
             except TimeoutError:
                 if self._taken == sum(map(len, self.plan)):
                     return None
@@ -110,6 +115,8 @@ class OnPolicyStream:
                     f"{sampler}: no step was admitted within {self.deadline_s:g} s; the learners, at version "
                     f"{self.version}, publish nothing. {self.counts}"
                 ) from None
+            if sampler in self._gone:
+                return None
             task = self._waiting.pop(0)
             self._with[sampler] = task
             return task
@@ -129,8 +136,9 @@ class OnPolicyStream:
         return self._with.get(sampler) == task
 
     async def lose(self, sampler: str) -> None:
-        """What a sampler that is gone had in hand is for others."""
+        """What a sampler that is gone had in hand is for others, and nothing is for it; another needs another name."""
         async with self._changed:
+            self._gone.add(sampler)
             self._take_back(sampler)
             self._changed.notify_all()
 
@@ -138,15 +146,23 @@ class OnPolicyStream:
         """A learner's groups of a step; each is handed out once.
 
         Raises:
-            InfrastructureError: when they are not there by the deadline; it tells what is missing, and with whom.
+            InfrastructureError: when they are not there by the deadline; it tells what is missing, and with whom. And
+                when learners have begun anew since: the groups are theirs.
         """
         wanted = [(step, place) for place in places]
         async with self._changed:
+            beginning = self._beginnings
+
+            def over() -> bool:
+                return self._beginnings > beginning
+
             try:
                 async with asyncio.timeout(self.deadline_s):
-                    await self._changed.wait_for(lambda: all(key in self._groups for key in wanted))
+                    await self._changed.wait_for(lambda: over() or all(key in self._groups for key in wanted))
             except TimeoutError:
                 raise InfrastructureError(self._missing(wanted)) from None
+            if over():
+                raise InfrastructureError(f"step {step}: the learners that asked for its groups have been replaced.")
             self._taken += len(wanted)
             return [self._groups.pop(key) for key in wanted]
 

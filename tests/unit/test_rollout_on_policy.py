@@ -199,6 +199,44 @@ def test_a_late_answer_of_a_sampler_that_was_given_up_is_not_taken() -> None:
     asyncio.run(run())
 
 
+def test_a_sampler_that_died_while_it_waited_takes_nothing() -> None:
+    """Its call lives on: Ray ends none when who made it dies."""
+
+    async def run() -> None:
+        stream = OnPolicyStream(plan(2, 1), 0, 1)
+        task = await stream.next("a")
+        assert task is not None
+        await stream.put("a", task, ["x"])
+        dead = asyncio.create_task(stream.next("dead"))
+        await asyncio.sleep(0.01)
+        await stream.lose("dead")
+        other = asyncio.create_task(stream.next("other"))
+        await stream.take(0, [0])
+        await stream.publish(1, "weights", 0)
+        taken = await asyncio.wait_for(other, 1)
+        assert taken is not None and taken.step == 1
+        assert await asyncio.wait_for(dead, 1) is None
+        assert await asyncio.wait_for(stream.next("dead"), 1) is None, "nor where its call comes after its end"
+
+    asyncio.run(run())
+
+
+def test_a_learner_that_died_while_it_waited_takes_nothing() -> None:
+    async def run() -> None:
+        stream = OnPolicyStream(plan(1, 1), 0, 1)
+        dead = asyncio.create_task(stream.take(0, [0]))
+        await asyncio.sleep(0.01)
+        await stream.restart(0, {})
+        task = await stream.next("a")
+        assert task is not None
+        await stream.put("a", task, ["x"])
+        assert await asyncio.wait_for(stream.take(0, [0]), 1) == ["x"]
+        with pytest.raises(InfrastructureError, match=r"step 0: the learners that asked for its groups"):
+            await dead
+
+    asyncio.run(run())
+
+
 def test_a_learner_that_waits_in_vain_says_for_whom() -> None:
     async def run() -> None:
         stream = OnPolicyStream(plan(1, 3), 0, 2, deadline_s=0.05)
