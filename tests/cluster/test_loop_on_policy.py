@@ -69,12 +69,19 @@ def test_a_step_ahead_and_whoever_is_killed_changes_nothing_that_is_learned(tmp_
     quiet = run(tmp_path, "quiet", staleness=1, clip=1e-4)
     weights = tmp_path / "records/killed.weights"
     victims = {2: "SamplerActor", 3: "Judge", 5: "RayTrainWorker"}
-    killers = [when((weights / f"{step:06d}").exists, partial(kill, victim)) for step, victim in victims.items()]
-    killed = run(tmp_path, "killed", staleness=1, clip=1e-4)
-    assert not [killer for killer in killers if killer.is_alive()], "all were killed"
-    assert (quiet.pop("sampler_deaths"), killed.pop("sampler_deaths")) == (0, 1)
+    killed: dict[str, int] = {}
+
+    def end(victim: str) -> None:
+        killed[victim] = kill(victim)
+
+    killers = [when((weights / f"{step:06d}").exists, partial(end, victim)) for step, victim in victims.items()]
+    found = run(tmp_path, "killed", staleness=1, clip=1e-4)
+    for killer in killers:
+        killer.join(timeout=10)
+    assert killed.keys() == set(victims.values()), "all were there to be killed"
+    assert (quiet.pop("sampler_deaths"), found.pop("sampler_deaths")) == (0, 1)
     for name, curve in quiet.items():
-        np.testing.assert_array_equal(np.array(killed[name], float), np.array(curve, float))
+        np.testing.assert_array_equal(np.array(found[name], float), np.array(curve, float))
     assert max(quiet["clipped"]) > 0, "samples of the step before are not taken for the policy's own"
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("quiet", "killed"))
     assert one == other
