@@ -105,14 +105,14 @@ def check_served(config: Config, cpus: float, gpus: float) -> None:
         _fit(served(config), 0.0, cpus, gpus)
 
 
-def _fit(together: Sequence[Ask], data_cpus: float, cpus: float, gpus: float) -> None:
+def _fit(together: Sequence[Ask], data_cpus: float, cpus: float, gpus: float, having: str = "the cluster has") -> None:
     for name, extra, there in (("CPUs", data_cpus, cpus), ("GPUs", 0.0, gpus)):
         parts = [(ask, each) for ask in together if (each := ask.cpus if name == "CPUs" else ask.gpus)]
         total = sum(ask.count * each for ask, each in parts) + extra
         if round(total, 6) > there:  # a sum of tenths is a little more than they are
             words = " and ".join(f"{ask.count} x {each:g} {name} for {ask.worker}s" for ask, each in parts)
             data = f" and {extra:g} for Ray Data" if extra else ""
-            raise ConfigError(f"{parts[0][0].key}: {words}{data} make {total:g}; the cluster has {there:g}.")
+            raise ConfigError(f"{parts[0][0].key}: {words}{data} make {total:g}; {having} {there:g}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,8 @@ def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
     Raises:
         ConfigError: with what is asked for, and what those nodes have.
     """
+    for _, together in groupby(asks(config), key=lambda ask: ask.stage):
+        _fit_side_by_side(list(together), nodes)
     for ask in asks(config):
         labels = ask.placed.node_labels
         fit = [node for node in nodes if labels.items() <= node.labels.items()]
@@ -143,6 +145,17 @@ def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
                     f"{ask.key}: {ask.count} {ask.worker}s ask for {total:g} {name} on nodes with {words}; of "
                     f"{len(nodes)} nodes {len(fit)} carry that, with {there:g}."
                 )
+
+
+def _fit_side_by_side(together: Sequence[Ask], nodes: Sequence[Node]) -> None:
+    """Workers of one stage that are bound to the same nodes; those that ask for further labels are on some of them."""
+    for ask in together:
+        labels = ask.placed.node_labels.items()
+        beside = [each for each in together if labels <= each.placed.node_labels.items()]
+        if labels and len(beside) > 1:
+            fit = [node for node in nodes if labels <= node.labels.items()]
+            having = f"the nodes with {', '.join(f'{key}={value}' for key, value in labels)} have"
+            _fit(beside, 0.0, sum(node.cpus for node in fit), sum(node.gpus for node in fit), having)
 
 
 def check_cluster(config: Config, nodes: Sequence[Node]) -> None:

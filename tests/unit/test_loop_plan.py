@@ -109,6 +109,27 @@ def test_a_service_passes_exactly_where_its_replicas_fit() -> None:
     plan.check_served(config.changed(chosen, {"cluster.grows": True}), 0.0, 0.0)
 
 
+def test_workers_of_one_stage_must_fit_beside_each_other_on_the_nodes_they_are_bound_to() -> None:
+    gpu, more = {"rgalign": "gpu"}, {"rgalign": "gpu", "zone": "a"}
+    chosen = config.validate(
+        {
+            "align": ["grpo"],
+            "grpo": {"sampler": "pool"},
+            "rollout": {"workers": 2, "gpus_per_worker": 0.5, "node_labels": more},
+            "learner": {"workers": 2, "use_gpu": True, "node_labels": gpu},
+        }
+    )
+    free, bound = plan.Node({}, 64, 8), plan.Node(more, 64, 2)
+    plan.check_nodes(chosen, [free, bound, plan.Node(gpu, 64, 1)])
+    sentence = (
+        r"^learner\.workers: 2 x 1 GPUs for learners and 2 x 0\.5 GPUs for samplers make 3; "
+        r"the nodes with rgalign=gpu have 2\."
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        plan.check_nodes(chosen, [free, bound])
+    plan.check_nodes(config.changed(chosen, {"grpo.sampler": "learner"}), [free, bound])
+
+
 def test_every_configuration_of_the_package_can_be_planned() -> None:
     for name in config.available():
         chosen = config.load(name)
