@@ -126,8 +126,7 @@ class TrainHost(Host):
         self, folder: str | None, step: int, advance: Callable[[int], None], every_s: float, device: torch.device
     ) -> None:
         self.resume_from = folder
-        self.kept = step
-        """Optimiser steps of the last checkpoint."""
+        self._kept = self._reported = step
         self._advance = advance
         self.every_s, self.device = every_s, device
         self._asked = self._last = time.monotonic()
@@ -145,9 +144,22 @@ class TrainHost(Host):
         if dist.get_rank() == 0:
             storage.write_json(str(Path(folder, STEP)), step)
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        self.kept = step
+        self._reported = step
         self._last = time.monotonic()
         self.every_s = max(self.every_s, (self._last - self._asked) / CHECKPOINT_SHARE)
+
+    @property
+    def kept(self) -> int:
+        """Optimiser steps of the checkpoint from which another try would go on, were this one to die now.
+
+        Ray Train goes on from what its controller has registered. That polls the ranks every other second, and may
+        hear of a report from one of them a poll before it hears of it from the others.
+        """
+        if self._kept < self._reported:
+            committed = ray.train.CheckpointConsistencyMode.COMMITTED
+            registered = ray.train.get_all_reported_checkpoints(committed, timeout_s=0.0)  # as far as it is by now
+            self._kept = max([self._kept, *(each.metrics["step"] for each in registered)])
+        return self._kept
 
 
 class StreamSource:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 import ray
 import ray.train
+import torch
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
 from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.learner.training import TrainHost
 from rgalign_ray.ranker.group import Group
 
 
@@ -53,6 +57,17 @@ def interrupts(argument: dict[str, Any]) -> None:
     threading.Event().wait(600)
 
 
+def keeps(argument: dict[str, Any]) -> tuple[int, int]:
+    """What counts as kept as soon as a learner's host has reported it, and in the end."""
+    host = TrainHost(None, 0, lambda steps: None, 0.0, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        host.keep(folder, 3)
+    at_once, until = host.kept, time.monotonic() + 60
+    while host.kept == at_once and time.monotonic() < until:
+        time.sleep(0.1)
+    return at_once, host.kept
+
+
 def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0) -> Any:
     return ray_train.run(
         worker,
@@ -78,6 +93,14 @@ def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path)
     assert (tmp_path / "tries").read_text() == "..."
     held = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     assert not held, "what died has left its CPUs"
+
+
+@pytest.mark.slow
+def test_a_state_counts_as_kept_when_another_try_would_go_on_from_it(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "5")
+    assert run(keeps, tmp_path, retries=0) == (0, 3)
 
 
 @pytest.mark.slow
