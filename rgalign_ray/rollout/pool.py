@@ -26,6 +26,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -346,35 +347,56 @@ class RolloutPool:
 
     def _save_stacks(self, member: _Member) -> None:
         """What a silent worker was at, from the file that it wrote beside its work."""
-        node, file = member.stacks
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        try:
-            stacks = ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=STACKS_S)
-        except (RayError, GetTimeoutError) as error:
-            stacks = f"{file} on node {node} cannot be read ({type(error).__name__})\n"
         at = next(iter(member.calls.values()))
-        storage.write_bytes(storage.join(self.out_uri, STACKS, f"{at.key}.txt"), stacks.encode())
+        save_stacks(member.stacks, storage.join(self.out_uri, STACKS, f"{at.key}.txt"))
 
 
-def _watched(worker: Worker, patience_s: float) -> Any:
-    """The actor of a worker, which notes all its stacks when one unit takes longer than `patience_s`.
+class Stacks:
+    """Notes all stacks of an actor's process when it is at one thing for longer than `patience_s`.
 
     A thread of C does, so that it also tells of a worker that holds Python's lock for ever.
     """
 
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        context = ray.get_runtime_context()
+        logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
+        self._file = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
+        self.at = context.get_node_id(), self._file.name
+        """Node and file."""
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """The block is the one thing."""
+        faulthandler.dump_traceback_later(self.patience_s, file=self._file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def save_stacks(at: tuple[str, str], uri: str) -> None:
+    """Copies what `Stacks` has noted on some node into a file."""
+    node, file = at
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        stacks = ray.get(_read.options(scheduling_strategy=there).remote(file), timeout=STACKS_S)
+    except (RayError, GetTimeoutError) as error:
+        stacks = f"{file} on node {node} cannot be read ({type(error).__name__})\n"
+    storage.write_bytes(uri, stacks.encode())
+
+
+def _watched(worker: Worker, patience_s: float) -> Any:
+    """The actor of a worker, which notes all its stacks when one unit takes longer than `patience_s`."""
+
     class Watched(worker):  # type: ignore[misc, valid-type]
         def stacks_file(self) -> tuple[str, str]:
-            context = ray.get_runtime_context()
-            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
-            self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
-            return context.get_node_id(), self._stacks.name
+            self._stacks = Stacks(patience_s)
+            return self._stacks.at
 
         def run(self, unit: Unit, key: str) -> int:
-            faulthandler.dump_traceback_later(patience_s, file=self._stacks)
-            try:
+            with self._stacks.watch():
                 return super().run(unit, key)
-            finally:
-                faulthandler.cancel_dump_traceback_later()
 
     Watched.__name__, Watched.__qualname__ = worker.__name__, worker.__qualname__  # as processes are called
     return ray.remote(Watched)
