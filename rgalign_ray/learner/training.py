@@ -38,7 +38,12 @@ STEP = "step.json"
 
 
 def fit(
-    task: LearnerTask, steps: int, storage_uri: str, name: str, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    task: LearnerTask,
+    steps: int,
+    storage_uri: str,
+    name: str,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs one objective on `task.learner.workers` workers and returns the figures of rank 0.
 
@@ -52,6 +57,7 @@ def fit(
         storage_uri: folder for Ray Train's own records; what this run leaves there is removed at its end.
         name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
         checkpoint_every_s: least time between two checkpoints.
+        while_waiting: called each minute that the cluster has no room for the workers; what it raises ends the run.
 
     Raises:
         InfrastructureError: when workers died more often than that.
@@ -65,6 +71,7 @@ def fit(
         torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
         storage_uri=storage_uri,
         name=name,
+        while_waiting=while_waiting,
     )
     storage.delete(storage.join(storage_uri, name))
     return figures

@@ -81,7 +81,7 @@ def fit(
     dies is replaced and its task sampled by another, within `rollout.retries`.
 
     Raises:
-        InfrastructureError: when more of them died, or one waits in vain.
+        InfrastructureError: when more of them died, or one waits in vain, as while the learners have no room.
     """
     assert isinstance(task.optimisation, Grpo)
     plan = plan_of(task)
@@ -109,7 +109,7 @@ def fit(
     try:
         with keeper:
             stream_task = replace(task, stream=Stream(stream_name, weights))
-            figures = training.fit(stream_task, steps, storage_uri, name, checkpoint_every_s)
+            figures = training.fit(stream_task, steps, storage_uri, name, checkpoint_every_s, keeper.check)
         storage.delete(weights)
         return figures | {"sampler_deaths": keeper.deaths}
     except Exception:
@@ -152,6 +152,11 @@ class Keeper:
         self._thread.join(timeout=10 * POLL_S)
         for _, actor in self._at_work.values():
             ray.kill(actor)
+
+    def check(self) -> None:
+        """Raises what has ended the samplers' work."""
+        if self.failure is not None:
+            raise self.failure
 
     def _start(self, name: str) -> None:
         actor = self._actor.remote(*self.arguments)

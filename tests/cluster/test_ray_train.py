@@ -68,7 +68,7 @@ def keeps(argument: dict[str, Any]) -> tuple[int, int]:
     return at_once, host.kept
 
 
-def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0) -> Any:
+def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0, **more: Any) -> Any:
     return ray_train.run(
         worker,
         {"tries": str(folder / "tries"), "at_start": at_start, "later": later, "driver": os.getpid()},
@@ -77,6 +77,7 @@ def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int =
         torch_config=TorchConfig(backend="gloo"),
         storage_uri=str(folder / "train"),
         name="fails",
+        **more,
     )
 
 
@@ -113,6 +114,27 @@ def test_room_that_others_hold_is_waited_for(
     threading.Timer(15, ray.util.remove_placement_group, [other]).start()
     assert run(dies, tmp_path, retries=0) == 2.0
     assert "ranker: waits for 2 processes' room on the cluster, 0.5 CPU each" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wait_for_room_ends_when_it_is_told_to(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    other = ray.util.placement_group([{"CPU": 2}])
+    ray.get(other.ready(), timeout=60)
+    told: list[str] = []
+
+    def tell() -> None:
+        told.append("minute")
+        if len(told) == 2:
+            raise InfrastructureError("another part has failed.")
+
+    try:
+        with pytest.raises(InfrastructureError, match="another part has failed"):
+            run(dies, tmp_path, retries=0, while_waiting=tell)
+    finally:
+        ray.util.remove_placement_group(other)
 
 
 @pytest.mark.slow
