@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, Grpo
@@ -176,8 +176,8 @@ class Keeper:
         name, _ = self._at_work.pop(call)
         try:
             ray.get(call, timeout=POLL_S)
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except (RayActorError, OutOfMemoryError) as error:  # the last from Ray's memory monitor
+            if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise
             self.deaths += 1
             if self.deaths > self.settings.retries:
