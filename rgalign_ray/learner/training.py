@@ -195,7 +195,7 @@ class StreamSource:
             for old in ray.get(self.stream.publish.remote(step, weights, self.host.kept), timeout=patience):
                 storage.delete(old)
         try:
-            return ray.get(self.stream.take.remote(step, places), timeout=patience * 3)
+            return ray.get(self.stream.take.remote(step, places), timeout=patience * 4)  # the stream's own is shorter
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
 

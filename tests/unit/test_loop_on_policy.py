@@ -11,7 +11,7 @@ from ray.exceptions import OutOfMemoryError
 
 from rgalign_ray import config
 from rgalign_ray.errors import InfrastructureError
-from rgalign_ray.loop.on_policy import Keeper
+from rgalign_ray.loop.on_policy import Keeper, _Member
 
 
 def test_a_sampler_that_the_memory_monitor_kills_has_died(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,12 +32,13 @@ def test_a_sampler_that_the_memory_monitor_kills_has_died(tmp_path: Any, monkeyp
     started: list[str] = []
     monkeypatch.setattr(ray, "get", get)
     chosen = config.Config(rollout=config.Rollout(retries=1))
-    keeper = Keeper(task(tmp_path, tmp_path, OBJECTIVES["grpo"]), chosen, [], Stream, None)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    keeper = Keeper(task(tmp_path, tmp_path, OBJECTIVES["grpo"]), chosen, [], Stream, None, "")
     monkeypatch.setattr(keeper, "_start", started.append)
-    keeper._at_work["call"] = ("sampler-0", None)
+    keeper._at_work["call"] = _Member("sampler-0", None, None)
     keeper._ended("call")
     assert (lost, started) == (["sampler-0"], ["sampler-0'"])
-    keeper._at_work["call"] = ("sampler-0'", None)
+    keeper._at_work["call"] = _Member("sampler-0'", None, None)
     sentence = r"sampler sampler-0' died \(the node is low on memory\); death 2, with rollout\.retries = 1\."
     with pytest.raises(InfrastructureError, match=sentence):
         keeper._ended("call")
