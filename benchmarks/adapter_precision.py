@@ -58,7 +58,7 @@ def read(adapter: str, prompts: Prompts) -> dict[str, np.ndarray]:
     base = storage.read_json(storage.join(adapter, models.DESCRIPTION))["base"]
     found = {}
     for dtype in ("float32", "bfloat16"):
-        settings = config.Reasoner(model=base, dtype=dtype, threads=torch.get_num_threads())  # type: ignore[arg-type]
+        settings = config.Reasoner(model=base, dtype=dtype, threads=torch.get_num_threads())
         engine = TransformersEngine(settings, config.Prompt().max_session_tokens)
         found[dtype] = engine.embed(prompts).astype(np.float64)
         engine.load(adapter)

@@ -39,6 +39,7 @@ def run(
     torch_config: TorchConfig,
     storage_uri: str,
     name: str,
+    while_waiting: Callable[[], None] = lambda: None,
     **trainer: Any,
 ) -> Any:
     """Runs `worker(argument)` in `settings.workers` processes and returns what rank 0 returns.
@@ -55,6 +56,7 @@ def run(
         torch_config: of the torch group.
         storage_uri: folder for checkpoints and Ray Train's own records.
         name: unique to the work; Ray Train resumes an equal name by itself.
+        while_waiting: called each minute that the cluster has no room; what it raises ends the run.
         trainer: more for `TorchTrainer`, as `datasets`.
 
     Raises:
@@ -99,6 +101,7 @@ def run(
             if any(isinstance(each, WorkerGroupStartupTimeoutError) for each in met):
                 needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
                 progress.note(f"{section}: waits for {settings.workers} processes' room on the cluster, {needs} each")
+                while_waiting()
                 continue
             if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise

@@ -38,7 +38,12 @@ STEP = "step.json"
 
 
 def fit(
-    task: LearnerTask, steps: int, storage_uri: str, name: str, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    task: LearnerTask,
+    steps: int,
+    storage_uri: str,
+    name: str,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs one objective on `task.learner.workers` workers and returns the figures of rank 0.
 
@@ -52,6 +57,7 @@ def fit(
         storage_uri: folder for Ray Train's own records; what this run leaves there is removed at its end.
         name: Ray Train's run name; unique to the work, since Ray Train resumes an equal name by itself.
         checkpoint_every_s: least time between two checkpoints.
+        while_waiting: called each minute that the cluster has no room for the workers; what it raises ends the run.
 
     Raises:
         InfrastructureError: when workers died more often than that.
@@ -65,6 +71,7 @@ def fit(
         torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
         storage_uri=storage_uri,
         name=name,
+        while_waiting=while_waiting,
     )
     storage.delete(storage.join(storage_uri, name))
     return figures
@@ -126,8 +133,7 @@ class TrainHost(Host):
         self, folder: str | None, step: int, advance: Callable[[int], None], every_s: float, device: torch.device
     ) -> None:
         self.resume_from = folder
-        self.kept = step
-        """Optimiser steps of the last checkpoint."""
+        self._kept = self._reported = step
         self._advance = advance
         self.every_s, self.device = every_s, device
         self._asked = self._last = time.monotonic()
@@ -145,9 +151,22 @@ class TrainHost(Host):
         if dist.get_rank() == 0:
             storage.write_json(str(Path(folder, STEP)), step)
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        self.kept = step
+        self._reported = step
         self._last = time.monotonic()
         self.every_s = max(self.every_s, (self._last - self._asked) / CHECKPOINT_SHARE)
+
+    @property
+    def kept(self) -> int:
+        """Optimiser steps of the checkpoint from which another try would go on, were this one to die now.
+
+        Ray Train goes on from what its controller has registered. That polls the ranks every other second, and may
+        hear of a report from one of them a poll before it hears of it from the others.
+        """
+        if self._kept < self._reported:
+            committed = ray.train.CheckpointConsistencyMode.COMMITTED
+            registered = ray.train.get_all_reported_checkpoints(committed, timeout_s=0.0)  # as far as it is by now
+            self._kept = max([self._kept, *(each.metrics["step"] for each in registered)])
+        return self._kept
 
 
 class StreamSource:
@@ -176,7 +195,7 @@ class StreamSource:
             for old in ray.get(self.stream.publish.remote(step, weights, self.host.kept), timeout=patience):
                 storage.delete(old)
         try:
-            return ray.get(self.stream.take.remote(step, places), timeout=patience * 3)
+            return ray.get(self.stream.take.remote(step, places), timeout=patience * 4)  # the stream's own is shorter
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
 

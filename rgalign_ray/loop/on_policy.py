@@ -9,7 +9,7 @@ loop over      consumes            waits for                       is unblocked 
 a sampler      tasks               an admitted task, the judge     published weights; the judge's answer
 the judge      groups              nothing                         —
 a learner      judged groups       all groups of its step          the last sampler that is done with them
-the keeper     ends of samplers    one that dies, or the fit       a death: what it had goes to others
+the keeper     ends of samplers    one that dies or hangs, the fit a death: what it had goes to others
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from rgalign_ray import storage
+from rgalign_ray import progress, ray_stacks, storage
 from rgalign_ray.config import Config, Grpo
 from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import LearnerTask, Stream
 from rgalign_ray.learner.groups import Judge, Sampler
 from rgalign_ray.learner.groups import plan as plan_of
-from rgalign_ray.rollout.on_policy import OnPolicyStream
+from rgalign_ray.rollout.on_policy import OnPolicyStream, Task
+from rgalign_ray.rollout.pool import STACKS
 
 POLL_S = 1.0
-WAIT = 2.0
-"""Deadlines of a rollout unit that one may wait for another: sampling, and what must come before it."""
+WAIT = 3.0
+"""Deadlines of a rollout unit that one may wait for another: sampling, what must come before it, and a sampler that
+hangs."""
 
 
 class SamplerActor:
@@ -54,17 +56,19 @@ class SamplerActor:
                 job = ray.get(stream.next.remote(name), timeout=2 * WAIT * self.patience)
             except RayTaskError as error:
                 raise error.as_instanceof_cause() from None
-            if job is None:
-                continue
-            try:
-                self.sampler.take(job.weights)
-            except Exception:  # of whatever reads a file that is being taken away
-                if ray.get(stream.wants.remote(name, job), timeout=self.patience):
-                    raise
-                continue
-            groups = self.sampler.sample(job.step, job.places)
-            judged = ray.get(judge.judge.remote(job.session_ids, groups), timeout=self.patience)
-            ray.get(stream.put.remote(name, job, judged), timeout=self.patience)
+            if job is not None:
+                self.do(job, name, stream, judge)
+
+    def do(self, job: Task, name: str, stream: Any, judge: Any) -> None:
+        try:
+            self.sampler.take(job.weights)
+        except Exception:  # of whatever reads a file that is being taken away
+            if ray.get(stream.wants.remote(name, job), timeout=self.patience):
+                raise
+            return
+        groups = self.sampler.sample(job.step, job.places)
+        judged = ray.get(judge.judge.remote(job.session_ids, groups), timeout=self.patience)
+        ray.get(stream.put.remote(name, job, judged), timeout=self.patience)
 
 
 def fit(
@@ -78,10 +82,11 @@ def fit(
     """As `training.fit`, with groups from samplers and a judge that run beside the learners.
 
     The judge reads queries as the encode pass reads sessions, so it is placed as one of its workers. A sampler that
-    dies is replaced and its task sampled by another, within `rollout.retries`.
+    dies, or is at one task for longer than `rollout.deadline_s`, is replaced and its task sampled by another, within
+    `rollout.retries`.
 
     Raises:
-        InfrastructureError: when more of them died, or one waits in vain.
+        InfrastructureError: when more of them died, or one waits in vain, as while the learners have no room.
     """
     assert isinstance(task.optimisation, Grpo)
     plan = plan_of(task)
@@ -105,11 +110,11 @@ def fit(
         )
         .remote(task, on_gpu=reads.gpus_per_worker > 0)
     )
-    keeper = Keeper(task, config, plan, stream, judge)
+    keeper = Keeper(task, config, plan, stream, judge, storage.join(storage_uri, f"{name}.{STACKS}"))
     try:
         with keeper:
             stream_task = replace(task, stream=Stream(stream_name, weights))
-            figures = training.fit(stream_task, steps, storage_uri, name, checkpoint_every_s)
+            figures = training.fit(stream_task, steps, storage_uri, name, checkpoint_every_s, keeper.check)
         storage.delete(weights)
         return figures | {"sampler_deaths": keeper.deaths}
     except Exception:
@@ -121,25 +126,50 @@ def fit(
             ray.kill(actor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A sampler at work."""
+
+    name: str
+    actor: Any
+    place: Any
+    """Its answer with the place of its stacks."""
+
+
 class Keeper:
-    """Keeps samplers at work while the block runs: one that dies is replaced, and what it had goes to others."""
+    """Keeps samplers at work while the block runs: one that dies or hangs is replaced, and what it had goes to others.
+
+    Args:
+        task: the objective's work.
+        config: `rollout` says how many samplers, where, and with how much patience.
+        plan: session ids of each optimiser step.
+        stream: the actor that says what to sample.
+        judge: the actor that judges it.
+        stacks_uri: folder of what samplers that hung were at.
+    """
 
     def __init__(
-        self, task: LearnerTask, config: Config, plan: Sequence[Sequence[str]], stream: Any, judge: Any
+        self,
+        task: LearnerTask,
+        config: Config,
+        plan: Sequence[Sequence[str]],
+        stream: Any,
+        judge: Any,
+        stacks_uri: str,
     ) -> None:
         self.settings = config.rollout
         self.arguments = (task, plan)
-        self.stream, self.judge = stream, judge
+        self.stream, self.judge, self.stacks_uri = stream, judge, stacks_uri
         self.deaths = 0
         self.failure: Exception | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper of samplers", daemon=True)
-        self._actor = ray.remote(SamplerActor).options(
+        self._actor = ray_stacks.actor(SamplerActor, "do", self.settings.deadline_s).options(
             num_cpus=self.settings.cpus_per_worker,
             num_gpus=self.settings.gpus_per_worker,
             label_selector=self.settings.node_labels,
         )
-        self._at_work: dict[Any, tuple[str, Any]] = {}
+        self._at_work: dict[Any, _Member] = {}
 
     def __enter__(self) -> Keeper:
         for number in range(self.settings.workers):
@@ -150,12 +180,21 @@ class Keeper:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join(timeout=10 * POLL_S)
-        for _, actor in self._at_work.values():
-            ray.kill(actor)
+        self._kill()
+
+    def check(self) -> None:
+        """Raises what has ended the samplers' work."""
+        if self.failure is not None:
+            raise self.failure
 
     def _start(self, name: str) -> None:
         actor = self._actor.remote(*self.arguments)
-        self._at_work[actor.work.remote(name, self.stream, self.judge)] = (name, actor)
+        place = actor.place.remote()
+        self._at_work[actor.work.remote(name, self.stream, self.judge)] = _Member(name, actor, place)
+
+    def _kill(self) -> None:
+        for member in list(self._at_work.values()):
+            ray.kill(member.actor)
 
     def _keep(self) -> None:
         try:
@@ -163,24 +202,44 @@ class Keeper:
                 ended, _ = ray.wait(list(self._at_work), num_returns=1, timeout=POLL_S)
                 for call in ended:
                     self._ended(call)
+                self._replace_silent()
         except Exception as error:  # of any kind: the learners must not wait for groups that never come
             self.failure = error
             ray.kill(self.stream)
+            self._kill()
 
     def _ended(self, call: Any) -> None:
-        name, _ = self._at_work.pop(call)
         try:
             ray.get(call, timeout=POLL_S)
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except (RayActorError, OutOfMemoryError) as error:  # the last from Ray's memory monitor
+            if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise
-            self.deaths += 1
-            if self.deaths > self.settings.retries:
-                raise InfrastructureError(
-                    f"RG-GRPO: sampler {name} died ({first_line(error)}); death {self.deaths}, with "
-                    f"rollout.retries = {self.settings.retries}."
-                ) from None
-            ray.get(self.stream.lose.remote(name), timeout=self.settings.deadline_s)
-            self._start(f"{name}'")
+            self._lose(call, f"died ({first_line(error)})")
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
+
+    def _replace_silent(self) -> None:
+        patience = self.settings.deadline_s
+        asked = self.stream.silent.remote(patience)
+        if not ray.wait([asked], timeout=POLL_S)[0]:
+            return  # the stream has still to start, and has handed out nothing
+        for name in ray.get(asked):
+            [(call, member)] = [each for each in self._at_work.items() if each[1].name == name]
+            stacks = storage.join(self.stacks_uri, f"{name}.txt")
+            storage.write_bytes(stacks, ray_stacks.stacks(member.place).encode())
+            why = f"gave no answer for {patience:.0f} s; what it was at stands in {stacks}"
+            progress.note(f"RG-GRPO: sampler {name} {why}")
+            self._lose(call, why)
+
+    def _lose(self, call: Any, why: str) -> None:
+        """Ends a sampler, and starts another in its place."""
+        member = self._at_work.pop(call)
+        ray.kill(member.actor)
+        self.deaths += 1
+        if self.deaths > self.settings.retries:
+            raise InfrastructureError(
+                f"RG-GRPO: sampler {member.name} {why}; death {self.deaths}, with rollout.retries = "
+                f"{self.settings.retries}."
+            )
+        ray.get(self.stream.lose.remote(member.name), timeout=self.settings.deadline_s)
+        self._start(f"{member.name}'")

@@ -65,6 +65,8 @@ class OnPolicyStream:
         self._changed = asyncio.Condition()
         self._gone: set[str] = set()
         """Samplers that were lost: Ray does not end the calls of a process that died, and they would still take."""
+        self._since: dict[str, float] = {}
+        """When each sampler was handed what it is at, be it from before the learners' last beginning."""
         self._beginnings = 0
         self._begin(0, {})
 
@@ -104,6 +106,7 @@ class OnPolicyStream:
             InfrastructureError: when no step is admitted for `deadline_s` though some are left.
         """
         async with self._changed:
+            self._since.pop(sampler, None)
             self._take_back(sampler)
             try:
                 async with asyncio.timeout(self.deadline_s):
@@ -119,11 +122,13 @@ class OnPolicyStream:
                 return None
             task = self._waiting.pop(0)
             self._with[sampler] = task
+            self._since[sampler] = asyncio.get_running_loop().time()
             return task
 
     async def put(self, sampler: str, task: Task, groups: Sequence[Any]) -> bool:
         """Takes the groups of a task, in the order of its places; False where another sampler has done it since."""
         async with self._changed:
+            self._since.pop(sampler, None)
             if self._with.get(sampler) != task:
                 return False
             del self._with[sampler]
@@ -135,10 +140,16 @@ class OnPolicyStream:
         """Whether a task is still the sampler's. After a new beginning it is not, and its weights may be gone."""
         return self._with.get(sampler) == task
 
+    async def silent(self, patience_s: float) -> list[str]:
+        """Samplers that have been at one task for longer than `patience_s`."""
+        now = asyncio.get_running_loop().time()
+        return [sampler for sampler, since in self._since.items() if now - since > patience_s]
+
     async def lose(self, sampler: str) -> None:
         """What a sampler that is gone had in hand is for others, and nothing is for it; another needs another name."""
         async with self._changed:
             self._gone.add(sampler)
+            self._since.pop(sampler, None)
             self._take_back(sampler)
             self._changed.notify_all()
 

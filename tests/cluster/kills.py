@@ -11,15 +11,21 @@ from pathlib import Path
 import psutil
 
 
-def kill(worker: str) -> int:
-    """Kills a worker of some class, of the Ray that this process has started; returns its process id."""
+def alive(worker: str) -> list[psutil.Process]:
+    """Workers of some class, of the Ray that this process has started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # others come and go meanwhile
             if any(f"ray::{worker}" in part for part in process.cmdline()):
                 found.append(process)
-    found[-1].kill()
-    return found[-1].pid
+    return found
+
+
+def kill(worker: str) -> int:
+    """Kills the last of those workers; returns its process id."""
+    last = alive(worker)[-1]
+    last.kill()
+    return last.pid
 
 
 def when(there: Callable[[], bool], act: Callable[[], object], within_s: float = 300.0) -> threading.Thread:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 import ray
 import ray.train
+import torch
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
 from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.learner.training import TrainHost
 from rgalign_ray.ranker.group import Group
 
 
@@ -53,7 +57,18 @@ def interrupts(argument: dict[str, Any]) -> None:
     threading.Event().wait(600)
 
 
-def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0) -> Any:
+def keeps(argument: dict[str, Any]) -> tuple[int, int]:
+    """What counts as kept as soon as a learner's host has reported it, and in the end."""
+    host = TrainHost(None, 0, lambda steps: None, 0.0, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        host.keep(folder, 3)
+    at_once, until = host.kept, time.monotonic() + 60
+    while host.kept == at_once and time.monotonic() < until:
+        time.sleep(0.1)
+    return at_once, host.kept
+
+
+def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0, **more: Any) -> Any:
     return ray_train.run(
         worker,
         {"tries": str(folder / "tries"), "at_start": at_start, "later": later, "driver": os.getpid()},
@@ -62,6 +77,7 @@ def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int =
         torch_config=TorchConfig(backend="gloo"),
         storage_uri=str(folder / "train"),
         name="fails",
+        **more,
     )
 
 
@@ -81,6 +97,14 @@ def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_state_counts_as_kept_when_another_try_would_go_on_from_it(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "5")
+    assert run(keeps, tmp_path, retries=0) == (0, 3)
+
+
+@pytest.mark.slow
 def test_room_that_others_hold_is_waited_for(
     ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +114,27 @@ def test_room_that_others_hold_is_waited_for(
     threading.Timer(15, ray.util.remove_placement_group, [other]).start()
     assert run(dies, tmp_path, retries=0) == 2.0
     assert "ranker: waits for 2 processes' room on the cluster, 0.5 CPU each" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wait_for_room_ends_when_it_is_told_to(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    other = ray.util.placement_group([{"CPU": 2}])
+    ray.get(other.ready(), timeout=60)
+    told: list[str] = []
+
+    def tell() -> None:
+        told.append("minute")
+        if len(told) == 2:
+            raise InfrastructureError("another part has failed.")
+
+    try:
+        with pytest.raises(InfrastructureError, match="another part has failed"):
+            run(dies, tmp_path, retries=0, while_waiting=tell)
+    finally:
+        ray.util.remove_placement_group(other)
 
 
 @pytest.mark.slow

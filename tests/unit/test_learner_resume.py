@@ -6,9 +6,12 @@ import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import ray.train
+import torch
 from learner_data import OBJECTIVES, Counts, task, write_choices, write_round, write_writer
 
 from rgalign_ray import config
@@ -58,6 +61,27 @@ def test_from_any_step(name: str, tmp_path: Path) -> None:
         assert host.steps == STEPS - step, "no step is taken again"
         assert figures == quiet
         assert weights(tmp_path / f"from_{step}") == weights(tmp_path / "quiet")
+
+
+def test_a_state_is_kept_once_ray_train_has_registered_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that an earlier state needs are there until then: `report` only puts a state in line."""
+    training.group_of_one()
+    registered: list[SimpleNamespace] = []
+    asked: list[float] = []
+
+    def now(mode: object, timeout_s: float) -> list[SimpleNamespace]:
+        asked.append(timeout_s)
+        return registered
+
+    monkeypatch.setattr(ray.train, "report", lambda *reported, **more: None)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", now)
+    host = training.TrainHost(None, 4, lambda steps: None, 0.0, torch.device("cpu"))
+    assert host.kept == 4 and not asked, "what it goes on from is registered"
+    host.keep(str(tmp_path), 5)
+    assert host.kept == 4
+    registered.append(SimpleNamespace(metrics={"step": 5}))
+    assert host.kept == 5 and host.kept == 5
+    assert asked == [0.0, 0.0], "it does not wait, and does not ask again"
 
 
 def weights(folder: Path) -> bytes:

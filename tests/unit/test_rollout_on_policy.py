@@ -237,6 +237,28 @@ def test_a_learner_that_died_while_it_waited_takes_nothing() -> None:
     asyncio.run(run())
 
 
+def test_a_sampler_is_silent_that_has_a_task_for_long_whatever_becomes_of_the_learners() -> None:
+    async def run() -> None:
+        stream = OnPolicyStream(plan(2, 3), 0, 1)
+        waiting = asyncio.create_task(stream.next("waits"))
+        tasks = {"waits": await waiting} | {name: await stream.next(name) for name in ("puts", "hangs")}
+        for name in ("waits", "puts"):
+            task = tasks[name]
+            assert task is not None
+            await stream.put(name, task, ["x"])
+        waiting = asyncio.create_task(stream.next("waits"))
+        await asyncio.sleep(0.02)
+        assert await stream.silent(0.01) == ["hangs"]
+        assert await stream.silent(60.0) == []
+        await stream.restart(0, {})
+        assert await waiting is not None
+        assert await stream.silent(0.01) == ["hangs"]
+        await stream.lose("hangs")
+        assert await stream.silent(0.01) == []
+
+    asyncio.run(run())
+
+
 def test_a_learner_that_waits_in_vain_says_for_whom() -> None:
     async def run() -> None:
         stream = OnPolicyStream(plan(1, 3), 0, 2, deadline_s=0.05)
