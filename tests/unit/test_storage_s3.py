@@ -90,7 +90,7 @@ def test_a_slash_at_the_end_and_a_server_in_the_query_keep_the_bucket(
         monkeypatch.delenv("AWS_ENDPOINT_URL")
     folder = form.format(BUCKET, f"scheme=http&endpoint_override=127.0.0.1:{port}")
     for name in ("old", "new run"):
-        storage.write_json(storage.join(folder, name, runs.SETTINGS), {})
+        storage.write_json(storage.join(folder, name, runs.MARKS[0]), {})
         with storage.writing(storage.join(folder, name, "log"), resume_key="k") as work:
             finish(work, "k")
     there = runs.found(folder)
