@@ -54,7 +54,7 @@ RowName = Literal[
     "rg_cl",
     "latent",
     "gradient",
-    "gradient_long",
+    "rga_paper",
     "rgalign",
     "rgalign_shuffled",
     "rgalign_leak",
@@ -81,8 +81,8 @@ RowName = Literal[
     "rg_cl_not_retrained_query",
     "gradient_not_retrained",
     "gradient_not_retrained_query",
-    "gradient_long_not_retrained",
-    "gradient_long_not_retrained_query",
+    "rga_paper_not_retrained",
+    "rga_paper_not_retrained_query",
     "rgalign_not_retrained",
     "rgalign_not_retrained_query",
     "rg_sft_shift",
@@ -90,7 +90,7 @@ RowName = Literal[
     "sft_title_shift",
     "rg_cl_shift",
     "gradient_shift",
-    "gradient_long_shift",
+    "rga_paper_shift",
     "rgalign_shift",
 ]
 

@@ -61,7 +61,7 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "contrastive": {"align": ["contrastive"]},
     "latent": {"align": ["latent"]},
     "gradient": {"align": ["gradient"]},
-    "gradient_long": {"align": ["gradient"], "gradient.epochs": 4},
+    "paper": {"align": ["sft", "contrastive"]},
     "full": {},
     "leak": {"crossfit": 1},
 }
@@ -125,7 +125,7 @@ ROWS: dict[config.RowName, LadderRow] = {
     "rg_cl": _aligned("RG-CL", "contrastive"),
     "latent": _aligned("RL on the embedding", "latent"),
     "gradient": _aligned("ranking gradient", "gradient", "the loss itself through the frozen ranker"),
-    "gradient_long": _aligned("ranking gradient, long", "gradient_long", "four epochs"),
+    "rga_paper": _aligned("RG-SFT, RG-CL", "paper", "the published objectives, one after the other"),
     "rgalign": _aligned("RGAlign-Rec", "full", "all objectives as configured, ranker retrained"),
     "rgalign_shuffled": _aligned(
         "RGAlign-Rec shuffled",
@@ -193,7 +193,7 @@ NOT_RETRAINED: dict[config.RowName, config.RowName] = {
     "sft_title_not_retrained": "sft_title",
     "rg_cl_not_retrained": "rg_cl",
     "gradient_not_retrained": "gradient",
-    "gradient_long_not_retrained": "gradient_long",
+    "rga_paper_not_retrained": "rga_paper",
     "rgalign_not_retrained": "rgalign",
 }
 """Rows in which the ranker that taught a reasoner, frozen, reads it as it is now; by name, with those that retrain."""

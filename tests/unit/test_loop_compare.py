@@ -103,8 +103,8 @@ def test_an_alignment_that_goes_on_from_another_begins_with_it() -> None:
     job = Run(compare.of_seed(config.validate(begun), 0))
     runs = {name: alignments.run_of(job, name) for name in ALIGNMENTS}
     for stage in ("selected_1", "align_1_sft"):
-        assert runs["full"].uri(stage) == runs["sft"].uri(stage)
-        apart = {name: run.uri(stage) for name, run in runs.items() if name != "full"}
+        assert runs["full"].uri(stage) == runs["paper"].uri(stage) == runs["sft"].uri(stage)
+        apart = {name: run.uri(stage) for name, run in runs.items() if name not in ("full", "paper")}
         assert len(set(apart.values())) == len(apart), "of another choice, by another objective or on other sessions"
     assert runs["full"].uri("align_1_contrastive") != runs["contrastive"].uri("align_1_contrastive")
     assert runs["full"].uri("embeddings_1") != runs["sft"].uri("embeddings_1")
