@@ -36,12 +36,13 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def noted(deadline_s: float, file: TextIO | None = None) -> Iterator[None]:
+def noted(deadline_s: float, file: TextIO | None = None, *, ends: bool = False) -> Iterator[None]:
     """Has all stacks of this process noted, in `file` or on standard error, where the block is about to be overdue.
 
-    A thread of C does, so that it also tells of a process that holds Python's lock for ever.
+    A thread of C does, so that it also tells of a process that holds Python's lock for ever. With `ends` it ends the
+    process as well, where nobody else can: its driver may have no handle of it.
     """
-    faulthandler.dump_traceback_later(deadline_s * AT, file=file or sys.stderr)
+    faulthandler.dump_traceback_later(deadline_s * AT, file=file or sys.stderr, exit=ends)
     try:
         yield
     finally:

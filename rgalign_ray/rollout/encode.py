@@ -90,7 +90,7 @@ class SessionEncoder:
         self.written = written_queries(plan.written_uri) if plan.written_uri else {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        with ray_stacks.noted(self.plan.encode.deadline_s):
+        with ray_stacks.noted(self.plan.encode.deadline_s, ends=True):  # else it would keep its CPU after the pass
             return self._unit(batch)
 
     def _unit(self, batch: pa.Table) -> pa.Table:

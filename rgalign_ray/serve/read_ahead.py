@@ -26,7 +26,7 @@ class Reader:
         self.reasoner, self.template, self.encode = FrozenReasoner(spec), spec.reader().template, encode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        with ray_stacks.noted(self.encode.deadline_s):
+        with ray_stacks.noted(self.encode.deadline_s, ends=True):
             return self._vectors(batch)
 
     def _vectors(self, batch: pa.Table) -> pa.Table:
