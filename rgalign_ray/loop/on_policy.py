@@ -223,7 +223,7 @@ class Keeper:
         asked = self.stream.silent.remote(patience)
         if not ray.wait([asked], timeout=POLL_S)[0]:
             return  # the stream has still to start, and has handed out nothing
-        for name in ray.get(asked):
+        for name in ray.get(asked, timeout=POLL_S):
             [(call, member)] = [each for each in self._at_work.items() if each[1].name == name]
             stacks = storage.join(self.stacks_uri, f"{name}.txt")
             storage.write_bytes(stacks, ray_stacks.stacks(member.place).encode())
