@@ -8,7 +8,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -49,15 +49,51 @@ def noted(deadline_s: float, file: TextIO | None = None, *, ends: bool = False) 
         faulthandler.cancel_dump_traceback_later()
 
 
+@contextmanager
+def watched(deadline_s: float) -> Iterator[Callable[[], None]]:
+    """Ends this actor's process, its stacks noted, once the block has not called what it is given for so long.
+
+    As `noted` does, by a thread of C. `overdue` reads what was noted.
+    """
+    with _file(_logs(), ray.get_runtime_context().get_actor_id()).open("w") as file:
+
+        def alive() -> None:
+            faulthandler.dump_traceback_later(deadline_s, file=file, exit=True)
+
+        alive()
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def overdue(node: str, actor_id: str) -> str:
+    """What an actor on a node had noted of itself as it was overdue; empty where it was not, or cannot be read."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return str(ray.get(_overdue.options(scheduling_strategy=there).remote(actor_id), timeout=READ_S))
+    except (RayError, FileNotFoundError):
+        return ""
+
+
+def _logs() -> Path:
+    """Ray's own folder for logs, on this node."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "logs")
+
+
+def _file(logs: Path, actor_id: str) -> Path:
+    return logs / f"stacks-{actor_id}.txt"
+
+
 def actor(plain: type, method: str, deadline_s: float) -> Any:
     """The actor class of a plain class. Calls of its `method` are watched, and `place` answers its `Place`."""
 
     class Watched(plain):
         def place(self) -> Place:
             if not hasattr(self, "_place"):
-                context = ray.get_runtime_context()
-                logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")  # Ray's own on this node
-                self._stacks = (logs / f"stacks-{context.get_actor_id()}.txt").open("w")
+                context, logs = ray.get_runtime_context(), _logs()
+                self._stacks = _file(logs, context.get_actor_id()).open("w")
                 log = next(logs.glob(f"worker-{context.get_worker_id()}-*.err"), "")
                 self._place = Place(context.get_node_id(), self._stacks.name, str(log))
             return self._place
@@ -99,6 +135,15 @@ def last_lines(place: Place, lines: int = 10) -> str:
 
 @ray.remote(num_cpus=0)
 def _read(file: str) -> str:
+    return _end(file)
+
+
+@ray.remote(num_cpus=0)
+def _overdue(actor_id: str) -> str:
+    return _end(str(_file(_logs(), actor_id)))
+
+
+def _end(file: str) -> str:
     with open(file, "rb") as stream:
         stream.seek(max(os.path.getsize(file) - MOST_BYTES, 0))
         return stream.read().decode(errors="replace")

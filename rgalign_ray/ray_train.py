@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -20,40 +22,49 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from rgalign_ray import config, progress, storage
+from rgalign_ray import config, progress, ray_stacks, storage
 from rgalign_ray.errors import InfrastructureError
 
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited", re.IGNORECASE)
 """What gloo and NCCL tell of in the ranks that are left."""
+STACKS = "stacks"
+"""Ends the name of a folder of what processes were at that showed no step for too long."""
+Alive = Callable[[], None]
+"""A sign of life."""
 
 
 def run(
-    worker: Callable[[dict[str, Any]], Any],
+    worker: Callable[[dict[str, Any], Alive], Any],
     argument: dict[str, Any],
     settings: config.Trained,
     *,
     section: str,
-    torch_config: TorchConfig,
+    backend: str,
     storage_uri: str,
     name: str,
     while_waiting: Callable[[], None] = lambda: None,
     **trainer: Any,
 ) -> Any:
-    """Runs `worker(argument)` in `settings.workers` processes and returns what rank 0 returns.
+    """Runs `worker(argument, alive)` in `settings.workers` processes and returns what rank 0 returns.
 
-    When a process dies, all start again, up to `settings.retries` times; `ray.train.get_checkpoint` gives them what
-    was last reported, also to a later run of the same name. What a worker raises ends the run at once. As long as the
-    cluster has no room for the processes, they are waited for, and every minute a line says so.
+    When a process dies, or has not called `alive` for `settings.deadline_s`, all start again, up to `settings.retries`
+    times; `ray.train.get_checkpoint` gives them what was last reported, also to a later run of the same name. What a
+    worker raises ends the run at once. As long as the cluster has no room for the processes, they are waited for, and
+    every minute a line says so.
 
     Args:
         worker: a function of a module.
         argument: what it is called with.
         settings: how many processes, where, with what, and how often they may die.
         section: name of these settings, for the error.
-        torch_config: of the torch group.
+        backend: of the torch group.
         storage_uri: folder for checkpoints and Ray Train's own records.
         name: unique to the work; Ray Train resumes an equal name by itself.
         while_waiting: called each minute that the cluster has no room; what it raises ends the run.
@@ -65,13 +76,15 @@ def run(
         ray.train.TrainingFailedError: when the worker raised.
     """
     fs, path = storage.filesystem(storage_uri)
+    stacks = storage.join(storage_uri, f"{name}.{STACKS}")
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
 
     def attempt() -> Any:
         return _Trainer(
-            worker,
+            partial(_watched, worker, settings.deadline_s) if settings.workers else partial(_unwatched, worker),
             train_loop_config=argument,
-            torch_config=torch_config,
+            # longer than a process may take, so that a peer that waits for it is not the one to raise
+            torch_config=TorchConfig(backend=backend, timeout_s=2 * math.ceil(settings.deadline_s)),
             scaling_config=ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.use_gpu,
@@ -85,13 +98,14 @@ def run(
                 storage_filesystem=fs,
                 # deaths are counted here: Ray Train counts none of those that happen while the workers start
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[_Placement()],
+                callbacks=[_Placement(), _Stacks(stacks)],
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
             **trainer,
         ).fit()
 
-    deaths = 0
+    storage.delete(stacks)
+    deaths = told = 0
     while True:
         try:
             with _interruptible():
@@ -105,20 +119,38 @@ def run(
                 continue
             if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise
+            hung = storage.entries(stacks)
+            if len(hung) > told:
+                told = len(hung)
+                progress.note(
+                    f"{section}: no step for {settings.deadline_s:g} s; what the processes were at stands in {stacks}"
+                )
             deaths += 1
             if deaths > settings.retries:
                 if not any(map(_died, met)):
                     raise
                 raise InfrastructureError(
-                    f"{section}: a training process died {deaths} times, with {section}.retries = {settings.retries}; "
-                    "the same command goes on from the last checkpoint."
+                    f"{section}: a training process died, or hung, {deaths} times, with {section}.retries = "
+                    f"{settings.retries}; the same command goes on from the last checkpoint."
                 ) from error
 
 
 def _died(failure: BaseException) -> bool:
     """Whether it tells of a process that is gone; one that Ray's memory monitor kills has an error of its own."""
     met = getattr(failure, "health_check_failure", failure)
-    return isinstance(met, (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError))
+    return isinstance(
+        met, (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError, WorkerHealthCheckTimeoutError)
+    )
+
+
+def _watched(worker: Callable[[dict[str, Any], Alive], Any], deadline_s: float, argument: dict[str, Any]) -> Any:
+    with ray_stacks.watched(deadline_s) as alive:
+        return worker(argument, alive)
+
+
+def _unwatched(worker: Callable[[dict[str, Any], Alive], Any], argument: dict[str, Any]) -> Any:
+    """In the caller's own process, which nobody may end."""
+    return worker(argument, lambda: None)
 
 
 @contextmanager
@@ -145,6 +177,26 @@ class _Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+
+class _Stacks(WorkerGroupCallback):
+    """Keeps what processes were at that ended themselves, having shown no step for too long.
+
+    Args:
+        folder: where, a file a process.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        status = worker_group.get_latest_poll_status()
+        for worker in worker_group.get_workers() if status and status.errors else ():
+            stacks = ray_stacks.overdue(worker.metadata.node_id, worker.actor._actor_id.hex())
+            if stacks:
+                rank = worker.distributed_context.world_rank
+                place = storage.join(self.folder, f"{worker.metadata.pid}-rank-{rank}.txt")
+                storage.write_bytes(place, stacks.encode())
 
 
 class _Placement(WorkerGroupCallback, ControllerCallback):

@@ -145,12 +145,15 @@ SCORED = pa.schema(
         ("query", pa.string()),
         ("reward", pa.float32()),
         ("uplift", pa.float32()),
+        ("second", pa.float32()),
         ("audit", pa.float32()),
         ("valid", pa.bool_()),
         ("reason", pa.string()),
         ("ranker_version", pa.string()),
     ]
 )
+"""A judged query: its reward, that above the null query's, and what a second judge and the auditor say, who have no say
+in the reward; null where it is not valid, by `reason`."""
 
 SELECTED = pa.schema(
     [

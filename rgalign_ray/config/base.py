@@ -64,8 +64,11 @@ class Trained(Placed):
     use_gpu: bool = False
     retries: Annotated[int, Field(ge=0)] = 2
     """How often workers may die; all start again then, from their last checkpoint."""
+    deadline_s: Positive = 1800.0
+    """Longest time between two optimiser steps, what comes before the first included; then what the workers were at is
+    kept, and counts as their death."""
 
-    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries")
+    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries", "deadline_s")
 
 
 def names_of(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -77,7 +77,9 @@ class Reward(Placed):
     judge_seeds: Annotated[int, Field(ge=2)] = 2
     """Rankers of different seeds that score every rollout. The last measures the noise of the reward, which is the mean
     of the others' (an ensemble, if there are several); objectives that ask as they learn ask the first alone."""
+    workers: Count = 2
+    """Reward models that judge units beside each other."""
     cpus: Positive = 0.5
-    """CPUs of the reward actor."""
+    """CPUs of each."""
 
-    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "cpus")
+    ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "workers", "cpus")

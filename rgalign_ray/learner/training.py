@@ -22,7 +22,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
-from ray.train.torch import TorchConfig
 from transformers import PreTrainedModel
 
 from rgalign_ray import config, progress, ray_metrics, ray_train, storage
@@ -33,6 +32,8 @@ CHECKPOINT_EVERY_S = 30.0
 """At most one checkpoint in this time,"""
 CHECKPOINT_SHARE = 0.05
 """and at most this share of the time for writing them."""
+TAKE = 4.0
+"""Deadlines of a rollout unit after which groups are overdue; the stream's own is shorter."""
 STEP = "step.json"
 """File of a checkpoint that tells how many optimiser steps it has behind it."""
 
@@ -63,12 +64,15 @@ def fit(
         InfrastructureError: when workers died more often than that.
     """
     learner = task.learner
+    if task.stream:  # a learner that waits for groups is not at fault
+        patience = learner.deadline_s + TAKE * task.rollout.deadline_s
+        learner = learner.model_copy(update={"deadline_s": patience})
     figures: dict[str, Any] = ray_train.run(
         _worker,
         {"task": task, "steps": steps, "every_s": checkpoint_every_s},
         learner,
         section="learner",
-        torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
+        backend="nccl" if learner.use_gpu else "gloo",
         storage_uri=storage_uri,
         name=name,
         while_waiting=while_waiting,
@@ -77,7 +81,7 @@ def fit(
     return figures
 
 
-def _worker(loop: dict[str, Any]) -> dict[str, Any]:
+def _worker(loop: dict[str, Any], alive: ray_train.Alive) -> dict[str, Any]:
     task: LearnerTask = loop["task"]
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
     torch.set_num_threads(task.reasoner.threads)
@@ -85,9 +89,17 @@ def _worker(loop: dict[str, Any]) -> dict[str, Any]:
     objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
     group_of_one()
     with _last_checkpoint() as (folder, done), _progress(task, loop["steps"], done) as advance:
-        host = TrainHost(folder, done, advance, loop["every_s"], task.device)
+        host = TrainHost(folder, done, _both(advance, alive), loop["every_s"], task.device)
         more = {"source": StreamSource(task, host)} if task.stream else {}
         return objective.train(task, host, **more)
+
+
+def _both(advance: progress.Advance, alive: ray_train.Alive) -> progress.Advance:
+    def step(number: int) -> None:
+        alive()
+        advance(number)
+
+    return step
 
 
 @contextmanager
@@ -195,7 +207,7 @@ class StreamSource:
             for old in ray.get(self.stream.publish.remote(step, weights, self.host.kept), timeout=patience):
                 storage.delete(old)
         try:
-            return ray.get(self.stream.take.remote(step, places), timeout=patience * 4)  # the stream's own is shorter
+            return ray.get(self.stream.take.remote(step, places), timeout=patience * TAKE)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
 

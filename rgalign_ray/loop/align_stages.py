@@ -78,28 +78,57 @@ ORDER = [("session_id", "ascending"), ("sample", "ascending")]
 
 @dataclass(frozen=True)
 class _Judged:
-    """The rewards of a round, part after part; within a part by session and sample."""
+    """The rewards of a part, by session and sample."""
 
     session_ids: list[str]
     reward: np.ndarray
-    """float32 [S, N]; nan for queries that were not valid."""
+    """float32 [S, N] of those among which is chosen; nan for the others, and where a query was not valid."""
     uplift: np.ndarray
-    """float32 [S, N]."""
-    parts: dict[str, slice]
-    """Sessions of each part."""
+    """float32 [S, N] of all; nan where a query was not valid."""
 
     @classmethod
-    def load(cls, run: Run, round_: int) -> _Judged:
-        ids: list[str] = []
-        rewards, uplifts, parts = [], [], {}
-        for name, files in round_sessions.by_part(run.uri(f"rewards_{round_}", SCORED)).items():
-            scored = _sorted(files, ["session_id", "sample", "reward", "uplift"])
-            own = list(dict.fromkeys(scored["session_id"].to_pylist()))
-            parts[name] = slice(len(ids), len(ids) + len(own))
-            ids += own
-            rewards.append(scored["reward"].to_numpy().reshape(len(own), -1))
-            uplifts.append(scored["uplift"].to_numpy().reshape(len(own), -1))
-        return cls(ids, np.concatenate(rewards), np.concatenate(uplifts), parts)
+    def load(cls, config: Config, files: list[str]) -> _Judged:
+        scored = _sorted(files, ["session_id", "sample", "reward", "uplift"])
+        ids = list(dict.fromkeys(scored["session_id"].to_pylist()))
+        reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
+        return cls(ids, among_first(reward, config.select.n), uplift)
+
+    def seeds(self, config: Config, round_: int) -> np.ndarray:
+        return np.array([sample_seed(config.seed, round_, session, -1) for session in self.session_ids])
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What is chosen in a whole round: some bytes a session, since choices are weighed against each other."""
+
+    sample: dict[str, np.ndarray]
+    """By part, int [S]: number of the chosen query, -1 where a session teaches nothing."""
+    rows: dict[str, np.ndarray]
+    """By part, int, in order: the sessions that teach; one that weighs more stands there several times."""
+    worth: dict[str, np.ndarray]
+    """By part, float32 [S]: by which they are weighed."""
+
+    @classmethod
+    def of(cls, config: Config, round_: int, scored: dict[str, list[str]]) -> _Choices:
+        by_uplift = config.select.weight == "uplift" and config.select.method != "title"
+        sample, worth = {}, {}
+        for name, files in scored.items():
+            judged = _Judged.load(config, files)
+            if config.select.method == "title":
+                sample[name] = np.zeros(len(judged.session_ids), np.int64)
+            else:
+                sample[name] = select(judged.reward, judged.uplift, config.select, judged.seeds(config, round_))
+            chosen = np.take_along_axis(judged.uplift, sample[name][:, None], axis=1)[:, 0]
+            worth[name] = chosen if by_uplift else np.ones(len(chosen), np.float32)
+        rows = {name: np.flatnonzero(chosen >= 0) for name, chosen in sample.items()}
+        if by_uplift:
+            names = list(rows)
+            part = np.concatenate([np.full(len(rows[name]), number) for number, name in enumerate(names)])
+            place = np.concatenate(list(rows.values()))
+            weights = np.concatenate([worth[name][rows[name]] for name in names])
+            again = resampled(weights, sample_seed(config.seed, round_, "weights", -1))
+            rows = {name: place[again[part[again] == number]] for number, name in enumerate(names)}
+        return cls(sample, rows, worth)
 
 
 @dataclass(frozen=True)
@@ -145,54 +174,52 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     session.
     """
     config = run.config
-    judged = _Judged.load(run, round_)
-    seeds = np.array([sample_seed(config.seed, round_, session, -1) for session in judged.session_ids])
-    reward = among_first(judged.reward, config.select.n)
     titled = config.select.method == "title"
-    if titled:
-        chosen, paired = np.zeros(len(reward), np.int64), np.full((len(reward), 2), -1)
-    else:
-        chosen, paired = select(reward, judged.uplift, config.select, seeds), pairs(reward, config.select, seeds)
-    taken = np.flatnonzero(chosen >= 0)
-    worth = np.ones(len(reward), np.float32)
-    if config.select.weight == "uplift" and not titled:
-        worth[taken] = judged.uplift[taken, chosen[taken]]
-        taken = taken[resampled(worth[taken], sample_seed(config.seed, round_, "weights", -1))]
-    rank = (reward > np.take_along_axis(reward, chosen[:, None], axis=1)).sum(axis=1)
-    sources = Counter[str]()
+    scored, rollouts = (
+        round_sessions.by_part(run.uri(stage, folder))
+        for stage, folder in ((f"rewards_{round_}", SCORED), (f"rollouts_{round_}", "rollouts"))
+    )
+    choices = _Choices.of(config, round_, scored)
     catalogue = Catalogue.load(run.uri("sessions"))
-    files = round_sessions.by_part(run.uri(f"rollouts_{round_}", "rollouts"))
-    for name, rows in judged.parts.items():
-        part = _Part.load(run, round_, name, files[name], catalogue)
-        own = taken[(taken >= rows.start) & (taken < rows.stop)]
+    counts, sources = Counter[str](), Counter[str]()
+    gains, uplifts = [np.empty(0)], [np.empty(0)]
+    for name, files in scored.items():
+        part, judged = _Part.load(run, round_, name, rollouts[name], catalogue), _Judged.load(config, files)
+        reward, sample, rows = judged.reward, choices.sample[name], choices.rows[name]
         if titled:
-            selected = titles(run, part)
+            selected, paired = titles(run, part), np.full((len(reward), 2), -1)
         else:
-            picked = part.rollouts.take(pa.array((own - rows.start) * reward.shape[1] + chosen[own]))
+            paired = pairs(reward, config.select, judged.seeds(config, round_))
+            picked = part.rollouts.take(pa.array(rows * reward.shape[1] + sample[rows]))
             sources.update(picked["source"].to_pylist())
+            chosen = np.take_along_axis(reward, sample[:, None], axis=1)
             selected = pa.table(
                 [
                     *(picked[column] for column in ("session_id", "prompt_ids", "completion_ids", "query")),
-                    pa.array(worth[own], pa.float32()),
-                    pa.array(rank[own], pa.int32()),
+                    pa.array(choices.worth[name][rows], pa.float32()),
+                    pa.array((reward > chosen).sum(axis=1)[rows], pa.int32()),
                 ],
                 schema=schema.SELECTED,
             )
+            gains.append(chosen[rows, 0] - np.nanmean(reward[rows], axis=1))
+            uplifts.append(np.nansum(judged.uplift, axis=1, dtype=np.float64))
+            counts["valid"] += int(np.isfinite(judged.uplift).sum())
+        counts.update(sessions=len(sample), selected=len(rows))
+        counts.update({"pairs": int((paired[:, 0] >= 0).sum()), "taught nothing": len(sample) - len(np.unique(rows))})
         for table, folder in (
             (selected, SELECTED),
-            (pair_table(part.rollouts, reward[rows], paired[rows]), PAIRS),
+            (pair_table(part.rollouts, reward, paired), PAIRS),
             (positives(part, selected), POSITIVES),
         ):
             storage.write_table(storage.join(out, folder, f"{name}.parquet"), table)
-    counts = {"sessions": len(reward), "selected": len(taken)}
     if titled:
-        return Outcome(counts)
-    gain = np.take_along_axis(reward, chosen[:, None], axis=1)[taken, 0] - np.nanmean(reward[taken], axis=1)
+        return Outcome({name: counts[name] for name in ("sessions", "selected")})
+    gain, lift = (math.fsum(np.concatenate(parts)) for parts in (gains, uplifts))  # the same however it is parted
     return Outcome(
-        counts | {"pairs": int((paired[:, 0] >= 0).sum()), "taught nothing": len(reward) - len(np.unique(taken))},
+        {name: counts[name] for name in ("sessions", "selected", "pairs", "taught nothing")},
         {
-            "gain_over_mean": float(gain.mean()) if len(taken) else 0.0,
-            "lift": float(np.nanmean(judged.uplift)),
+            "gain_over_mean": gain / max(counts["selected"], 1),
+            "lift": lift / max(counts["valid"], 1),
             "chosen_by_source": dict(sources),
         },
     )

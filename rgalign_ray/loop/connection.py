@@ -40,6 +40,23 @@ def join(config: Config) -> None:
         ray.data.DataContext.get_current().enable_progress_bars = False
 
 
+def nodes(config: Config) -> list[plan.Node]:
+    """What the cluster has, which is joined; of this machine what a Ray here would declare, and none is started.
+
+    Raises:
+        InfrastructureError: when the address does not answer.
+    """
+    if config.cluster.address is None:
+        import torch
+
+        return [plan.Node({}, plan.local_cpus(config), torch.cuda.device_count())]
+    join(config)
+    import ray
+
+    alive = [(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [plan.Node(labels, has.get("CPU", 0.0), has.get("GPU", 0.0)) for labels, has in alive]
+
+
 def connect(config: Config) -> None:
     """Joins Ray as `join` does, and checks that it can hold the plan.
 
@@ -48,7 +65,4 @@ def connect(config: Config) -> None:
         InfrastructureError: when the address does not answer, or Ray does not start on this machine.
     """
     join(config)
-    import ray
-
-    alive = [(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    plan.check_cluster(config, [plan.Node(labels, has.get("CPU", 0.0), has.get("GPU", 0.0)) for labels, has in alive])
+    plan.check_cluster(config, nodes(config))

@@ -24,7 +24,7 @@ from rgalign_ray.errors import ConfigError, is_no_space
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import audit_stages, plan, summary
-from rgalign_ray.loop.connection import connect
+from rgalign_ray.loop.connection import connect, nodes
 from rgalign_ray.loop.meter import PeakMemory
 from rgalign_ray.loop.stage import RECORDS, Run, Stage
 from rgalign_ray.loop.stages import stages
@@ -48,8 +48,8 @@ def run(config: Config, until: str | None = None) -> Run:
         DataError: when the log has a structural fault.
     """
     count = through(stages(config), until) if until else None
-    console.print(plan.table(config))
     job = Run(settle(config))
+    console.print(plan.table(job.config, nodes(config)))
     tracker = Tracker(job.config)
     if count is not None:
         run_stages(job, stages(job.config), until=count, tracker=tracker)
@@ -94,7 +94,7 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None, tracke
     config = job.config
     storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
     if config.cluster.address is None:
-        plan.check(config, plan.local_cpus(config), float("inf"))
+        plan.check_cluster(config, nodes(config))
     for number, stage in enumerate(sequence[:until], 1):
         key = stage_key(job, stage)
         head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"

@@ -22,12 +22,14 @@ from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor
-from rgalign_ray.reward.gate import gate
+from rgalign_ray.reward.gate import Gate, gate
 from rgalign_ray.rollout.pool import RolloutPool
 from rgalign_ray.rollout.worker import Instruction, ProposalWorker, Proposed, Unit
 
 SCORED = "scored"
 """Folder of judged queries, a file a work unit."""
+GATE_ROLLOUTS = 500_000
+"""Judged queries that tell whether the reward can."""
 ENDPOINT_ANSWERS = ".answers"
 """Folder of a run that keeps the answers of paid endpoints, whatever becomes of the stage that asked."""
 
@@ -53,6 +55,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             ("reward", *(("prompt", "compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
             ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
             ray=True,
+            units=True,
         ),
     ]
 
@@ -205,20 +208,42 @@ def run_pool(pool: RolloutPool, units: Iterator[Unit], context: str, label: str,
 
 
 def judge(run: Run, out: str, round_: int) -> Outcome:
-    config, rolled_out = run.config, run.uri(f"rollouts_{round_}")
+    config, rolled_out, scored = run.config, run.uri(f"rollouts_{round_}"), storage.join(out, SCORED)
     rankers = [[run.uri(f"rankers_{round_ - 1}", name) for name in folds] for folds in judge_names(config)]
-    units = len(storage.list_files(storage.join(rolled_out, "rollouts"), ".parquet"))
     auditor = auditor_spec(run) if config.roles.audit else None
-    model = actor.remote(rankers, run.uri("sessions"), config.reward, auditor)
+    made = storage.list_files(storage.join(rolled_out, "rollouts"), ".parquet")
+    units = {storage.pure_path(file).stem for file in made}
+    storage.keep_units(scored, units)
+    there = {storage.pure_path(file).stem for file in storage.list_files(scored, ".parquet")}
+    missing = (each for each in round_sessions.judged(rolled_out) if storage.pure_path(each[1]).stem not in there)
+    workers = min(config.reward.workers, len(units) - len(there))
+    models = [actor.remote(rankers, run.uri("sessions"), config.reward, auditor) for _ in range(workers)]
+    try:
+        with progress.track("rewards", len(units), "units", before=len(there)) as advance:
+            for (_, file, _), table in actor.score_all(models, missing):
+                storage.write_table(storage.join(scored, storage.pure_path(file).name), table)
+                advance(1)
+    finally:
+        for model in models:
+            ray.kill(model)
+    files = storage.list_files(scored, ".parquet")
     rows = Counter[str]()
-    rewards, audits = [], []
-    with progress.track("rewards", units, "units") as advance:
-        for (_, file, _), scored, judged in actor.score_all(model, round_sessions.judged(rolled_out)):
-            storage.write_table(storage.join(out, SCORED, storage.pure_path(file).name), scored)
-            rows.update({"rollouts": scored.num_rows, "valid": pc.sum(scored["valid"]).as_py()})
-            rewards.append(judged)
-            audits.append(scored["audit"].to_numpy().reshape(judged.shape[:2]))
-            advance(1)
-    ray.kill(model)
-    audited = np.concatenate(audits) if auditor else None
-    return Outcome(dict(rows), {"gate": asdict(gate(np.concatenate(rewards), audited))})
+    for file in files:
+        valid = storage.read_table(file, columns=["valid"])["valid"]
+        rows.update({"rollouts": len(valid), "valid": pc.sum(valid).as_py()})
+    return Outcome(dict(rows), {"gate": asdict(_gate(files, with_audit=auditor is not None))})
+
+
+def _gate(files: list[str], *, with_audit: bool) -> Gate:
+    """The gate's figures, from as many units all over the round as hold `GATE_ROLLOUTS`: a longer one takes no more."""
+    judged, audits, rollouts = [], [], 0
+    for file in sorted(files, key=lambda file: storage.pure_path(file).stem.rpartition("-")[2]):  # a hash
+        table = storage.read_table(file, columns=["session_id", "reward", "second", "audit"])
+        shape = (len(pc.unique(table["session_id"])), -1)
+        reward, second, audit = (table[name].to_numpy().reshape(shape) for name in ("reward", "second", "audit"))
+        judged.append(np.stack([reward, second], axis=-1).astype(np.float64))
+        audits.append(audit.astype(np.float64))
+        rollouts += len(table)
+        if rollouts >= GATE_ROLLOUTS:
+            break
+    return gate(np.concatenate(judged), np.concatenate(audits) if with_audit else None)

@@ -53,7 +53,7 @@ def asks(config: Config) -> list[Ask]:
         readers("encode", "encoder", "encode.workers", config.encode, config.encode.workers),
         trainers("ranker", "ranker worker", "ranker.workers", ranker),
         readers("rollouts", "rollout worker", least, rollout, rollout.least_workers),
-        Ask("rewards", "reward model", 1, reward.cpus, 0.0, "reward.cpus", reward),
+        Ask("rewards", "reward model", reward.workers, reward.cpus, 0.0, "reward.workers", reward),
         trainers("align", "learner", "learner.workers", learner),
     ]
     if "grpo" in config.align and config.grpo.sampler == "pool":
@@ -175,8 +175,8 @@ def check_cluster(config: Config, nodes: Sequence[Node]) -> None:
         check_nodes(config, nodes)
 
 
-def table(config: Config) -> Table:
-    """The plan as a table for the terminal."""
+def table(config: Config, nodes: Sequence[Node] = ()) -> Table:
+    """The plan, and what nodes have for it where they are known, as a table for the terminal."""
     from rich.table import Table
 
     shown = Table(title=f"{config.name}: what each stage asks for (one at a time)", title_justify="left")
@@ -184,7 +184,11 @@ def table(config: Config) -> Table:
         shown.add_column(column, justify="right" if column in ("CPUs", "GPUs") else "left")
     for ask in asks(config):
         shown.add_row(ask.stage, f"{ask.count} x {ask.worker}", f"{ask.total_cpus:g}", f"{ask.total_gpus:g}", ask.key)
-    shown.add_row("every stage", "Ray Data", f"{DATA_CPUS:g}", "0", "kept free")
+    shown.add_row("every stage", "Ray Data", f"{DATA_CPUS:g}", "0", "kept free", end_section=True)
+    if nodes:
+        cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+        where = f"{len(nodes)} node{'s' * (len(nodes) > 1)}{', and grows' * config.cluster.grows}"
+        shown.add_row("there are", where, f"{cpus:g}", f"{gpus:g}", config.cluster.address or "this machine")
     shown.caption = (
         f"rounds {config.rounds}: {' + '.join(config.align) or 'no alignment'} · N = {config.rollout.n} · "
         f"ZeRO {config.learner.zero_stage} · dtype {config.reasoner.dtype} · {config.reasoner.model} on "

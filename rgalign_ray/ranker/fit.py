@@ -125,6 +125,7 @@ class Fit:
         self.average = _moving_average(self.model, settings.ema_decay)
         self.progress = Progress()
         self.best = _copy(self.model)
+        self.after_step: Callable[[], None] = lambda: None
 
     def run(self, after_epoch: Callable[[Fit], None] = lambda fit: None) -> dict[str, Any]:
         """Trains to the end, keeps the best epoch's weights, and returns the figures."""
@@ -223,6 +224,7 @@ class Fit:
         for step, (start, end) in enumerate(pairwise(bounds)):
             sessions = min(size, len(self.keys) - step * size)
             total += self._step(rows, reads, slice(start, end), (epoch, step), sessions)
+            self.after_step()
         return float(self.group.add_(total)) / len(self.keys)
 
     def _step(self, rows: Rows, reads: np.ndarray, part: slice, at: tuple[int, int], sessions: int) -> float:

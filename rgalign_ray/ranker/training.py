@@ -34,7 +34,6 @@ import ray.data
 import ray.train
 import torch
 from ray.train import DataConfig
-from ray.train.torch import TorchConfig
 
 from rgalign_ray import config, ray_metrics, ray_train, storage
 from rgalign_ray.errors import ConfigError, DataError
@@ -60,7 +59,6 @@ BLOCKS_PER_WORKER = 4
 """Blocks are dealt whole, so that workers' loads differ by at most one of this many."""
 CHECKPOINT_EVERY_S = 30.0
 """At most one checkpoint in this time, at the end of an epoch: a killed worker costs that, and the epoch in work."""
-COLLECTIVE_DEADLINE_S = 600
 STATE = "state.pt"
 
 
@@ -188,9 +186,7 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
         worker_config,
         settings,
         section="ranker",
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo", timeout_s=COLLECTIVE_DEADLINE_S
-        ),
+        backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo",
         storage_uri=job.storage_uri,
         name=job.run_name,
         datasets={DATASET: dataset},
@@ -216,22 +212,23 @@ class _WholeBlocks(DataConfig):
         return output
 
 
-def _worker(worker_config: dict[str, Any]) -> dict[str, Any]:
+def _worker(worker_config: dict[str, Any], alive: ray_train.Alive) -> dict[str, Any]:
     """Runs in every worker; only rank 0's return value is used."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
     started = time.monotonic()
     shard = ray.train.get_dataset_shard(DATASET)
-    blocks = held(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return _train_all(blocks, worker_config, _checkpoint(), partial(_Reporter, started))
+    blocks = held(shard.iter_batches(batch_size=None, batch_format="pyarrow"), alive)
+    return _train_all(blocks, worker_config, _checkpoint(), partial(_Reporter, started), alive)
 
 
-def held(batches: Iterable[pa.Table]) -> list[pa.Table]:
+def held(batches: Iterable[pa.Table], alive: ray_train.Alive = lambda: None) -> list[pa.Table]:
     """The batches in memory of this process, but for empty ones.
 
     What Ray hands out lies in the object store: kept there, it would fill the store and have the rest spilt to disk.
     """
     found = []
     for batch in batches:
+        alive()
         if batch.num_rows:
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, batch.schema) as stream:
@@ -245,6 +242,7 @@ def _train_all(
     worker_config: dict[str, Any],
     checkpoint: dict[str, Any] | None = None,
     reporter: Callable[[str, dict[str, Any]], Callable[[Fit], None]] = lambda name, results: lambda fit: None,
+    alive: ray_train.Alive = lambda: None,
 ) -> dict[str, Any]:
     """Trains one ranker after another on this process's blocks.
 
@@ -270,6 +268,7 @@ def _train_all(
                 return {"data_error": str(error)}
             if checkpoint.get("name") == spec.name:
                 fit.resume(checkpoint["fit"])
+            fit.after_step = alive
             figures = fit.run(reporter(spec.name, results))
             results[spec.name] = {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
     return results

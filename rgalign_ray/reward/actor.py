@@ -11,9 +11,9 @@ model ensembles, Coste et al. 2024: what one of them is wrong about, the others 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class RewardModel:
         for ranker in [*chain(*self.judges), *([self.auditor.ranker] if self.auditor else [])]:
             ranker.require(space_version=self.first.meta.space_version, intent_ids=self.catalogue.ids)
 
-    def score(self, sessions: pa.Table, rollouts_uri: str, embeddings_uri: str) -> tuple[pa.Table, np.ndarray]:
+    def score(self, sessions: pa.Table, rollouts_uri: str, embeddings_uri: str) -> pa.Table:
         """Judges the rollouts of one unit.
 
         Args:
@@ -101,9 +101,7 @@ class RewardModel:
             rollouts_uri, embeddings_uri: the unit's two files.
 
         Returns:
-            scored: `schema.SCORED`, a row per rollout, by session and sample.
-            judged: float64 [sessions, N, 2], the reward and what the last judge says; nan for invalid rollouts.
-                Sessions stand as in `scored`.
+            `schema.SCORED`, a row per rollout, by session and sample.
 
         Raises:
             DataError: when the embeddings are of another reasoner version than a judge was trained on.
@@ -121,14 +119,14 @@ class RewardModel:
             *(self._by_fold(judge, fold, batch, labels, unit.embeddings) for judge in self.judges), strict=True
         )
         reward, null = np.mean(rewards[:-1], axis=0), np.mean(nulls[:-1], axis=0)
-        judged = np.where(valid[..., None], np.stack([reward, rewards[-1]], axis=-1), np.nan)
+        reward, second = (np.where(valid, said, np.nan) for said in (reward, rewards[-1]))
         audit = np.full(valid.shape, np.nan)
         if self.auditor:
             asked = self.auditor.rewards(sessions, rollouts["query"].to_pylist(), self.catalogue, self.settings)
             audit = np.where(valid, asked, np.nan)
         ensembles = zip(*self.judges[:-1], strict=True)  # a tuple of rankers a fold
         versions = np.array(["+".join(ranker.meta.version for ranker in rankers) for rankers in ensembles])
-        return self._table(rollouts, judged[..., 0], null, audit, versions[fold]), judged
+        return self._table(rollouts, reward, null, second, audit, versions[fold])
 
     def _by_fold(
         self,
@@ -151,15 +149,21 @@ class RewardModel:
 
     @staticmethod
     def _table(
-        rollouts: pa.Table, reward: np.ndarray, null: np.ndarray, audit: np.ndarray, versions: np.ndarray
+        rollouts: pa.Table,
+        reward: np.ndarray,
+        null: np.ndarray,
+        second: np.ndarray,
+        audit: np.ndarray,
+        versions: np.ndarray,
     ) -> pa.Table:
         uplift = reward - null[:, None]
         return pa.table(
             [
                 *(rollouts[name] for name in ("session_id", "sample", "query")),
-                pa.array(reward.ravel(), pa.float32(), from_pandas=True),
-                pa.array(uplift.ravel(), pa.float32(), from_pandas=True),
-                pa.array(audit.ravel(), pa.float32(), from_pandas=True),
+                *(
+                    pa.array(values.ravel(), pa.float32(), from_pandas=True)
+                    for values in (reward, uplift, second, audit)
+                ),
                 rollouts["fault"].is_null(),
                 rollouts["fault"],
                 pa.array(versions.repeat(reward.shape[1])),
@@ -181,27 +185,27 @@ Request = tuple[pa.Table, str, str]
 
 
 def score_all(
-    actor: Any, requests: Iterable[Request], in_flight: int = 4, deadline_s: float = DEADLINE_S
-) -> Iterator[tuple[Request, pa.Table, np.ndarray]]:
-    """Requests and what `RewardModel.score` says to them, in their order, with at most `in_flight` at the actor.
+    actors: Sequence[Any], requests: Iterable[Request], in_flight: int = 2, deadline_s: float = DEADLINE_S
+) -> Iterator[tuple[Request, pa.Table]]:
+    """Requests and what `RewardModel.score` says to them, in their order, with at most `in_flight` at each actor.
 
     Raises:
         InfrastructureError: when one takes longer than its deadline, with what the actor was at.
     """
     waiting: deque[tuple[Request, Any, Any]] = deque()
-    for request in requests:
+    for actor, request in zip(cycle(actors), requests):
         waiting.append((request, actor.place.remote(), actor.score.remote(*request)))
-        if len(waiting) == in_flight:
+        if len(waiting) == in_flight * len(actors):
             done, place, call = waiting.popleft()
-            yield done, *_result(place, call, deadline_s)
+            yield done, _result(place, call, deadline_s)
     for done, place, call in waiting:
-        yield done, *_result(place, call, deadline_s)
+        yield done, _result(place, call, deadline_s)
 
 
-def _result(place: Any, call: Any, deadline_s: float) -> tuple[pa.Table, np.ndarray]:
+def _result(place: Any, call: Any, deadline_s: float) -> pa.Table:
     """The answer to a call; `place` is the call before it, which says where it is worked on."""
     try:
-        scored, judged = ray.get(call, timeout=deadline_s)
+        scored: pa.Table = ray.get(call, timeout=deadline_s)
     except GetTimeoutError:
         raise InfrastructureError(
             f"rewards: the reward model gave no answer for {deadline_s:.0f} s; the same command tries again. What it "
@@ -215,4 +219,4 @@ def _result(place: Any, call: Any, deadline_s: float) -> tuple[pa.Table, np.ndar
             "command tries again."
         ) from None
     ray_metrics.counter("reward_queries").inc(scored.num_rows)
-    return scored, judged
+    return scored

@@ -16,7 +16,6 @@ import ray
 import ray.train
 import torch
 from ray.train import WorkerGroupError
-from ray.train.torch import TorchConfig
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
@@ -24,8 +23,10 @@ from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.learner.training import TrainHost
 from rgalign_ray.ranker.group import Group
 
+DEADLINE_S = 10.0
 
-def dies(argument: dict[str, Any]) -> float:
+
+def dies(argument: dict[str, Any], alive: ray_train.Alive) -> float:
     """Rank 1 dies in its first tries: at once in some, in the others after both have met; rank 0 waits for it."""
     rank, tries = ray.train.get_context().get_world_rank(), Path(argument["tries"])
     if rank == 1:
@@ -40,7 +41,7 @@ def dies(argument: dict[str, Any]) -> float:
     return float(Group().sum(np.ones(1))[0])
 
 
-def raises(argument: dict[str, Any]) -> None:
+def raises(argument: dict[str, Any], alive: ray_train.Alive) -> None:
     """Rank 1 has a bug, which ends rank 0's connection too."""
     if ray.train.get_context().get_world_rank() == 1:
         with Path(argument["tries"]).open("a") as file:
@@ -49,7 +50,7 @@ def raises(argument: dict[str, Any]) -> None:
     Group().sum(np.ones(1))
 
 
-def interrupts(argument: dict[str, Any]) -> None:
+def interrupts(argument: dict[str, Any], alive: ray_train.Alive) -> None:
     """Ctrl-C at the driver, while both ranks are at work."""
     if ray.train.get_context().get_world_rank() == 0:
         os.kill(argument["driver"], signal.SIGINT)
@@ -57,7 +58,7 @@ def interrupts(argument: dict[str, Any]) -> None:
     threading.Event().wait(600)
 
 
-def keeps(argument: dict[str, Any]) -> tuple[int, int]:
+def keeps(argument: dict[str, Any], alive: ray_train.Alive) -> tuple[int, int]:
     """What counts as kept as soon as a learner's host has reported it, and in the end."""
     host = TrainHost(None, 0, lambda steps: None, 0.0, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +69,39 @@ def keeps(argument: dict[str, Any]) -> tuple[int, int]:
     return at_once, host.kept
 
 
-def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int = 0, **more: Any) -> Any:
+def hangs(argument: dict[str, Any], alive: ray_train.Alive) -> float:
+    """Rank 1 shows signs of life for longer than its deadline; in the first try it is silent then, and rank 0 waits."""
+    first = not Path(argument["tries"]).exists()
+    Group().sum(np.ones(1))
+    for _ in range(4):
+        alive()
+        time.sleep(DEADLINE_S / 2)
+    alive()
+    if first and ray.train.get_context().get_world_rank() == 1:
+        Path(argument["tries"]).touch()
+        is_stuck()
+    return float(Group().sum(np.ones(1))[0])
+
+
+def is_stuck() -> None:
+    threading.Event().wait(600)
+
+
+def run(
+    worker: Any,
+    folder: Path,
+    retries: int,
+    at_start: int = 0,
+    later: int = 0,
+    deadline_s: float = 600.0,
+    **more: Any,
+) -> Any:
     return ray_train.run(
         worker,
         {"tries": str(folder / "tries"), "at_start": at_start, "later": later, "driver": os.getpid()},
-        Trained(retries=retries),
+        Trained(retries=retries, deadline_s=deadline_s),
         section="ranker",
-        torch_config=TorchConfig(backend="gloo"),
+        backend="gloo",
         storage_uri=str(folder / "train"),
         name="fails",
         **more,
@@ -83,7 +110,9 @@ def run(worker: Any, folder: Path, retries: int, at_start: int = 0, later: int =
 
 @pytest.mark.slow
 def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_path: Path) -> None:
-    with pytest.raises(InfrastructureError, match=r"ranker: a training process died 2 times, with ranker\.retries = 1"):
+    with pytest.raises(
+        InfrastructureError, match=r"ranker: a training process died, or hung, 2 times, with ranker\.retries = 1"
+    ):
         run(dies, tmp_path, retries=1, at_start=1, later=9)
     assert (tmp_path / "tries").read_text() == "..", "deaths of both kinds count"
 
@@ -94,6 +123,17 @@ def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path)
     assert (tmp_path / "tries").read_text() == "..."
     held = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     assert not held, "what died has left its CPUs"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_started_again_and_what_it_was_at_is_kept(
+    ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(hangs, tmp_path, retries=1, deadline_s=DEADLINE_S) == 2.0
+    stacks = {file.stem.partition("-")[2]: file.read_text() for file in (tmp_path / "train/fails.stacks").iterdir()}
+    assert "in is_stuck" in stacks["rank-1"]
+    sentence = f"ranker: no step for {DEADLINE_S:g} s; what the processes were at stands in {tmp_path}/train/fails"
+    assert sentence in capfd.readouterr().err.replace("\n", "")
 
 
 @pytest.mark.slow

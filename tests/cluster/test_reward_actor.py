@@ -34,31 +34,36 @@ class Silent:
         time.sleep(600)
 
 
-def write(folder: Path, place: Path, in_flight: int, after_a_unit: Callable[[], object] = lambda: None) -> list[bytes]:
-    """What a reward model says to `UNITS`, as the files that it becomes."""
+def write(
+    folder: Path, place: Path, workers: int, in_flight: int, after_a_unit: Callable[[], object] = lambda: None
+) -> list[bytes]:
+    """What reward models say to `UNITS`, as the files that it becomes."""
     requests = []
     for number, ids in enumerate(UNITS):
         files = unit(folder / str(number), ids)[:2]
         requests.append((sessions_table(ids), *files))
-    model = actor.remote([[str(place / name)] for name in "ab"], str(place / "log"), config.Reward())
+    rankers = [[str(place / name)] for name in "ab"]
+    models = [actor.remote(rankers, str(place / "log"), config.Reward()) for _ in range(workers)]
     said = []
-    for (_, rollouts, _), scored, judged in actor.score_all(model, requests, in_flight):
+    for (_, rollouts, _), scored in actor.score_all(models, requests, in_flight):
         storage.write_table(f"{rollouts}.scored", scored)
-        said.append(Path(f"{rollouts}.scored").read_bytes() + judged.tobytes())
+        said.append(Path(f"{rollouts}.scored").read_bytes())
         if len(said) == 2:
             after_a_unit()
-    ray.kill(model)
+    for model in models:
+        ray.kill(model)
     return said
 
 
-@pytest.mark.parametrize("in_flight", [1, 4])
+@pytest.mark.parametrize(("workers", "in_flight"), [(1, 1), (1, 4), (2, 2)])
 def test_a_reward_model_that_is_killed_between_two_units_says_the_same(
-    place: Path, tmp_path: Path, in_flight: int
+    place: Path, tmp_path: Path, workers: int, in_flight: int
 ) -> None:
-    """With one in flight it has nothing in hand when it dies, with four the units that follow."""
+    """With one in flight it has nothing in hand when it dies, with more the units that follow."""
     killed: list[int] = []
-    quiet = write(tmp_path / "quiet", place, in_flight)
-    assert write(tmp_path / "killed", place, in_flight, lambda: killed.append(kills.kill("RewardModel"))) == quiet
+    quiet = write(tmp_path / "quiet", place, 1, 1)
+    dead = write(tmp_path / "killed", place, workers, in_flight, lambda: killed.append(kills.kill("RewardModel")))
+    assert dead == quiet
     assert len(quiet) == len(UNITS) and len(killed) == 1
 
 
@@ -67,5 +72,5 @@ def test_what_a_silent_reward_model_was_at_is_told() -> None:
     ray.get(model.place.remote(), timeout=60)
     requests = [(sessions_table(), "rollouts", "embeddings")]
     with pytest.raises(InfrastructureError, match=r"gave no answer for 8 s(.|\n)*line \d+ in score"):
-        list(actor.score_all(model, requests, deadline_s=8.0))
+        list(actor.score_all([model], requests, deadline_s=8.0))
     ray.kill(model)

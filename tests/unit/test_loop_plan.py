@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ def configs(draw: st.DrawFn) -> config.Config:
 def needed(chosen: config.Config) -> tuple[float, float]:
     """Most CPUs (one of them for Ray Data) and GPUs that a stage holds."""
     pools = [chosen.encode, chosen.rollout, chosen.ranker, chosen.learner]
-    cpus = [pool.workers * pool.cpus_per_worker for pool in pools] + [chosen.reward.cpus]
+    cpus = [pool.workers * pool.cpus_per_worker for pool in pools] + [chosen.reward.workers * chosen.reward.cpus]
     gpus = [pool.workers * pool.gpus_per_worker for pool in (chosen.encode, chosen.rollout)]
     gpus += [pool.workers * pool.use_gpu for pool in (chosen.ranker, chosen.learner)]
     return max(cpus) + 1, max(gpus)
@@ -64,7 +65,7 @@ def test_a_plan_passes_exactly_where_its_largest_stage_fits(chosen: config.Confi
         ({"rollout": {"workers": 7}}, r"^rollout\.workers: 7 x 0\.5 CPUs .* make 4\.5; the cluster has 4\."),
         ({"encode": {"workers": 4, "cpus_per_worker": 1}}, r"^encode\.workers: 4 x 1 CPUs .* make 5; "),
         ({"ranker": {"workers": 2, "cpus_per_worker": 2}}, r"^ranker\.workers: 2 x 2 CPUs"),
-        ({"reward": {"cpus": 3.5}}, r"^reward\.cpus: 1 x 3\.5 CPUs"),
+        ({"reward": {"workers": 1, "cpus": 3.5}}, r"^reward\.workers: 1 x 3\.5 CPUs"),
         ({"learner": {"use_gpu": True}}, r"^learner\.workers: 2 x 1 GPUs for learners make 2; the cluster has 1\."),
         (
             {"align": ["grpo"], "grpo": {"sampler": "pool"}, "rollout": {"workers": 4}},
@@ -96,10 +97,10 @@ def test_workers_bound_to_nodes_must_fit_on_those() -> None:
 
 
 def test_one_worker_must_fit_on_one_node() -> None:
-    chosen = config.validate({"reward": {"cpus": 3}})
+    chosen = config.validate({"reward": {"workers": 1, "cpus": 3}})
     small = [plan.Node({}, 1, 0)] * 8
     plan.check_cluster(chosen, [*small, plan.Node({}, 3, 0)])
-    sentence = r"^reward\.cpus: one reward model asks for 3 CPUs on one node, and none of the 8 nodes has that\.$"
+    sentence = r"^reward\.workers: one reward model asks for 3 CPUs on one node, and none of the 8 nodes has that\.$"
     with pytest.raises(ConfigError, match=sentence):
         plan.check_cluster(chosen, small)
     apart = config.validate({"encode": {"gpus_per_worker": 1, "workers": 1, "node_labels": {"a": "b"}}})
@@ -146,11 +147,12 @@ def test_every_configuration_of_the_package_can_be_planned() -> None:
     for name in config.available():
         chosen = config.load(name)
         out = io.StringIO()
-        Console(file=out, width=200).print(plan.table(chosen))
+        Console(file=out, width=200).print(plan.table(chosen, [plan.Node({}, 6, 1), plan.Node({}, 5, 0)]))
         for ask in plan.asks(chosen):
             assert ask.key in out.getvalue()
             assert f"{ask.count} x {ask.worker}" in out.getvalue()
         assert f"N = {chosen.rollout.n}" in out.getvalue()
+        assert re.search(r"there are .* 2 nodes.* 11 .* 1 ", out.getvalue())
         plan.check(chosen, 1e6, 1e6)
     for name in ("demo", "smoke"):
         plan.check(config.load(name), 2, 0)

@@ -152,13 +152,15 @@ def test_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cluster_that_jobs_are_submitted_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = settings(tmp_path, reward={"cpus": 3}, cluster={"num_cpus": 1})
+    chosen = settings(tmp_path, reward={"workers": 1, "cpus": 3}, cluster={"num_cpus": 1})
     node = SimpleNamespace(state="ALIVE", labels={}, resources_total={"CPU": 2.0})
     monkeypatch.setattr(jobs, "JobSubmissionClient", lambda address: SimpleNamespace(get_address=lambda: address))
     monkeypatch.setattr(jobs, "list_nodes", lambda **_: [node] * 4)
     *others, last = doctor.examine(chosen, "http://there")
     assert {finding.state for finding in others} <= {"ok", "warning"}, "this machine need not hold it"
-    assert last.state == "failure" and last.what.startswith("reward.cpus: one reward model asks for 3 CPUs on one node")
+    assert last.state == "failure" and last.what.startswith(
+        "reward.workers: one reward model asks for 3 CPUs on one node"
+    )
     node.resources_total["CPU"] = 4.0
     assert [*doctor.examine(chosen, "http://there")][-1].state == "ok"
 

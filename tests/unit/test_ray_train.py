@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.torch import TorchConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
@@ -18,10 +17,11 @@ from rgalign_ray.errors import InfrastructureError
 KILLED = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
 AT_WORK = WorkerGroupError("rank 0", {0: WorkerHealthCheckFailedError("no answer", KILLED)})
 AS_IT_STARTS = ControllerError(KILLED)
+STOPPED = WorkerGroupError("rank 0", {0: WorkerHealthCheckTimeoutError("no answer")})
 
 
-@pytest.mark.parametrize("error", [AT_WORK, AS_IT_STARTS])
-def test_a_process_that_the_memory_monitor_kills_is_started_again(
+@pytest.mark.parametrize("error", [AT_WORK, AS_IT_STARTS, STOPPED], ids=["killed", "killed as it starts", "stopped"])
+def test_a_process_that_is_killed_or_stopped_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     met = [error, error]
@@ -43,12 +43,14 @@ def test_a_process_that_the_memory_monitor_kills_is_started_again(
             {},
             Trained(retries=retries),
             section="ranker",
-            torch_config=TorchConfig(),
+            backend="gloo",
             storage_uri=str(tmp_path),
             name="killed",
         )
 
-    with pytest.raises(InfrastructureError, match=r"ranker: a training process died 2 times, with ranker\.retries = 1"):
+    with pytest.raises(
+        InfrastructureError, match=r"ranker: a training process died, or hung, 2 times, with ranker\.retries = 1"
+    ):
         run(retries=1)
     met.append(error)
     assert run(retries=1) == "done"

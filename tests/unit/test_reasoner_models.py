@@ -52,6 +52,19 @@ def test_a_model_that_would_be_sampled_wrongly_is_refused(made: PretrainedConfig
         models.load_base(config.Reasoner(model=str(tmp_path), dtype="float32"))
 
 
+@pytest.mark.parametrize(("half", "chosen"), [(0.5, "bfloat16"), (0.95, "float32"), (7.0, "float32")])
+def test_a_precision_is_chosen_by_what_it_takes_on_this_machine(
+    half: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_product_s", {torch.float32: 1.0, torch.bfloat16: half}.__getitem__)
+    assert models.settle(config.Reasoner(dtype="auto", device="cpu")).dtype == chosen
+    assert models.settle(config.Reasoner(dtype="float32", device="cpu")).dtype == "float32"
+
+
+def test_products_are_timed_in_the_precision_that_is_asked_for() -> None:
+    assert 0 < models._product_s(torch.float32) < 1
+
+
 def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path))
     find = importlib.util.find_spec

@@ -144,19 +144,23 @@ def unit(
     return str(folder / "rollouts.parquet"), str(folder / "embeddings.parquet"), vectors[:, :N]
 
 
+def values(column: pa.ChunkedArray) -> np.ndarray:
+    """nan where it is null."""
+    return column.to_numpy(zero_copy_only=False)
+
+
 @pytest.mark.parametrize("kind", ["logprob", "ndcg"])
 def test_a_unit_is_judged_as_each_query_would_be_alone(place: Path, tmp_path: Path, kind: str) -> None:
     *files, vectors = unit(tmp_path)
     model = reward_model(place, kind=kind, k=2)
     reward = functions.logprob if kind == "logprob" else partial(functions.ndcg, k=2)
-    scored, judged = model.score(sessions_table(), *files)
+    scored = model.score(sessions_table(), *files)
     schema.check(scored.schema, schema.SCORED, "scored")
     assert scored["session_id"].to_pylist() == [i for i in sorted(SESSIONS) for _ in range(N)]
     assert scored["sample"].to_pylist() == list(range(N)) * len(SESSIONS)
     assert scored["query"].to_pylist() == [f"{s}/{n}" for s in sorted(SESSIONS) for n in range(N)]
     assert scored["ranker_version"].unique().to_pylist() == [model.judges[0][0].meta.version]
-    assert judged.shape == (len(SESSIONS), N, 2)
-    for number, (judge,) in enumerate(model.judges):
+    for column, (judge,) in zip(("reward", "second"), model.judges, strict=True):
         for row, session in enumerate(sorted(SESSIONS)):
             batch = examples(sessions_table([session]), judge.space, Catalogue.load(str(place / "log")))
             mask = batch["candidates"] >= 0
@@ -165,10 +169,9 @@ def test_a_unit_is_judged_as_each_query_would_be_alone(place: Path, tmp_path: Pa
                 given = None if vector is None else torch.from_numpy(vector[None].astype(np.float32))
                 scores = judge.model(to_batch(batch), given).numpy()[:, None]
                 rewards.append(float(reward(scores, batch["clicks"], mask)[0, 0]))
-            np.testing.assert_allclose(judged[row, :, number], rewards[:-1], atol=1e-4)
-            if number == 0:
-                part = scored.slice(row * N, N)
-                np.testing.assert_allclose(part["reward"].to_numpy(), rewards[:-1], atol=1e-4)
+            part = scored.slice(row * N, N)
+            np.testing.assert_allclose(part[column].to_numpy(), rewards[:-1], atol=1e-4)
+            if column == "reward":
                 np.testing.assert_allclose(part["uplift"].to_numpy(), np.array(rewards[:-1]) - rewards[-1], atol=1e-4)
     assert scored["reward"].null_count == N, "no click, no reward"
 
@@ -176,18 +179,16 @@ def test_a_unit_is_judged_as_each_query_would_be_alone(place: Path, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["logprob", "ndcg"])
 def test_a_faulty_query_gets_no_reward_and_spoils_no_other(place: Path, tmp_path: Path, kind: str) -> None:
     faults = {("s1", 0): "loop", ("s2", 2): "non_finite", ("s2", 1): "empty"}
-    whole, sound = reward_model(place, kind=kind).score(sessions_table(), *unit(tmp_path)[:2])
-    scored, judged = reward_model(place, kind=kind).score(sessions_table(), *unit(tmp_path, faults=faults)[:2])
+    whole = reward_model(place, kind=kind).score(sessions_table(), *unit(tmp_path)[:2])
+    scored = reward_model(place, kind=kind).score(sessions_table(), *unit(tmp_path, faults=faults)[:2])
     for row, (session, sample) in enumerate((s, n) for s in sorted(SESSIONS) for n in range(N)):
         found = scored.slice(row, 1).to_pylist()[0]
         fault = faults.get((session, sample))
         assert (found["valid"], found["reason"]) == (fault is None, fault)
         if fault is None:
             assert found == whole.slice(row, 1).to_pylist()[0]
-            np.testing.assert_array_equal(judged[row // N, sample], sound[row // N, sample])
         else:
-            assert found["reward"] is None and found["uplift"] is None
-            assert np.isnan(judged[row // N, sample]).all()
+            assert {found[name] for name in ("reward", "uplift", "second")} == {None}
 
 
 def test_a_query_that_says_nothing_more_than_none_has_no_uplift(
@@ -197,7 +198,7 @@ def test_a_query_that_says_nothing_more_than_none_has_no_uplift(
         return self.query_tower(embedding, torch.ones_like(is_null))
 
     monkeypatch.setattr(QERec, "queries", deaf)
-    scored, _ = reward_model(place).score(sessions_table(), *unit(tmp_path)[:2])
+    scored = reward_model(place).score(sessions_table(), *unit(tmp_path)[:2])
     uplift = scored["uplift"].drop_null().to_numpy()
     assert len(uplift) == N * (len(SESSIONS) - 1)
     np.testing.assert_allclose(uplift, 0.0, atol=1e-6)
@@ -209,28 +210,24 @@ def test_each_fold_of_users_is_judged_by_the_ranker_that_has_not_seen_it(place: 
     table = table.append_column("user_id", pa.array([f"user-{i}" for i in range(len(table))]))
     fold = fold_of(table.sort_by("session_id")["user_id"].to_pylist(), 2)
     assert set(fold) == {0, 1}, "both folds have a session"
-    crossed, judged = reward_model(place, "ab ba").score(table, *files)
+    crossed = reward_model(place, "ab ba").score(table, *files)
     alone = [reward_model(place, f"{name} {name}").score(table, *files) for name in "ab"]
     for row, number in enumerate(fold):
-        np.testing.assert_allclose(judged[row, :, 0], alone[number][1][row, :, 0], atol=1e-6)
-        np.testing.assert_allclose(judged[row, :, 1], alone[1 - number][1][row, :, 0], atol=1e-6)
-        expected = alone[number][0].slice(row * N, N)
-        assert crossed.slice(row * N, N)["ranker_version"].equals(expected["ranker_version"])
-        uplift, other = (it["uplift"].to_numpy(zero_copy_only=False) for it in (crossed.slice(row * N, N), expected))
-        np.testing.assert_allclose(uplift, other, atol=1e-6)
+        found, own, other = (it.slice(row * N, N) for it in (crossed, alone[number], alone[1 - number]))
+        assert found["ranker_version"].equals(own["ranker_version"])
+        for column, expected in (("reward", own["reward"]), ("uplift", own["uplift"]), ("second", other["reward"])):
+            np.testing.assert_allclose(values(found[column]), values(expected), atol=1e-6)
 
 
 def test_of_several_judges_the_mean_is_the_reward_and_the_last_measures_it(place: Path, tmp_path: Path) -> None:
     files = unit(tmp_path)[:2]
     a, b = (reward_model(place, f"{name} {name}").score(sessions_table(), *files) for name in "ab")
-    scored, judged = reward_model(place, "a b a").score(sessions_table(), *files)
-    assert judged.shape == (len(SESSIONS), N, 2)
-    np.testing.assert_allclose(judged[..., 0], (a[1][..., 0] + b[1][..., 0]) / 2, atol=1e-9)
-    np.testing.assert_array_equal(judged[..., 1], a[1][..., 0])
+    scored = reward_model(place, "a b a").score(sessions_table(), *files)
+    np.testing.assert_array_equal(values(scored["second"]), values(a["reward"]))
     for name in ("reward", "uplift"):
-        found, one, other = (table[name].to_numpy(zero_copy_only=False) for table in (scored, a[0], b[0]))
+        found, one, other = (values(table[name]) for table in (scored, a, b))
         np.testing.assert_allclose(found, (one + other) / 2, atol=1e-5)
-    versions = "+".join(each[0]["ranker_version"][0].as_py() for each in (a, b))
+    versions = "+".join(each["ranker_version"][0].as_py() for each in (a, b))
     assert scored["ranker_version"].unique().to_pylist() == [versions]
 
 
