@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rgalign_ray import __version__
-from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, is_no_space, refused_by_storage
+from rgalign_ray.errors import (
+    ConfigError,
+    InfrastructureError,
+    UserError,
+    is_full_store,
+    is_no_space,
+    refused_by_storage,
+)
 from rgalign_ray.ops.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -513,6 +520,8 @@ def main() -> None:
     except Exception as error:
         if is_no_space(error):
             told = "no space is left on the disk; free some, and the same command goes on."
+        elif is_full_store(error):
+            told = "cluster.object_store_mb: Ray's object store is too small; raise it, and the same command goes on."
         elif said := refused_by_storage(error):
             told = f"storage: {said} Its keys and its address come from the environment; the same command goes on."
         else:

@@ -49,8 +49,24 @@ def first_line(error: BaseException) -> str:
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether a full disk, or a used-up quota, is behind an error, wherever in the cluster it was met."""
-    return any(isinstance(each, OSError) and each.errno in NO_SPACE for each in _behind(error))
+    """Whether a full disk, or a used-up quota, is behind an error, wherever in the cluster it was met.
+
+    Ray meets one as it puts on disk what does not fit into its object store.
+    """
+    return any(
+        (isinstance(each, OSError) and each.errno in NO_SPACE) or _is_rays(each, "OutOfDiskError")
+        for each in _behind(error)
+    )
+
+
+def is_full_store(error: BaseException) -> bool:
+    """Whether Ray's object store, which holds what goes between processes, had no room for one object."""
+    return any(_is_rays(each, "ObjectStoreFullError") for each in _behind(error))
+
+
+def _is_rays(error: BaseException, name: str) -> bool:
+    """By its name, since `ray` is not imported for the sake of errors that it has not raised."""
+    return type(error).__name__ == name and type(error).__module__ == "ray.exceptions"
 
 
 def refused_by_storage(error: BaseException) -> str | None:

@@ -212,6 +212,11 @@ class Keeper:
         try:
             ray.get(call, timeout=POLL_S)
         except (RayActorError, OutOfMemoryError) as error:  # the last from Ray's memory monitor
+            if isinstance(error, RayTaskError):  # it lives, and met the death of another
+                raise InfrastructureError(
+                    f"RG-GRPO: the judge, or the stream of groups, died for good ({first_line(error)}); the same "
+                    "command tries again."
+                ) from None
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise
             self._lose(call, f"died ({first_line(error)})")

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray._private.internal_api import memory_summary
 from ray.exceptions import RayError
 
 from rgalign_ray.errors import DataError
@@ -86,22 +89,48 @@ def test_rows_come_in_the_order_of_files_and_with_day_and_region(log: Path) -> N
     ]
 
 
-def test_a_log_larger_than_the_object_store_comes_whole_and_in_order(tmp_path: Path) -> None:
-    folder = tmp_path / "sessions/dt=2026-01-01/region=MY"
+def large_log(place: Path, files: int) -> list[tuple[str, int]]:
+    """Writes a log of 20 MB a file, and returns its sessions and how long their texts are."""
+    folder = place / "sessions/dt=2026-01-01/region=MY"
     folder.mkdir(parents=True)
-    files, rows, text = 16, 500, "x" * 40_000
+    rows, text = 500, "x" * 40_000
     for number in range(files):
         names = [f"{number:02d}/{row:03d}" for row in range(rows)]
         table = pa.table({"session_id": names, "text": [text] * rows})
         pq.write_table(table, folder / f"part-{number:05d}.parquet")  # small on disk, since it repeats itself
-    assert files * table.nbytes > ray.cluster_resources()["object_store_memory"]
-    dataset = stream.sessions(str(tmp_path), columns=["session_id", "text"])
-    came = [
+    return [(f"{number:02d}/{row:03d}", len(text)) for number in range(files) for row in range(rows)]
+
+
+def came(place: Path) -> list[tuple[str, int]]:
+    dataset = stream.sessions(str(place), columns=["session_id", "text"])
+    return [
         (name, len(text))
         for batch in stream.batches(dataset, rows=100)
         for name, text in zip(batch["session_id"].to_pylist(), batch["text"].to_pylist(), strict=True)
     ]
-    assert came == [(f"{number:02d}/{row:03d}", len(text)) for number in range(files) for row in range(rows)]
+
+
+def test_a_log_larger_than_the_object_store_comes_whole_and_in_order(tmp_path: Path) -> None:
+    written = large_log(tmp_path, files=16)
+    assert sum(size for _, size in written) > ray.cluster_resources()["object_store_memory"]
+    assert came(tmp_path) == written
+
+
+def test_a_log_comes_whole_where_others_fill_the_object_store(tmp_path: Path) -> None:
+    written = large_log(tmp_path, files=4)
+    room = int(ray.cluster_resources()["object_store_memory"])
+    before = spilled_objects()
+    held = [ray.put(np.full(room // 8, number, np.uint8)) for number in range(10)]
+    assert came(tmp_path) == written
+    assert spilled_objects() > before, "what did not fit lies on disk"
+    for number, one in enumerate(held):
+        assert (ray.get(one, timeout=60) == number).all()
+
+
+def spilled_objects() -> int:
+    """How many objects Ray has put on disk, since it started."""
+    found = re.search(r"Spilled \d+ MiB, (\d+) objects", memory_summary(stats_only=True))
+    return int(found[1]) if found else 0
 
 
 def test_a_log_without_sessions_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring, training
 from rgalign_ray.ranker.embeddings import Embeddings
+from rgalign_ray.ray_train import Alive
 
 pytestmark = pytest.mark.cluster
 
@@ -179,7 +180,7 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
     whole = _train(log, tmp_path / "a", local=True)
     flag = tmp_path / "died"
 
-    def dies_once(worker_config: dict) -> dict:  # runs in the worker, which imports the package afresh
+    def dies_once(worker_config: dict, alive: Alive) -> dict:  # runs in the worker, which imports the package afresh
         from rgalign_ray.ranker import training as inside
 
         report = inside._Reporter.__call__
@@ -194,7 +195,7 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
                 (flag.parent / f"epoch-{fit.progress.epoch}").touch()
 
         inside._Reporter.__call__ = report_and_die  # type: ignore[method-assign]
-        return inside._worker(worker_config)
+        return inside._worker(worker_config, alive)
 
     monkeypatch.setattr(training, "_worker", dies_once)
     one_worker = SETTINGS.model_copy(update={"workers": 1})

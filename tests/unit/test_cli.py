@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from logs_data import INTENTS, SPEC, session, table, write
+from ray.exceptions import ObjectStoreFullError
 
 from rgalign_ray import __version__, cli, config
 from rgalign_ray.errors import DataError, InfrastructureError
@@ -119,6 +120,12 @@ def test_a_full_disk_is_one_line_and_exit_code_4(
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: no space is left on the disk; free some, and the same command goes on."
     )
+
+
+def test_a_full_object_store_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(ObjectStoreFullError("1 GB"), monkeypatch)
+    assert run(["config"], monkeypatch) == 4
+    assert capsys.readouterr().err.startswith("error: cluster.object_store_mb: Ray's object store is too small")
 
 
 def test_a_fault_of_an_input_exits_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

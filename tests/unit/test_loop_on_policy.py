@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 from learner_data import OBJECTIVES, task
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from rgalign_ray import config
 from rgalign_ray.errors import InfrastructureError
@@ -42,3 +42,18 @@ def test_a_sampler_that_the_memory_monitor_kills_has_died(tmp_path: Any, monkeyp
     sentence = r"sampler sampler-0' died \(the node is low on memory\); death 2, with rollout\.retries = 1\."
     with pytest.raises(InfrastructureError, match=sentence):
         keeper._ended("call")
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("the node is low on memory")], ids=repr)
+def test_the_death_of_the_judge_is_not_that_of_the_sampler_who_asked_it(
+    error: Exception, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(call: str, timeout: float) -> None:
+        raise RayTaskError("work", "", error).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    keeper = Keeper(task(tmp_path, tmp_path, OBJECTIVES["grpo"]), config.Config(), [], None, None, "")
+    keeper._at_work["call"] = _Member("sampler-0", None, None)
+    with pytest.raises(InfrastructureError, match=r"^RG-GRPO: the judge, or the stream of groups, died for good \("):
+        keeper._ended("call")
+    assert keeper.deaths == 0
