@@ -145,7 +145,8 @@ class Diagnosis(Part):
     common: float
     """Share of all squared movement of e(x) that is the same for every session, and counts nothing in `moved`."""
     read: float
-    """Validation GAUC of the retrained ranker through e(x) above that through the null query."""
+    """GAUC of the retrained ranker on the test sessions above that with every session's query exchanged with another
+    user's."""
 
 
 class Written(Part):

@@ -260,7 +260,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     if row.reads == "reasoner":
         figures["wrote"] = alignments.examples(run, test, run.uri(*embeddings))
     if alignments.tells(row):
-        found = evaluate_stages.diagnosis_of(run, 1, test.ids, figures["gauc_by_readout"], row.title)
+        found = evaluate_stages.diagnosis_of(run, 1, test, rung, judged, row.title)
         figures["diagnosis"] = found.model_dump()
     return Outcome({"test sessions": len(test.ids)}, figures)
 

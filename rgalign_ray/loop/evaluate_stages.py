@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -91,10 +91,8 @@ def evaluate(run: Run, out: str) -> Outcome:
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "query_variance": {rung.name: test.between_session_variance(rung) for rung in ladder if rung.embeddings},
         "diagnoses": [
-            diagnosis_of(
-                run, r, test.ids, run.manifest(f"rankers_{r}").figures["qe_rec"]["gauc_by_readout"], f"Round {r}"
-            ).model_dump()
-            for r in range(1, run.config.rounds + 1)
+            diagnosis_of(run, r, test, rung, judged[rung.name], f"Round {r}").model_dump()
+            for r, rung in enumerate(ladder[-run.config.rounds :], 1)
         ],
         "examples": [example.model_dump() for example in _examples(run, test, judged, queries)],
     }
@@ -105,14 +103,18 @@ def evaluate(run: Run, out: str) -> Outcome:
     )
 
 
-def diagnosis_of(run: Run, round_: int, ids: list[str], gauc_by_readout: Mapping[str, float], name: str) -> Diagnosis:
-    """Where a round's alignment is lost, on the sessions `ids`, and by its retrained ranker's figures."""
-    keys = session_keys(ids)
+def diagnosis_of(run: Run, round_: int, test: TestSessions, rung: Rung, judged: Judged, name: str) -> Diagnosis:
+    """Where a round's alignment is lost; `rung` is the ranker that was trained on it, and `judged` what it is worth."""
+    keys = session_keys(test.ids)
     readings = [run.uri(f"embeddings_{r}") for r in (round_ - 1, round_)]
     wrote_before, wrote_after = (written_queries(uri) for uri in readings)
     before, after = (Embeddings.load(uri).lookup(keys, "prompt")[0] for uri in readings)
     gate = run.manifest(f"rewards_{round_}").figures["gate"]
-    return diagnose(name, gate, (wrote_before, wrote_after), (before, after), gauc_by_readout)
+    other = test.judge(test.score(replace(rung, query="shuffled")))
+    read = paired_bootstrap(
+        judged.values["GAUC"], other.values["GAUC"], test.users, weights=judged.weights["GAUC"], repetitions=1
+    ).mean
+    return diagnose(name, gate, (wrote_before, wrote_after), (before, after), read)
 
 
 def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: Queries) -> list[Example]:
