@@ -30,7 +30,8 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     """Writes and prints the comparison of all seeds in some run directories, of the rows that `config` names.
 
     Args:
-        config: which rows, how intervals are made, and where the comparison is written (its run directory).
+        config: which rows, how intervals are made, and where the comparison is written (its run directory). All else is
+            as the seeds were made.
         places: run directories of `compare`, or of parts of it.
 
     Raises:
@@ -44,6 +45,9 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     if twice:
         raise ConfigError(f"--from: seed {twice[0]} stands in two of the places; name each seed once.")
     agree(found)
+    first = next(storage.join(place, f"{SEED}{seed}") for place, those in found.items() for seed in those)
+    asked = {name: getattr(config, name) for name in (*APART, "evaluate")}
+    config = validate(storage.read_json(storage.join(first, "config.json"))).model_copy(update=asked)
     jobs = [job for place, those in found.items() for job in runs_in(config, place, those, rows)]
     jobs.sort(key=lambda job: job.config.seed)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})

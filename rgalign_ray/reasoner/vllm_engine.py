@@ -117,6 +117,8 @@ def _start(settings: config.Reasoner) -> Any:
             f"reasoner.engine: vllm cannot be loaded here ({error}); install it, or name the interpreter of an "
             "environment that has it by reasoner.vllm.python."
         ) from None
+    from vllm.platforms import current_platform
+
     return LLM(
         model=models.resolve(settings.model),
         dtype=models.settle(settings).dtype,
@@ -128,4 +130,6 @@ def _start(settings: config.Reasoner) -> Any:
         enforce_eager=not settings.vllm.compiled,
         disable_log_stats=True,
         seed=0,
+        # in parts it would turn back a seeded generator, which those of CPUs cannot
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
     )

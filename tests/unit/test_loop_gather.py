@@ -59,6 +59,13 @@ def test_a_seed_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> 
     assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
 
 
+def test_what_is_told_of_seeds_is_how_they_were_made(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0, reasoner={"model": "tiny"})
+    report = told(tmp_path, [tmp_path / "here"])
+    assert report.facts["reasoner"] == report.config["reasoner"]["model"] == "tiny"
+    assert report.config["evaluate"]["bootstrap"] == 100 and report.config["run_dir"] == str(tmp_path / "together")
+
+
 def test_a_seed_is_told_of_once(tmp_path: Path) -> None:
     for place in ("here", "there"):
         made(tmp_path / place, 0)

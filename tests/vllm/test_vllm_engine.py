@@ -78,6 +78,14 @@ def test_equal_seeds_write_equal_queries_and_others_do_not(engine, prompts: Prom
             assert (one.completion_ids[-1] in engine.stop_ids) == (one.finish == "stop")
 
 
+def test_more_prompts_than_one_step_takes_are_sampled_by_their_seeds(engine, prompts: Prompts) -> None:
+    texts = [f"order {number}; " + TEXTS[0] * 6 for number in range(40)]
+    many = Prompts(prompts.prefix, texts, prompts.suffix)
+    groups = sample(engine, many, [[number, number + 1] for number in range(40)])
+    assert sum(len(group.prompt_ids) for group in groups) > 4096, "vLLM's own bound for a CPU"
+    assert all(len(group.samples) == 2 for group in groups)
+
+
 def test_what_it_samples_is_read_as_transformers_reads_it(engine, reader: TransformersEngine, prompts: Prompts) -> None:
     groups = sample(engine, prompts, seeds(1))
     np.testing.assert_allclose(np.stack([group.embedding for group in groups]), reader.embed(prompts), atol=2e-2)
