@@ -7,6 +7,7 @@
     float32   ours in the same precision: the implementation alone
     ours      ours in the precision that this machine is given by `reasoner.dtype: auto`
     vllm      vLLM's own `LLM.generate` with n=N in the same precision, prompts in one call, prefix caching on
+    compiled  the same with `reasoner.vllm.compiled`; it needs a compiler
 
 All write the same number of tokens, whatever they say. Prompts are different from their first token on. Ours gives
 log-probabilities and the embeddings e(x) and e(x,q) as well; the others tokens alone. The same command goes on where it
@@ -39,7 +40,8 @@ LENGTHS = (100, 512, 1024)
 TEXT = "order waits in To Receive, 7 days; opened the tracking page; typed where is my parcel; "
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 TABLE_WIDTH = 100
-CONTENDERS = ("generate", "float32", "ours", "vllm")
+CONTENDERS = ("generate", "float32", "ours", "vllm", "compiled")
+VLLM = ("vllm", "compiled")
 
 
 def measure(
@@ -56,14 +58,14 @@ def measure(
     """Measure every contender at every length, each in a process of its own, and print ratios."""
     out.mkdir(parents=True, exist_ok=True)
     lengths = length or LENGTHS
-    contenders = [name for name in CONTENDERS if name != "vllm" or vllm_python]
+    contenders = [name for name in CONTENDERS if name not in VLLM or vllm_python]
     dtype = models.settle(config.Reasoner(model=model)).dtype
     found = []
     with progress.track("sampling", len(lengths) * len(contenders), "measurements") as advance:
         for tokens in lengths:
             for name in contenders:
-                python = str(vllm_python) if name == "vllm" else sys.executable
-                precision = dtype if name in ("ours", "vllm") else "float32"
+                python = str(vllm_python) if name in VLLM else sys.executable
+                precision = dtype if name in ("ours", *VLLM) else "float32"
                 task = (name, precision, model, tokens, prompts, n, new, repetitions, threads)
                 result = out / "measured" / f"{'-'.join(str(word).replace('/', '_') for word in task)}.json"
                 if not result.exists():
@@ -83,8 +85,9 @@ def one(name: str, dtype: str, model: str, *sizes: str) -> None:
     """One contender at one length, in this process: seconds of each repetition, the first call left out."""
     length, prompts, n, new, repetitions, threads = map(int, sizes)
     texts = [f"{place} {TEXT * (length // 8)}" for place in range(prompts)]
-    settings = config.Reasoner.model_validate({"model": model, "dtype": dtype, "device": "cpu", "threads": threads})
-    start = {"generate": _generate, "vllm": _vllm}.get(name, _ours)
+    chosen = {"model": model, "dtype": dtype, "device": "cpu", "threads": threads}
+    settings = config.Reasoner.model_validate(chosen | {"vllm": {"compiled": name == "compiled"}})
+    start = {"generate": _generate, "vllm": _vllm, "compiled": _vllm}.get(name, _ours)
     call = start(settings, texts, length, n, new)
     call(0)
     walls, cpus = [], []
