@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+STACKS = "stacks"
+"""Ends the name of a folder of what processes were at that were silent for too long."""
 AT = 0.9
 """Share of its deadline after which a process notes where it is."""
 READ_S = 10.0
@@ -72,7 +74,7 @@ def overdue(node: str, actor_id: str) -> str:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
         return str(ray.get(_overdue.options(scheduling_strategy=there).remote(actor_id), timeout=READ_S))
-    except (RayError, FileNotFoundError):
+    except RayError:  # there is no such file, too
         return ""
 
 

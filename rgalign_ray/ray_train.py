@@ -34,8 +34,6 @@ from rgalign_ray.errors import InfrastructureError
 
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited", re.IGNORECASE)
 """What gloo and NCCL tell of in the ranks that are left."""
-STACKS = "stacks"
-"""Ends the name of a folder of what processes were at that showed no step for too long."""
 Alive = Callable[[], None]
 """A sign of life."""
 
@@ -76,7 +74,7 @@ def run(
         ray.train.TrainingFailedError: when the worker raised.
     """
     fs, path = storage.filesystem(storage_uri)
-    stacks = storage.join(storage_uri, f"{name}.{STACKS}")
+    stacks = storage.join(storage_uri, f"{name}.{ray_stacks.STACKS}")
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
 
     def attempt() -> Any:

@@ -66,7 +66,7 @@ class Trained(Placed):
     """How often workers may die; all start again then, from their last checkpoint."""
     deadline_s: Positive = 1800.0
     """Longest time between two optimiser steps, what comes before the first included; then what the workers were at is
-    kept, and counts as their death."""
+    kept, and it counts as a death."""
 
     ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries", "deadline_s")
 

@@ -31,7 +31,6 @@ from rgalign_ray.learner.engine import LearnerTask, Stream
 from rgalign_ray.learner.groups import Judge, Sampler
 from rgalign_ray.learner.groups import plan as plan_of
 from rgalign_ray.rollout.on_policy import OnPolicyStream, Task
-from rgalign_ray.rollout.pool import STACKS
 
 POLL_S = 1.0
 WAIT = 3.0
@@ -110,7 +109,7 @@ def fit(
         )
         .remote(task, on_gpu=reads.gpus_per_worker > 0)
     )
-    keeper = Keeper(task, config, plan, stream, judge, storage.join(storage_uri, f"{name}.{STACKS}"))
+    keeper = Keeper(task, config, plan, stream, judge, storage.join(storage_uri, f"{name}.{ray_stacks.STACKS}"))
     try:
         with keeper:
             stream_task = replace(task, stream=Stream(stream_name, weights))

@@ -42,8 +42,6 @@ NODE_LOSS_S = 60.0
 """Within which Ray notices that a node has died; until then whatever is put there dies as well."""
 QUARANTINE = "quarantine"
 """Folder, beside the units' files, of sessions that were set aside."""
-STACKS = "stacks"
-"""Folder of what silent workers were at."""
 Worker = type[RolloutWorker] | type[ProposalWorker]
 
 
@@ -366,4 +364,4 @@ class RolloutPool:
         """What a silent worker was at, from the file that it wrote beside its work."""
         stacks = ray_stacks.read(member.place.node, member.place.stacks)
         at = next(iter(member.calls.values()))
-        storage.write_bytes(storage.join(self.out_uri, STACKS, f"{at.key}.txt"), stacks.encode())
+        storage.write_bytes(storage.join(self.out_uri, ray_stacks.STACKS, f"{at.key}.txt"), stacks.encode())
