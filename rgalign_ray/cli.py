@@ -231,12 +231,17 @@ def _resumable(run: Callable[[Config], object], settings: Config) -> None:
 
 @app.command()
 def plan(config: ConfigName = "demo", override: Overrides = None) -> None:
-    """Show what every stage will ask of the cluster, without starting anything."""
+    """Check the settings and the files that they name, and show what every stage will ask of the cluster.
+
+    Nothing is started.
+    """
     settings = _load(config, override)
     from rich.console import Console
 
+    from rgalign_ray.loop.log_stages import check_files
     from rgalign_ray.loop.plan import table
 
+    check_files(settings)
     Console().print(table(settings))
 
 

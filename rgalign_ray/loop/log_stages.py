@@ -110,6 +110,12 @@ def templates(config: Config) -> dict[str, Template]:
     return {key: Template.load(name) for key, name in named.items()}
 
 
+def check_files(config: Config) -> None:
+    """Raises `ConfigError` for a file that the settings name, features or a prompt, and that cannot be read."""
+    FeatureSpec.load(config.features.spec)
+    templates(config)
+
+
 def check_templates(run: Run) -> None:
     """Raises `ConfigError` for a template that reads a column that the sessions do not have.
 

@@ -35,9 +35,7 @@ from rgalign_ray import config as configuration
 from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
-from rgalign_ray.logs.feature_spec import FeatureSpec
-from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop import plan
+from rgalign_ray.loop import log_stages, plan
 from rgalign_ray.ops import local_cluster
 from rgalign_ray.ops.verbs import VERBS
 from rgalign_ray.progress import clock
@@ -216,9 +214,7 @@ def pack(config: Config, folder: Path) -> list[Path]:
     Raises:
         ConfigError: for one that is missing or cannot be read.
     """
-    FeatureSpec.load(config.features.spec)
-    for named in (config.prompt.template, *(teacher.template for teacher in config.teachers if teacher.template)):
-        Template.load(named)
+    log_stages.check_files(config)
     package = Path(rgalign_ray.__file__).parent
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
     data = anywhere(config)

@@ -79,9 +79,11 @@ def reward(settings: config.Reward, scores: np.ndarray, labels: Labels, mask: np
     """
 
     def of(relevant: np.ndarray) -> np.ndarray:
-        if settings.kind == "logprob":
-            return logprob(scores, relevant, mask)
-        return ndcg(scores, relevant, mask, settings.k)
+        match settings.kind:
+            case "logprob":
+                return logprob(scores, relevant, mask)
+            case "ndcg":
+                return ndcg(scores, relevant, mask, settings.k)
 
     weight = settings.resolved_weight
     if labels.resolved is None or weight == 0:

@@ -65,6 +65,15 @@ def test_the_package_and_its_configuration_import_neither_torch_nor_ray() -> Non
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("setting", ["features.spec", "prompt.template"])
+def test_a_plan_finds_a_missing_file_that_the_settings_name(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", "--set", f"{setting}=nowhere.yaml"], monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "nowhere.yaml" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("command", ["loop", "plan", "config"])
 @pytest.mark.parametrize(
     ("wrong", "part"),

