@@ -44,7 +44,6 @@ def run(
     settings: config.Trained,
     *,
     section: str,
-    backend: str,
     storage_uri: str,
     name: str,
     while_waiting: Callable[[], None] = lambda: None,
@@ -62,7 +61,6 @@ def run(
         argument: what it is called with.
         settings: how many processes, where, with what, and how often they may die.
         section: name of these settings, for the error.
-        backend: of the torch group.
         storage_uri: folder for checkpoints and Ray Train's own records.
         name: unique to the work; Ray Train resumes an equal name by itself.
         while_waiting: called each minute that the cluster has no room; what it raises ends the run.
@@ -75,6 +73,7 @@ def run(
     """
     fs, path = storage.filesystem(storage_uri)
     stacks = storage.join(storage_uri, f"{name}.{ray_stacks.STACKS}")
+    backend = "cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo"  # figures are summed on CPUs in either case
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
 
     def attempt() -> Any:

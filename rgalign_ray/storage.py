@@ -18,6 +18,7 @@ import posixpath
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
+from secrets import token_hex
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -129,7 +130,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             stream.write(data)
         return
     fs.create_dir(posixpath.dirname(path), recursive=True)
-    partial = f"{path}.tmp-{os.getpid()}"
+    partial = f"{path}.tmp-{token_hex(8)}"  # each its own, where processes of two machines write the same
     try:
         with fs.open_output_stream(partial) as stream:
             stream.write(data)

@@ -1,8 +1,7 @@
 """RG-DPO: the reasoner learns to prefer the query that the ranker judged best to one that it judged worse.
 
 TRL's DPOTrainer (Rafailov et al., 2023) over the sampled token ids themselves. The reference is the reasoner
-that the objective starts from: under LoRA a frozen copy of its adapter, else its log-probabilities taken before
-the first step.
+that the objective starts from: under LoRA a frozen copy of its adapter, else one more model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
 
-class _Pairs(DPOTrainer):
+class _Pairs(trainer.Scheduled, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
         return dataset  # token ids already, as they were sampled
 
@@ -34,6 +33,11 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
         figures: `sessions`, `steps`, and per optimiser step `loss` (nats), `margin` (implicit reward of the chosen
         query above the rejected one's) and `accuracy` (share of pairs in which it is above).
     """
+    with trainer.at_hand(task) as task:
+        return _train(task, host)
+
+
+def _train(task: LearnerTask, host: Host) -> dict[str, Any]:
     settings = task.optimisation
     assert isinstance(settings, config.Dpo)
     pairs = storage.read_table(storage.join(task.data, engine.PAIRS))
@@ -43,13 +47,8 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
         host,
         lambda arguments: _Pairs(
             model=engine.trainable(task),
-            args=DPOConfig(
-                **arguments,
-                beta=settings.beta,
-                max_length=None,
-                precompute_ref_log_probs=task.reasoner.lora is None,
-            ),
-            train_dataset=Dataset.from_list(rows),
+            args=DPOConfig(**arguments, beta=settings.beta, max_length=None),
+            train_dataset=trainer.in_order(rows, task),
             processing_class=models.load_tokenizer(task.reasoner.model),
         ),
         {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"},

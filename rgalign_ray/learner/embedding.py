@@ -87,7 +87,7 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
         model=reader,
         model_parameters=parameters,
         optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, settings.warmup_ratio)),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, engine.schedule(steps, settings.warmup_ratio)),
         config=engine.deepspeed_config(task),
         dist_init_required=False,
     )
@@ -113,6 +113,8 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
 
 def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int) -> tuple[float, float]:
     """One optimiser step; its global mean loss and measure."""
+    # dropout follows from the step and the rank, for a run that goes on to equal one that was not disturbed
+    torch.manual_seed(int(np.random.SeedSequence([task.seed, step, dist.get_rank()]).generate_state(1)[0]))
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in range(task.micro_steps):
         chosen = rows.batch(step, micro, task, dist.get_rank())
@@ -170,15 +172,3 @@ class Rows:
             "places": torch.tensor(places, device=device),
             "weight": torch.tensor(weights, device=device),
         }
-
-
-def _schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(round(steps * warmup_ratio), 1)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-    return factor

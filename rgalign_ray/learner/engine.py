@@ -5,10 +5,13 @@ No Ray in here: an objective runs wherever torch.distributed has a process group
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
@@ -107,6 +110,33 @@ class Host:
 
     def keep(self, folder: str, step: int) -> None:
         """Takes a copy of what this rank has written into a folder: its part of the state after `step` steps."""
+
+
+T = TypeVar("T")
+
+
+def in_steps(items: Sequence[T], optimisation: config.Optimisation, seed: int) -> list[list[T]]:
+    """What each optimiser step learns from, over all workers: every epoch in an order of its own, its last step filled
+    up with its first.
+    """
+    size, steps = optimisation.batch_sessions, []
+    for epoch in range(optimisation.epochs):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(items))
+        filled = [items[order[place % len(order)]] for place in range(math.ceil(len(order) / size) * size)]
+        steps += [filled[start : start + size] for start in range(0, len(filled), size)]
+    return steps
+
+
+def schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """Factor of the learning rate by step: a linear warm-up, whose first step moves already, then a cosine to zero."""
+    warmup = max(round(steps * warmup_ratio), 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return factor
 
 
 def trainable(task: LearnerTask) -> PreTrainedModel:

@@ -6,7 +6,6 @@ Plain classes without TRL, so that samplers and judges start without it, in what
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rgalign_ray import config, storage
+from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.learner.frozen import FrozenRanker
 from rgalign_ray.logs.prompts import Template
@@ -53,20 +53,10 @@ class Source(Protocol):
 
 
 def plan(task: LearnerTask) -> list[list[str]]:
-    """Ids of the sessions of each optimiser step, as `in_steps` of the round's."""
+    """Ids of the round's sessions, as `engine.in_steps`."""
     assert task.pair is not None
     ids = sorted(storage.read_table(task.pair.sessions, columns=["session_id"])["session_id"].to_pylist())
-    return in_steps(ids, task.optimisation, task.seed)
-
-
-def in_steps(session_ids: Sequence[str], optimisation: config.Optimisation, seed: int) -> list[list[str]]:
-    """Sessions of each optimiser step: every epoch in an order of its own, its last step filled up with its first."""
-    size, steps = optimisation.batch_sessions, []
-    for epoch in range(optimisation.epochs):
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(session_ids))
-        filled = [session_ids[order[place % len(order)]] for place in range(math.ceil(len(order) / size) * size)]
-        steps += [filled[start : start + size] for start in range(0, len(filled), size)]
-    return steps
+    return engine.in_steps(ids, task.optimisation, task.seed)
 
 
 def seeds(session_ids: Sequence[str], step: int, places: Sequence[int], n: int, seed: int) -> list[list[int]]:

@@ -13,12 +13,12 @@ valid ones. A group without any teaches nothing.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -47,10 +47,8 @@ def train(task: LearnerTask, host: Host, source: Source | None = None) -> dict[s
     """
     settings = task.optimisation
     assert isinstance(settings, config.Grpo)
-    if task.weights is None:
+    with trainer.at_hand(task) as task:
         return _train(task, settings, host, source)
-    with models.local_copy(task.weights) as folder:  # it stays: TRL loads its reference from where the model came from
-        return _train(replace(task, weights=folder), settings, host, source)
 
 
 def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source | None) -> dict[str, Any]:
@@ -67,8 +65,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
             model=engine.trainable(task),
             reward_funcs=reward,
             args=GRPOConfig(
-                **arguments
-                | {"per_device_train_batch_size": task.learner.micro_batch * settings.n, "num_train_epochs": 1},
+                **arguments | {"per_device_train_batch_size": task.learner.micro_batch * settings.n},
                 shuffle_dataset=False,  # the plan has every epoch in an order of its own
                 num_generations=settings.n,
                 max_completion_length=task.rollout.max_new_tokens,
@@ -76,6 +73,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
                 beta=settings.kl_weight,
                 epsilon=settings.clip,
                 scale_rewards="none",
+                disable_dropout=True,  # samplers have none, and ratios to their probabilities would be noise
             ),
             train_dataset=Dataset.from_dict({"prompt": keys(steps)}),
             processing_class=models.load_tokenizer(task.reasoner.model),
@@ -86,7 +84,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
     return {"sessions": len(ids), **figures}
 
 
-class _OfOurSampler(GRPOTrainer):
+class _OfOurSampler(trainer.Scheduled, GRPOTrainer):
     """Takes the sampler's log-probabilities for the old policy's: left alone, TRL ignores them, and weights that moved
     since would train uncorrected.
     """
@@ -98,9 +96,13 @@ class _OfOurSampler(GRPOTrainer):
 
 def reward(judged: list[list[float]], log_metric: Any, **rest: Any) -> list[float]:
     """One number per rollout, from what the rollouts brought with them: reward, and reward as the group counts it."""
-    own = np.array([pair[0] for pair in judged])
-    log_metric("valid_rate", float(np.isfinite(own).mean()))
-    log_metric("valid_reward", float(np.nanmean(own)) if np.isfinite(own).any() else float("nan"))
+    own = torch.tensor([pair[0] for pair in judged], dtype=torch.float64)
+    valid = own.isfinite()
+    sums = torch.stack([own[valid].sum(), valid.sum(), torch.tensor(len(own))])
+    dist.all_reduce(sums)  # TRL takes the mean of the learners' means, and has none where one learner has none
+    total, found, of = sums.tolist()
+    log_metric("valid_rate", found / of)
+    log_metric("valid_reward", total / found if found else math.nan)
     return [pair[1] for pair in judged]
 
 

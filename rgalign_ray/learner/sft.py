@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from rgalign_ray import config, storage
@@ -18,6 +17,10 @@ from rgalign_ray.reasoner import models
 
 IGNORE = -100
 """Label of a token without loss: all of the prompt."""
+
+
+class _Queries(trainer.Scheduled, SFTTrainer):
+    pass
 
 
 def train(task: LearnerTask, host: Host) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     figures = trainer.run(
         task,
         host,
-        lambda arguments: SFTTrainer(
+        lambda arguments: _Queries(
             model=engine.trainable(task),
             args=SFTConfig(
                 **arguments,
@@ -52,7 +55,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
                 dataset_kwargs={"skip_prepare_dataset": True},
                 activation_checkpointing=False,
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=trainer.in_order(rows, task),
             processing_class=models.load_tokenizer(task.reasoner.model),
         ),
         {"loss": "loss"},

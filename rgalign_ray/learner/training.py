@@ -72,7 +72,6 @@ def fit(
         {"task": task, "steps": steps, "every_s": checkpoint_every_s},
         learner,
         section="learner",
-        backend="nccl" if learner.use_gpu else "gloo",
         storage_uri=storage_uri,
         name=name,
         while_waiting=while_waiting,

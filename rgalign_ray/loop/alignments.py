@@ -124,8 +124,10 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
 
 
 def tells(row: LadderRow) -> bool:
-    """Whether a row says where its alignment is lost: it has trained rankers on what the alignment made."""
-    return row.aligned is not None and row.retrained and row.ranker_of is None
+    """Whether a row says where its alignment is lost: it has trained rankers on what the alignment made of its
+    sessions; a shuffled row reads those of others.
+    """
+    return row.aligned is not None and row.retrained and row.ranker_of is None and not row.shuffled
 
 
 def _diagnosis(jobs: Sequence[Run], row: RowName) -> Diagnosis:

@@ -186,7 +186,6 @@ def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any
         worker_config,
         settings,
         section="ranker",
-        backend="cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo",
         storage_uri=job.storage_uri,
         name=job.run_name,
         datasets={DATASET: dataset},

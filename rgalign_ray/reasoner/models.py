@@ -273,10 +273,10 @@ def version_of(settings: config.Reasoner, weights: str | None) -> str:
 
 
 def lora_config(settings: config.Lora, num_layers: int) -> Any:
-    """peft's configuration, with adapters on the upper share of the layers only."""
+    """peft's configuration, with adapters on the upper share of the layers only, one at least."""
     from peft import LoraConfig
 
-    first = round(num_layers * (1 - settings.upper_layers))
+    first = min(round(num_layers * (1 - settings.upper_layers)), num_layers - 1)  # peft takes none for all
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

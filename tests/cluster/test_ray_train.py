@@ -101,7 +101,6 @@ def run(
         {"tries": str(folder / "tries"), "at_start": at_start, "later": later, "driver": os.getpid()},
         Trained(retries=retries, deadline_s=deadline_s),
         section="ranker",
-        backend="gloo",
         storage_uri=str(folder / "train"),
         name="fails",
         **more,

@@ -61,22 +61,22 @@ class Counts(Host):
         self.steps += steps
 
 
-def write_round(folder: Path) -> None:
+def write_round(folder: Path, count: int = SESSIONS) -> None:
     """A log's knowledge base, a ranker, and a round's sessions and positives."""
     engine = TransformersEngine(REASONER, max_session_tokens=64)
     intents = [{"intent_id": i, "title": i, "description": i, "category": "c"} for i in INTENTS]
     storage.write_table(str(folder / "log/intents.parquet"), pa.Table.from_pylist(intents, schema=schema.INTENTS))
     (folder / "template.yaml").write_text(TEMPLATE)
     train_ranker(folder, engine)
-    meant = [INTENTS[(i + 1) % len(WORDS) * 3] for i in range(SESSIONS)]
+    meant = [INTENTS[(i + 1) % len(WORDS) * 3] for i in range(count)]
     chosen = sessions(meant)
     storage.write_table(str(folder / "sessions.parquet"), chosen)
-    prompts = engine.prompt_ids(Prompts("Q: ", [WORDS[i % len(WORDS)] for i in range(SESSIONS)], "\nA:"))
+    prompts = engine.prompt_ids(Prompts("Q: ", [WORDS[i % len(WORDS)] for i in range(count)], "\nA:"))
     positives = {
         "session_id": chosen["session_id"],
         "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),
         "completion_ids": pa.array(
-            [engine._ids(" it\n") if i % 2 else None for i in range(SESSIONS)], pa.list_(pa.int32())
+            [engine._ids(" it\n") if i % 2 else None for i in range(count)], pa.list_(pa.int32())
         ),
         "positives": pa.array([[INTENTS.index(intent)] for intent in meant], pa.list_(pa.int32())),
     }
@@ -181,11 +181,11 @@ def write_writer(folder: Path, reasoner: config.Reasoner) -> dict[str, Any]:
 def write_choices(folder: Path) -> None:
     """What the objectives of the text learn from: the same query for all, and another as the worse one."""
     positives = storage.read_table(str(folder / "data/positives/0.parquet"))
-    query = pa.array([[40, 41, 42, 2]] * SESSIONS, pa.list_(pa.int32()))
-    other = pa.array([[50, 51, 2]] * SESSIONS, pa.list_(pa.int32()))
-    ones = pa.array([1.0] * SESSIONS, pa.float32())
+    query = pa.array([[40, 41, 42, 2]] * len(positives), pa.list_(pa.int32()))
+    other = pa.array([[50, 51, 2]] * len(positives), pa.list_(pa.int32()))
+    ones = pa.array([1.0] * len(positives), pa.float32())
     shared = [positives["session_id"], positives["prompt_ids"], query]
-    ranks = pa.array([0] * SESSIONS, pa.int32())
-    selected = pa.table([*shared, pa.array(["q"] * SESSIONS), ones, ranks], schema=schema.SELECTED)
+    ranks = pa.array([0] * len(positives), pa.int32())
+    selected = pa.table([*shared, pa.array(["q"] * len(positives)), ones, ranks], schema=schema.SELECTED)
     storage.write_table(str(folder / "data/selected/0.parquet"), selected)
     storage.write_table(str(folder / "data/pairs/0.parquet"), pa.table([*shared, other, ones], schema=schema.PAIRS))

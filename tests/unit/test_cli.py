@@ -13,7 +13,7 @@ import yaml
 from logs_data import INTENTS, SPEC, session, table, write
 from ray.exceptions import ObjectStoreFullError
 
-from rgalign_ray import __version__, cli, config
+from rgalign_ray import __version__, cli, config, storage
 from rgalign_ray.errors import DataError, InfrastructureError
 
 HEAVY = ("torch", "ray", "transformers", "numpy", "pyarrow")
@@ -124,7 +124,8 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_is_one_line_and_exit_code_4(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / f"settled.json.tmp-{os.getpid()}").symlink_to("/dev/full")
+    monkeypatch.setattr(storage, "token_hex", lambda length: "half")
+    (tmp_path / "settled.json.tmp-half").symlink_to("/dev/full")
     assert run(["loop", "--config", "smoke", "--run-dir", str(tmp_path)], monkeypatch) == 4
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: no space is left on the disk; free some, and the same command goes on."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from learner_data import SESSIONS, task, write_round, write_writer
+from transformers import PreTrainedModel
 
 from rgalign_ray import config
-from rgalign_ray.learner import groups, grpo, training
+from rgalign_ray.learner import engine, groups, grpo, sft, training
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
@@ -82,6 +84,36 @@ def test_samples_of_other_weights_are_corrected(
     assert figures["kl"] == pytest.approx([0.0] * 4, abs=1e-3), "it has not moved from where it starts"
 
 
+def test_dropout_is_not_taken_for_a_policy_that_has_moved(start: LearnerTask, tmp_path: Path) -> None:
+    dropping = REASONER.model_copy(update={"lora": config.Lora(rank=8, upper_layers=1.0, dropout=0.5)})
+    first = replace(start, out=str(tmp_path / "first"), reasoner=dropping, weights=None)
+    settings = config.Sft(lr=3e-2, epochs=6, batch_sessions=8, neftune_alpha=0.0)
+    moved = replace(first, optimisation=settings, data=str(Path(start.data).parent / "writer"))
+    sft.train(moved, Host())
+    learn = GRPO.model_copy(update={"epochs": 1, "lr": 1e-6, "kl_weight": 0.1})
+    figures = grpo.train(replace(first, out=str(tmp_path / "out"), weights=moved.out, optimisation=learn), Host())
+    assert max(figures["clipped"]) < 0.05
+    assert figures["kl"] == pytest.approx([0.0] * 4, abs=1e-3)
+
+
+def test_a_step_without_a_valid_query_has_no_reward_and_harms_nothing(start: LearnerTask, tmp_path: Path) -> None:
+    """TRL gives None there."""
+    settings = GRPO.model_copy(update={"epochs": 1})
+    work = replace(start, out=str(tmp_path / "out"), optimisation=settings)
+    steps = groups.plan(work)
+
+    class EndsWithout(groups.OwnSource):
+        def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[groups.JudgedGroup]:
+            found = super().take(model, step, places)
+            if step + 1 < len(steps):
+                return found
+            return [replace(group, rewards=[math.nan] * len(group.rewards)) for group in found]
+
+    figures = grpo.train(work, Host(), EndsWithout(work, steps))
+    assert np.isfinite(figures["reward"]).tolist() == [True, True, True, False]
+    assert figures["valid_rate"][-1] == 0
+
+
 def test_an_epochs_last_batch_is_filled_up_and_samples_anew(start: LearnerTask, tmp_path: Path) -> None:
     settings = GRPO.model_copy(update={"epochs": 1, "batch_sessions": 20})
     work = replace(start, out=str(tmp_path / "out"), optimisation=settings)
@@ -91,13 +123,13 @@ def test_an_epochs_last_batch_is_filled_up_and_samples_anew(start: LearnerTask, 
 
 def test_the_plan_has_every_session_once_an_epoch_and_fills_up_the_last_step() -> None:
     ids = [f"s{i}" for i in range(10)]
-    steps = groups.in_steps(ids, GRPO.model_copy(update={"epochs": 3, "batch_sessions": 4}), seed=5)
+    steps = engine.in_steps(ids, GRPO.model_copy(update={"epochs": 3, "batch_sessions": 4}), seed=5)
     assert [len(step) for step in steps] == [4] * 9
     for epoch in range(3):
         own = [i for step in steps[epoch * 3 : epoch * 3 + 3] for i in step]
         assert sorted(own[:10]) == ids and own[10:] == own[:2]
     assert steps[:3] != steps[3:6] != steps[6:]
-    assert steps == groups.in_steps(ids, GRPO.model_copy(update={"epochs": 3, "batch_sessions": 4}), seed=5)
+    assert steps == engine.in_steps(ids, GRPO.model_copy(update={"epochs": 3, "batch_sessions": 4}), seed=5)
 
 
 def test_a_session_that_comes_again_is_sampled_anew() -> None:

@@ -21,6 +21,8 @@ from rgalign_ray.learner.engine import Host
 STEPS = 4
 CHANGES: dict[str, dict[str, Any]] = {"sft": {"neftune_alpha": 5.0}, "grpo": {"kl_weight": 0.1}}
 """What draws of chance, or looks back at the start."""
+DROPS = ("sft", "contrastive")
+"""Objectives that are tried with dropout: on a trainer of TRL's, and on our own loop."""
 
 
 class Keeps(Counts):
@@ -46,6 +48,9 @@ def test_from_any_step(name: str, tmp_path: Path) -> None:
     changes = {"batch_sessions": 16, "epochs": 2} | CHANGES.get(name, {})
     settings = OBJECTIVES[name].model_copy(update=changes)
     work = replace(task(tmp_path, tmp_path / "quiet", settings), objective=name)
+    if name in DROPS:
+        dropping = config.Lora(rank=8, upper_layers=1.0, dropout=0.3)
+        work = replace(work, reasoner=work.reasoner.model_copy(update={"lora": dropping}))
     if name == "grpo":  # needs a reasoner that writes valid queries, and here moves all its weights
         whole = work.reasoner.model_copy(update={"lora": None})
         work = replace(work, reasoner=whole, **write_writer(tmp_path, whole))

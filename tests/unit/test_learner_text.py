@@ -94,6 +94,14 @@ def test_rg_sft_lowers_the_loss_of_the_selected_queries(
     assert models.version_of(REASONER, work.out) == "tiny+1"
 
 
+def test_a_round_of_one_step_is_learned_from(engine: TransformersEngine, tmp_path: Path) -> None:
+    selected(engine, tmp_path, sessions=8)
+    work = task(tmp_path, "sft", config.Sft(lr=1e-2, batch_sessions=8))
+    assert sft.train(work, Host())["steps"] == 1
+    before, after = models.load_base(REASONER), models.load_reasoner(REASONER, work.out)
+    assert any(not torch.equal(weight, before.get_parameter(name)) for name, weight in after.named_parameters())
+
+
 def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, tmp_path: Path) -> None:
     """The loss of a completion that is certain already is nearly zero, whatever the prompt says."""
     selected(engine, tmp_path)

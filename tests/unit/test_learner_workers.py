@@ -1,5 +1,5 @@
 """How many workers hold a batch, and what each keeps of the model, does not matter: for every objective the result is
-the same.
+the same, also where the last batch is not full.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from learner_data import OBJECTIVES, task, write_choices, write_round
+from learner_data import OBJECTIVES, REASONER, task, write_choices, write_round
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner.engine import Host, LearnerTask
@@ -42,6 +42,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+CASES = {name: (name, settings, REASONER) for name, settings in OBJECTIVES.items()} | {
+    "dpo of all weights": ("dpo", OBJECTIVES["dpo"], REASONER.model_copy(update={"lora": None})),
+}
+"""Objectives, what they learn with, and of which weights."""
 LAYOUTS = {"alone": (1, 2), "two": (2, 2), "sharded": (2, 3)}
 """Workers and ZeRO stage."""
 
@@ -49,27 +53,27 @@ LAYOUTS = {"alone": (1, 2), "two": (2, 2), "sharded": (2, 3)}
 @pytest.mark.slow
 def test_one_worker_and_two_give_the_same_result(tmp_path: Path) -> None:
     assert set(OBJECTIVES) == set(get_args(config.AlignName))
-    write_round(tmp_path)
+    write_round(tmp_path, count=33)
     write_choices(tmp_path)
     for layout, (workers, zero_stage) in LAYOUTS.items():
         learner = config.Learner(workers=workers, micro_batch=4, zero_stage=zero_stage)
         tasks = [
             replace(
-                task(tmp_path, tmp_path / f"{name}-{layout}", settings, learner=learner),
-                objective=name,
+                task(tmp_path, tmp_path / f"{name}-{layout}", settings, learner=learner, reasoner=reasoner),
+                objective=objective,
                 rollout=config.Rollout(max_new_tokens=30),
             )
-            for name, settings in OBJECTIVES.items()
+            for name, (objective, settings, reasoner) in CASES.items()
         ]
         mp.spawn(work, (tasks, free_port()), nprocs=workers)
-    for name in OBJECTIVES:
-        alone = models.load_reasoner(tasks[0].reasoner, str(tmp_path / f"{name}-alone"))
+    for name, (_, _, reasoner) in CASES.items():
+        alone = models.load_reasoner(reasoner, str(tmp_path / f"{name}-alone"))
         losses = storage.read_json(str(tmp_path / f"{name}-alone/figures.json"))["loss"]
         for layout in ("two", "sharded"):
             place = f"{name}-{layout}"
             assert storage.read_json(str(tmp_path / place / "figures.json"))["loss"] == pytest.approx(
                 losses, rel=1e-3, abs=1e-5
             ), place
-            other = models.load_reasoner(tasks[0].reasoner, str(tmp_path / place))
+            other = models.load_reasoner(reasoner, str(tmp_path / place))
             for parameter, weight in alone.named_parameters():
                 torch.testing.assert_close(other.get_parameter(parameter), weight, rtol=1e-3, atol=1e-4)

@@ -225,3 +225,8 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs
     assert ("gradient", "gradient_other") in pairs and ("gradient_not_retrained", "gradient_shift") in pairs
     assert ("gradient_not_retrained", "judge") in pairs and ("gradient_not_retrained_query", "judge_query") in pairs
+
+
+def test_rows_that_read_other_sessions_do_not_say_where_their_alignment_is_lost() -> None:
+    assert alignments.tells(ROWS["rgalign"]) and alignments.tells(ROWS["gradient"])
+    assert not alignments.tells(ROWS["rgalign_shuffled"]) and not alignments.tells(ROWS["gradient_shuffled"])

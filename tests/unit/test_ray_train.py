@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
@@ -43,7 +45,6 @@ def test_a_process_that_is_killed_or_stopped_is_started_again(
             {},
             Trained(retries=retries),
             section="ranker",
-            backend="gloo",
             storage_uri=str(tmp_path),
             name="killed",
         )
@@ -54,3 +55,21 @@ def test_a_process_that_is_killed_or_stopped_is_started_again(
         run(retries=1)
     met.append(error)
     assert run(retries=1) == "done"
+
+
+def test_figures_on_cpus_can_be_summed_where_learners_have_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and counts are collected there."""
+    asked: list[TorchConfig] = []
+
+    class Trainer:
+        def __init__(self, *args: object, torch_config: TorchConfig, **settings: object) -> None:
+            asked.append(torch_config)
+
+        def fit(self) -> SimpleNamespace:
+            return SimpleNamespace(return_value=None)
+
+    monkeypatch.setattr(ray_train, "_Trainer", Trainer)
+    ray_train.run(len, {}, Trained(use_gpu=True), section="learner", storage_uri=str(tmp_path), name="gpu")
+    assert BackendConfig(Backend(asked[0].backend)).get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}

@@ -100,13 +100,37 @@ def test_a_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path, moment
     assert storage.list_files(str(tmp_path), ".parquet") == [str(target)]
 
 
-def test_a_full_disk_leaves_nothing_of_a_write(tmp_path: Path) -> None:
-    partial = tmp_path / f"a.json.tmp-{os.getpid()}"
-    partial.symlink_to("/dev/full")
+def test_a_full_disk_leaves_nothing_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "token_hex", lambda length: "half")
+    (tmp_path / "a.json.tmp-half").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as met:
         storage.write_json(str(tmp_path / "a.json"), [1])
     assert is_no_space(met.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_that_write_the_same_do_not_share_what_is_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of two machines may have the same number."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    opened = []
+    partial_of = pafs.LocalFileSystem.open_output_stream
+
+    class Noted:
+        type_name = "local"
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(pafs.LocalFileSystem(), name)
+
+        def open_output_stream(self, path: str) -> object:
+            opened.append(path)
+            return partial_of(pafs.LocalFileSystem(), path)
+
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (Noted(), uri))
+    for _ in range(2):
+        storage.write_bytes(str(tmp_path / "a"), b"whole")
+    assert len(set(opened)) == 2
 
 
 def test_a_write_replaces_what_was_there_and_makes_its_folders(tmp_path: Path) -> None:
