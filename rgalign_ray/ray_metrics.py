@@ -36,7 +36,7 @@ TAGS = {
     "ranker_gauc": ("ranker",),
     "serve_answers": ("path", "variant"),
     "serve_fallbacks": ("reason",),
-    "serve_drift": ("feature",),
+    "serve_drift": ("feature", "version"),
     "serve_milliseconds": ("stage",),
 }
 """Of those that have some; every call gives all of them."""

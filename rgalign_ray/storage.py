@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from secrets import token_hex
@@ -182,6 +182,13 @@ def list_paths(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[str]:
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     files = [i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)]
     return sorted(file for file in files if ".tmp-" not in posixpath.basename(file))
+
+
+def stamp(uris: Sequence[str]) -> str:
+    """A hash of files' names, sizes and times of their last change."""
+    places = [filesystem(uri) for uri in uris]
+    infos = [fs.get_file_info(path) for fs, path in places]
+    return content_key([(uri, info.size, info.mtime_ns) for uri, info in zip(uris, infos, strict=True)])
 
 
 def delete(uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -84,6 +85,8 @@ class Config(Settings):
         """
         if self.log.source != "shop":
             raise ConfigError(f"--scale: the log is {self.log.source}; only the simulated shop can be made larger.")
+        if not (math.isfinite(factor) and factor > 0):
+            raise ConfigError(f"--scale: {factor:g}; give a number above 0.")
         world = self.world.model_dump()
         sizes = {name: round(world[name] * factor) for name in ("sessions", "users")}
         return validate(self.model_dump(mode="json") | {"world": world | sizes})

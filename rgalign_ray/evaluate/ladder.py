@@ -146,6 +146,11 @@ class TestSessions:
         """int [S, k]: intent indices of the best candidates."""
         return top(scores, self.candidates, k)
 
+    def titles(self, scores: np.ndarray, k: int) -> list[list[str]]:
+        """Of the first k candidates of each session, or of as many as it has."""
+        names = self.catalogue.titles
+        return [[names[intent] for intent in row if intent >= 0] for row in self.top(scores, k)]
+
     def score(self, rung: Rung) -> np.ndarray:
         """Scores float32 [S, C] of a rung, -inf on padding."""
         ranker = scoring.load(rung.ranker)

@@ -246,10 +246,9 @@ def _batches(files: list[source.SourceFile], columns: list[str]) -> Iterator[tup
 
 def _finished(table: pa.Table, extra: pa.Schema, history_length: int, summary: Summary) -> pa.Table:
     """The rows in the written schema: history oldest first and capped, columns that the file lacks as nulls."""
-    counts, events = lists.past_events(table)
+    history, counts = lists.newest_events(table, history_length)
     summary.history_capped += int((counts > history_length).sum())
-    newest = np.repeat(counts, counts) - lists.places(counts) <= history_length
-    columns = {"history": _events(np.minimum(counts, history_length), events.filter(pa.array(newest)))}
+    columns: dict[str, pa.Array] = {"history": history}
     summary.without_click += int((~lists.any_true(table["clicks"])).sum())
     target = pa.schema([*schema.SESSIONS, *extra])
     for name, kind in zip(target.names, target.types, strict=True):
@@ -257,12 +256,6 @@ def _finished(table: pa.Table, extra: pa.Schema, history_length: int, summary: S
             columns[name] = pc.cast(table[name], kind, safe=False)
     absent = {name: pa.nulls(table.num_rows, target.field(name).type) for name in target.names if name not in columns}
     return pa.table({**columns, **absent}).select(target.names).cast(target)
-
-
-def _events(counts: np.ndarray, events: pa.StructArray) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    parts = [pc.cast(pc.struct_field(events, f.name), f.type, safe=False) for f in schema.EVENT]
-    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, fields=list(schema.EVENT)))
 
 
 class _Quarantine:

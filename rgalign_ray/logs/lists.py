@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rgalign_ray.schema import TIMESTAMP
+from rgalign_ray.schema import EVENT, TIMESTAMP
 
 
 def combined(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -68,6 +68,16 @@ def past_events(table: pa.Table) -> tuple[np.ndarray, pa.StructArray]:
     keep = np.flatnonzero((time <= entry) & (time != MISSING_TIME))
     order = keep[np.lexsort((time[keep], row[keep]))]
     return np.bincount(row[keep], minlength=len(counts)), events.take(pa.array(order))
+
+
+def newest_events(table: pa.Table, length: int) -> tuple[pa.ListArray, np.ndarray]:
+    """`history` cut to the newest `length` of each row's `past_events`, and how many there were, int64 [B]."""
+    counts, events = past_events(table)
+    newest = np.repeat(counts, counts) - places(counts) <= length
+    kept = events.filter(pa.array(newest))
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, length))]).astype(np.int32)
+    parts = [pc.cast(pc.struct_field(kept, field.name), field.type, safe=False) for field in EVENT]
+    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, fields=list(EVENT))), counts
 
 
 MISSING_TIME = np.iinfo(np.int64).min

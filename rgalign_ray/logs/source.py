@@ -67,8 +67,7 @@ def open_sessions(uri: str, spec: FeatureSpec, log: Log) -> list[SourceFile]:
             when a file is empty, damaged or lacks a column, when files disagree on a column's type, or when
             there is no row at all.
     """
-    start, end = (None if bound is None else str(bound) for bound in (log.start, log.end))
-    uris = [each for each in _file_uris(uri) if wanted(_name(uri, each), start, end, log.regions)]
+    uris = session_uris(uri, log)
     if not uris:
         raise none_asked_for(uri, log)
     files = [_open(uri, each, spec) for each in uris]
@@ -82,6 +81,16 @@ def open_sessions(uri: str, spec: FeatureSpec, log: Log) -> list[SourceFile]:
     if not any(file.rows for file in files):
         raise DataError(f"{uri}: the sessions table has no rows.")
     return files
+
+
+def session_uris(uri: str, log: Log) -> list[str]:
+    """The files of a sessions table that lie in folders of the days and regions that `log` reads.
+
+    Raises:
+        DataError: when the folder is missing or holds no Parquet file.
+    """
+    start, end = (None if bound is None else str(bound) for bound in (log.start, log.end))
+    return [each for each in _file_uris(uri) if wanted(_name(uri, each), start, end, log.regions)]
 
 
 def none_asked_for(uri: str, log: Log) -> DataError:

@@ -110,6 +110,8 @@ def prepare(jobs: list[Run], rows: list[RowName]) -> None:
             controller.console.print(f"[bold]seed {job.config.seed}, alignment: {name}[/bold]")
             aligned = alignments.run_of(job, name)
             controller.run_stages(aligned, alignments.aligning(job, name))
+    for job in jobs:
+        controller.remember(job)  # as it was asked for, without what its judges are tuned to; a log's other seeds, too
     connection.connect(jobs[0].config)
 
 
@@ -305,12 +307,15 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     if ROWS[name].aligned:
         made = alignments.aligning(jobs[0], ROWS[name].aligned or "")
         read = list(dict.fromkeys(stage.name for stage in (*judge_stages.stages(places[0].config, 1), *made)))
-    slices = [slice_name(name, number) for number in range(jobs[0].config.compare.trainings)]
+    numbers = range(jobs[0].config.compare.trainings)
+    slices = [slice_name(name, number) for number in numbers]
+    taken = ROWS[name].ranker_of
+    trained = [place.manifest(slice_name(taken, n)).seconds for place in places for n in numbers] if taken else [0.0]
     return ladder_report.Judged(
         name,
         [Verdict.mean([Verdict.load(place.uri(each, VERDICT)) for each in slices]) for place in places],
         [place.manifest(each) for place in places for each in slices],
-        float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places])),
+        float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places]) + np.mean(trained)),
     )
 
 

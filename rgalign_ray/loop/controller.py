@@ -92,7 +92,7 @@ def ended(job: Run, tracker: Tracker | None = None) -> Run:
 def run_stages(job: Run, sequence: list[Stage], until: int | None = None, tracker: Tracker | None = None) -> None:
     """Runs those of a run's stages that are not done, in order; `until` leaves out the later ones."""
     config = job.config
-    storage.write_json(job.uri("config.json"), config.model_dump(mode="json"))
+    remember(job)
     if config.cluster.address is None:
         plan.check_cluster(config, nodes(config))
     for number, stage in enumerate(sequence[:until], 1):
@@ -100,6 +100,8 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None, tracke
         head = f"[bold]{number:2d}/{len(sequence)} {stage.name}[/bold] · {stage.does}"
         if is_done(job, stage, key):
             console.print(f"{head} · [dim]done already[/dim]")
+            if stage.changed and (told := stage.changed(job)):
+                console.print(f"      [yellow]{told}[/yellow]")
             if tracker:
                 tracker.stage(job.manifest(stage.name))
             continue
@@ -112,6 +114,11 @@ def run_stages(job: Run, sequence: list[Stage], until: int | None = None, tracke
         console.print(f"      {progress.clock(manifest.seconds)} · {counts}")
         if tracker:
             tracker.stage(manifest)
+
+
+def remember(job: Run) -> None:
+    """Writes the run's configuration into its directory."""
+    storage.write_json(job.uri("config.json"), job.config.model_dump(mode="json"))
 
 
 def is_done(job: Run, stage: Stage, key: str) -> bool:
@@ -170,13 +177,17 @@ def show(job: Run) -> None:
 def stage_key(job: Run, stage: Stage) -> str:
     """Hash of everything that decides what the stage writes."""
     settings = job.config.model_dump(mode="json")
-    # a name stands for a file, and the file may change under the same name
+    # a name stands for a file, or a folder, and what is in it may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
     for name, section in job.config:
         for aside in section.ASIDE if isinstance(section, Settings) else ():
             del settings[name][aside]
+    for reasoner in (settings["reasoner"], settings["compare"]["encoder"]):
+        reasoner["model"] = models.identity(reasoner["model"])
     for teacher in settings["teachers"]:
+        if teacher["model"]:
+            teacher["model"] = models.identity(teacher["model"])
         if teacher["template"]:
             teacher["template"] = Template.load(teacher["template"]).key
     chosen = {name: reduce(getitem, name.split("."), settings) for name in ("seed", *stage.settings)}

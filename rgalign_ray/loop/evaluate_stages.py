@@ -124,14 +124,14 @@ def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: 
     titles = test.catalogue.titles
     needs = test.needs()
     wanted = test.clicks if needs is None else needs
-    top = {name: test.top(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", ALIGNED)}
+    first = {name: test.titles(judged[name].scores, TOP_SHOWN) for name in ("QE-Rec", ALIGNED)}
     return [
         Example(
             session=text,
             query_before=queries[0].get(test.ids[row], NO_QUERY),
             query_after=queries[run.config.rounds].get(test.ids[row], NO_QUERY),
-            intents_before=[titles[intent] for intent in top["QE-Rec"][row]],
-            intents_after=[titles[intent] for intent in top[ALIGNED][row]],
+            intents_before=first["QE-Rec"][row],
+            intents_after=first[ALIGNED][row],
             wanted=[titles[intent] for intent in test.candidates[row][wanted[row]]],
             wanted_is="clicked" if needs is None else "true need",
         )

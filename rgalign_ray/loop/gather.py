@@ -22,8 +22,17 @@ from rgalign_ray.loop.ladder_rows import rows_of, slice_name
 from rgalign_ray.loop.stage import Run
 
 SEED = "seed_"
-APART = ("seed", "run_dir", "cluster", "compare", "serve", "tracking")
-"""Settings in which seeds of one comparison may differ, beside the world's seed."""
+APART = ("seed", "run_dir", "cluster", "serve", "tracking")
+"""Sections in which seeds of one comparison may differ,"""
+APART_IN = {
+    "compare": (
+        *("rows", "seeds", "first_seed", "trainings", "trials", "tuning_seed"),
+        *("cpus_per_slice", "slice_deadline_s"),
+    ),
+    "evaluate": ("bootstrap", "confidence"),
+    "world": ("seed",),
+}
+"""and settings of others: which rows are told of, and how. But for the world's seed, they are as asked now."""
 
 
 def run(config: Config, places: Sequence[str]) -> report.Report:
@@ -46,8 +55,7 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
         raise ConfigError(f"--from: seed {twice[0]} stands in two of the places; name each seed once.")
     agree(found)
     first = next(storage.join(place, f"{SEED}{seed}") for place, those in found.items() for seed in those)
-    asked = {name: getattr(config, name) for name in (*APART, "evaluate")}
-    config = validate(storage.read_json(storage.join(first, "config.json"))).model_copy(update=asked)
+    config = _as_asked(_made(first), config)
     jobs = [job for place, those in found.items() for job in runs_in(config, place, those, rows)]
     jobs.sort(key=lambda job: job.config.seed)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
@@ -87,9 +95,31 @@ def agree(found: dict[str, list[int]]) -> None:
 
 def _settings(place: str) -> dict[str, Any]:
     """Those that seeds must agree in; one that is newer than the seed has its default."""
-    config = validate(storage.read_json(storage.join(place, "config.json"))).model_dump(mode="json")
-    world = config["world"] | {"seed": None}
-    return {name: section for name, section in (config | {"world": world}).items() if name not in APART}
+    settings = {name: section for name, section in _made(place).model_dump(mode="json").items() if name not in APART}
+    for name, free in APART_IN.items():
+        settings[name] = {key: value for key, value in settings[name].items() if key not in free}
+    return settings
+
+
+def _as_asked(made: Config, asked: Config) -> Config:
+    """The configuration that seeds were made with, told of as another one asks."""
+    sections = {name: getattr(asked, name) for name in APART}
+    for name in ("compare", "evaluate"):
+        free = {key: getattr(getattr(asked, name), key) for key in APART_IN[name]}
+        sections[name] = getattr(made, name).model_copy(update=free)
+    return made.model_copy(update=sections)
+
+
+def _made(place: str) -> Config:
+    """What a seed was made with.
+
+    Raises:
+        DataError: where nothing says so.
+    """
+    file = storage.join(place, "config.json")
+    if not storage.exists(file):
+        raise DataError(f"{file}: not there; run `rgalign compare` for that seed again, which writes it.")
+    return validate(storage.read_json(file))
 
 
 def runs_in(config: Config, place: str, seeds: Sequence[int], rows: list[RowName]) -> list[Run]:

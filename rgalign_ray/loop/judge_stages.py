@@ -231,19 +231,22 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     for file in files:
         valid = storage.read_table(file, columns=["valid"])["valid"]
         rows.update({"rollouts": len(valid), "valid": pc.sum(valid).as_py()})
-    return Outcome(dict(rows), {"gate": asdict(_gate(files, with_audit=auditor is not None))})
+    return Outcome(dict(rows), {"gate": asdict(_gate(files, rolled_out, with_audit=auditor is not None))})
 
 
-def _gate(files: list[str], *, with_audit: bool) -> Gate:
+def _gate(files: list[str], rolled_out: str, *, with_audit: bool) -> Gate:
     """The gate's figures, from as many units all over the round as hold `GATE_ROLLOUTS`: a longer one takes no more."""
-    judged, audits, rollouts = [], [], 0
+    judged, audits, users, rollouts = [], [], [], 0
     for file in sorted(files, key=lambda file: storage.pure_path(file).stem.rpartition("-")[2]):  # a hash
         table = storage.read_table(file, columns=["session_id", "reward", "second", "audit"])
-        shape = (len(pc.unique(table["session_id"])), -1)
+        ids = pc.unique(table["session_id"]).to_pylist()
+        user_of = round_sessions.users(rolled_out, storage.pure_path(file).stem)
+        users += [user_of[session] for session in ids]
+        shape = (len(ids), -1)
         reward, second, audit = (table[name].to_numpy().reshape(shape) for name in ("reward", "second", "audit"))
         judged.append(np.stack([reward, second], axis=-1).astype(np.float64))
         audits.append(audit.astype(np.float64))
         rollouts += len(table)
         if rollouts >= GATE_ROLLOUTS:
             break
-    return gate(np.concatenate(judged), np.concatenate(audits) if with_audit else None)
+    return gate(np.concatenate(judged), users, np.concatenate(audits) if with_audit else None)

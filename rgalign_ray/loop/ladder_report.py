@@ -32,8 +32,8 @@ class Judged:
     verdicts: list[Verdict]
     manifests: list[storage.Manifest]
     """Of its slices, as many a seed as it has rankers."""
-    reading_s: float
-    """Seconds in which the texts that it reads were read, a seed."""
+    before_s: float
+    """Seconds of what its slices take up, a seed: texts that were read, and a ranker that another row has trained."""
 
     @property
     def title(self) -> str:
@@ -45,7 +45,7 @@ class Judged:
 
     @property
     def seconds(self) -> float:
-        return self.reading_s + float(np.mean([manifest.seconds for manifest in self.manifests]))
+        return self.before_s + float(np.mean([manifest.seconds for manifest in self.manifests]))
 
     def calibration(self) -> report.Calibration:
         seeds = [manifest.figures["calibration"] for manifest in self.manifests]

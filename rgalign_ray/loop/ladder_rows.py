@@ -262,6 +262,8 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
             raise ConfigError(f"compare.rows: {name} is the ranker that teaches; name a row whose reasoner it teaches.")
         if taken and taken not in rows:
             raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
+        if ROWS[name].readout == "shift" and settings.evaluate.readout == "query":
+            raise ConfigError(f"compare.rows: {name} moves e(x) alone; set evaluate.readout to prompt.")
         queries = settings.encode.test_queries or settings.evaluate.readout == "query"
         if ROWS[name].readout == "query" and not queries:
             raise ConfigError(

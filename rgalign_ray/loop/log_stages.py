@@ -7,7 +7,7 @@ import numpy as np
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError, DataError
-from rgalign_ray.logs import examples, ingest, stream
+from rgalign_ray.logs import examples, ingest, source, stream
 from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.logs.prompts import Template
@@ -35,6 +35,7 @@ def stages(config: Config) -> list[Stage]:
             ingest_sessions,
             ("log", "roles", "features"),
             made,
+            changed=log_changed,
         ),
         Stage("features", "fit the feature space", fit_features, ("features", "log"), ("sessions",), ray=True),
     ]
@@ -100,7 +101,23 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
     quarantined = sum(summary.quarantined.values())
     for reason, count in sorted(summary.quarantined.items()):
         progress.note(f"{count:,} rows set aside: {reason} (see {run.uri('sessions', ingest.QUARANTINE_FILE)})")
-    return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=summary.to_dict())
+    figures = summary.to_dict() | ({"log": _stamp(config)} if log.source == "parquet" else {})
+    return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=figures)
+
+
+def log_changed(run: Run) -> str | None:
+    """That a log which others write is not any more what the run has read, as a sentence."""
+    read = run.manifest("sessions").figures.get("log")
+    if read is None or read == _stamp(run.config):
+        return None
+    return f"{run.config.log.uri} has changed since it was read; another run_dir reads it as it is now"
+
+
+def _stamp(config: Config) -> str:
+    log = config.log
+    assert log.uri is not None and log.intents is not None
+    tables = [log.intents, *([log.candidate_sets] if log.candidate_sets else [])]
+    return storage.stamp([*source.session_uris(log.uri, log), *tables])
 
 
 def templates(config: Config) -> dict[str, Template]:

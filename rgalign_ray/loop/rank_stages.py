@@ -18,7 +18,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.logs.roles import align_roles
 from rgalign_ray.loop.log_stages import check_templates
-from rgalign_ray.loop.readers import engine_spec, reasoner_stage, sentence_engine
+from rgalign_ray.loop.readers import engine_spec, keep_reader, reasoner_stage, sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
@@ -196,8 +196,10 @@ def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
         sampling=config.rollout,
         run_seed=config.seed if run.reading_seed is None else run.reading_seed,
     )
-    counts = encode_pass(run, out, plan, engine_spec(run, round_))
+    engine = engine_spec(run, round_)
+    counts = encode_pass(run, out, plan, engine)
     plan.template.keep(out)
+    keep_reader(engine, out)
     return Outcome(rows=counts, figures={"valid_rate": counts["valid"] / max(counts["sampled"], 1)})
 
 

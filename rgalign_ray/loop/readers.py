@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from rgalign_ray import storage
 from rgalign_ray.config import Config
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.reasoner.engine import EngineSpec
+
+KEPT = "reader.json"
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -18,6 +23,24 @@ def engine_spec(run: Run, round_: int) -> EngineSpec:
     config = run.config
     reasoner = config.reasoner.model_copy(update={"engine": "transformers"})
     return EngineSpec(reasoner, config.prompt.max_session_tokens, run.uri(stage) if stage else None)
+
+
+def keep_reader(engine: EngineSpec, embeddings_uri: str) -> None:
+    """Writes how sessions were read beside what was read, as `Template.keep` does with the prompt."""
+    storage.write_json(
+        storage.join(embeddings_uri, KEPT),
+        {"dtype": engine.reasoner.dtype, "max_session_tokens": engine.max_session_tokens},
+    )
+
+
+def engine_of_run(run: Run, round_: int) -> EngineSpec:
+    """As `engine_spec`, but as embeddings_r were read: the run's settings may be of a try that has not come so far."""
+    engine, place = engine_spec(run, round_), run.uri(f"embeddings_{round_}", KEPT)
+    if not storage.exists(place):  # of a run that was made before this was kept
+        return engine
+    kept = storage.read_json(place)
+    reasoner = engine.reasoner.model_copy(update={"dtype": kept["dtype"]})
+    return replace(engine, reasoner=reasoner, max_session_tokens=kept["max_session_tokens"])
 
 
 def sentence_engine(config: Config) -> EngineSpec:

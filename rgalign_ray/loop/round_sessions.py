@@ -93,6 +93,13 @@ def parts(folder: str) -> Iterator[tuple[str, pa.Table]]:
         yield storage.pure_path(file).stem, storage.read_table(file)
 
 
+def users(folder: str, unit: str) -> dict[str, str]:
+    """The user of each session of the part that a unit of `folder` is of, by the unit's name."""
+    file = storage.join(folder, FOLDER, f"{unit.partition('-')[0]}.parquet")
+    table = storage.read_table(file, columns=["session_id", "user_id"])
+    return dict(zip(table["session_id"].to_pylist(), table["user_id"].to_pylist(), strict=True))
+
+
 def drop(folder: str, session_ids: Sequence[str]) -> None:
     """Takes sessions out of their parts."""
     gone = pa.array(list(session_ids), pa.string())

@@ -81,5 +81,9 @@ class Stage:
     """Names of the artefacts it reads."""
     ray: bool = False
     """Whether it needs a cluster."""
+    changed: Callable[[Run], str | None] | None = None
+    """What has changed since of what it read outside of the run, as a sentence. It is told and redoes nothing: logs
+    grow while runs are at work.
+    """
     units: bool = False
     """Whether it writes work units that a killed try leaves for the next; else every try starts empty."""

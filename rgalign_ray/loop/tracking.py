@@ -185,6 +185,7 @@ class Mlflow:
                 settings = [Param(name, text[:CHARACTERS_A_PARAMETER]) for name, text in parameters(config)]
                 for part in _parts(settings, PARAMETERS_A_REQUEST):
                     self.client.log_batch(self.run.info.run_id, params=part)
+            self.told: dict[str, str] = dict(self.run.data.tags)
         except MlflowException as error:
             named = address or os.environ.get("MLFLOW_TRACKING_URI") or "the default address"
             raise InfrastructureError(f"tracking.mlflow_uri: {named} does not answer ({first_line(error)}).") from None
@@ -193,7 +194,7 @@ class Mlflow:
         from mlflow.entities import Metric
 
         tag, run = STAGE_TAG + manifest.stage, self.run.info.run_id
-        if self.run.data.tags.get(tag) == manifest.key:
+        if self.told.get(tag) == manifest.key:
             return
         now = int(time.time() * 1000)
         metrics = [
@@ -203,6 +204,7 @@ class Mlflow:
         for part in _parts(metrics, METRICS_A_REQUEST):
             self.client.log_batch(run, metrics=part)
         self.client.set_tag(run, tag, manifest.key)
+        self.told[tag] = manifest.key
 
     def end(self) -> None:
         self.client.set_terminated(self.run.info.run_id)

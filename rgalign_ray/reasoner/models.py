@@ -6,6 +6,7 @@ A base model is resolved once to a local folder of safetensors. A *reasoner arte
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -31,6 +32,8 @@ DESCRIPTION = "reasoner.json"
 LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 """What some models do to their logits after the output head (Granite, Cohere, Falcon-H1, Gemma), with the values that
 change nothing."""
+PART_BYTES = 1 << 16
+"""Of a file, read to tell whether it is another one."""
 PRODUCTS = 10
 """Matrix products that are timed in each precision,"""
 PAYS = 0.8
@@ -63,6 +66,28 @@ def resolve(model: str) -> str:
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
         raise ConfigError(f"reasoner.model: the folder {model} has no config.json; expected a transformers model.")
     return model
+
+
+def identity(model: str) -> str:
+    """A model's name, and of a local folder what is in it: another time it may hold other weights.
+
+    Of each file its name, its size and three parts of it: gigabytes are not read for it, and weights that were trained
+    on differ everywhere.
+    """
+    if not os.path.isdir(model):
+        return model
+    files = sorted(each for each in Path(model).iterdir() if each.is_file())
+    return f"{model} {storage.content_key([(each.name, each.stat().st_size, _parts(each)) for each in files])}"
+
+
+def _parts(file: Path) -> list[str]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        found = []
+        for start in (0, size // 2, max(size - PART_BYTES, 0)):
+            opened.seek(start)
+            found.append(hashlib.sha256(opened.read(PART_BYTES)).hexdigest())
+    return found
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

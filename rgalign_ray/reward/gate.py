@@ -7,6 +7,7 @@ select for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Gate:
     agreement: float
     """What the second judge sees in the first one's choice: mean of r_2(best by r_1) - mean r_2."""
     agreement_error: float
-    """Standard error of `agreement` over sessions."""
+    """Standard error of `agreement` over users, whose sessions are alike."""
     best_of_n: list[float]
     """Mean reward, above the session's mean, of the best of the first n queries, n = 1 … N."""
     best_of_n_judged: list[float]
@@ -41,11 +42,14 @@ class Gate:
     """The choices of `best_of_n` in the auditor's eyes."""
 
 
-def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
-    """The gate's figures from [S, N, 2], the reward and what another judge says; nan where a query is not valid.
+def gate(judged: np.ndarray, users: Sequence[str], audited: np.ndarray | None = None) -> Gate:
+    """The gate's figures.
 
-    `audited` [S, N] are the auditor's rewards of the same queries, if there is one; a session that it has no click to
-    judge by is nan throughout.
+    Args:
+        judged: float [S, N, 2], the reward and what another judge says; nan where a query is not valid.
+        users: [S], whose sessions they are.
+        audited: float [S, N], the auditor's rewards of the same queries, if there is one; a session that it has no
+            click to judge by is nan throughout.
 
     Raises:
         DataError: when no session has two valid queries.
@@ -68,7 +72,7 @@ def gate(judged: np.ndarray, audited: np.ndarray | None = None) -> Gate:
         noise=float(noise.mean()),
         reliability=_correlation(first, second),
         agreement=float(seen.mean()),
-        agreement_error=float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else float("nan"),
+        agreement_error=_standard_error(seen, np.asarray(users)[usable]),
         best_of_n=best_of(first, first).mean(axis=0).tolist(),
         best_of_n_judged=judges.mean(axis=0).tolist(),
         spread_by_session=spread.tolist(),
@@ -92,6 +96,15 @@ def best_of(choosing: np.ndarray, seen: np.ndarray) -> np.ndarray:
         choice = np.nanargmax(np.where(_leading(choosing, n), choosing, np.nan), axis=1)
         chosen.append(np.take_along_axis(seen, choice[:, None], axis=1)[:, 0])
     return np.stack(chosen, axis=1)
+
+
+def _standard_error(values: np.ndarray, users: np.ndarray) -> float:
+    """Of the mean, linearised over users: they are independent, their sessions are not."""
+    _, of = np.unique(users, return_inverse=True)
+    sums = np.bincount(of, weights=values - values.mean())
+    if len(sums) < 2:
+        return float("nan")
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values))
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

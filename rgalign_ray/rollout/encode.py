@@ -26,6 +26,7 @@ from rgalign_ray.errors import InfrastructureError, UserError, first_line
 from rgalign_ray.logs import lists, stream
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import EngineSpec, Group, Prompts, Sample, sample_seed
 from rgalign_ray.reasoner.sentence_encoder import joined
 from rgalign_ray.reward.functions import fault
@@ -165,7 +166,8 @@ def _kept_context(engine: EngineSpec, plan: EncodePlan, sampled: bool) -> str:
     sampling = plan.sampling.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     return storage.content_key(
         __version__,
-        engine.reasoner.model_dump(include={"model", "engine", "dtype", "device", "threads"}),
+        models.identity(engine.reasoner.model),
+        engine.reasoner.model_dump(include={"engine", "dtype", "device", "threads"}),
         engine.max_session_tokens,
         plan.template.key,
         plan.encode.batch_size,

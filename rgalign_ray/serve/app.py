@@ -162,7 +162,7 @@ class Ranker:
     def tell_drift(self) -> None:
         for model in self.served.versions.loaded():
             for feature, psi in model.drift.psi().items():
-                ray_metrics.gauge("serve_drift").set(psi, tags={"feature": feature})
+                ray_metrics.gauge("serve_drift").set(psi, tags={"feature": feature, "version": model.version})
 
     async def score(self, source: Source, row: Row, candidates: np.ndarray, vector: np.ndarray | None) -> np.ndarray:
         return await self._score((source, row, candidates, vector))

@@ -18,7 +18,7 @@ from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.readers import engine_spec
+from rgalign_ray.loop.readers import engine_of_run
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.fit import to_batch
@@ -72,7 +72,8 @@ class PairSpec:
         return self.meta.sizes["embedding_dim"]
 
     def reader(self) -> SessionReader:
-        return SessionReader(self.sessions_uri, self.meta.feature_spec, self.prompt)
+        length = self.meta.space["history_length"]
+        return SessionReader(self.sessions_uri, self.meta.feature_spec, self.prompt, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def find(run_uri: str, round_: int | None = None) -> PairSpec:
         run_uri=run_uri,
         sessions_uri=run.uri("sessions"),
         ranker_uri=ranker_uri,
-        engine=engine_spec(run, whole[0]),
+        engine=engine_of_run(run, whole[0]),
         prompt=Template.of_run(embeddings),
         round_=whole[0],
         meta=scoring.load_meta(ranker_uri),
@@ -193,6 +194,7 @@ class FrozenRanker:
 
     def __init__(self, spec: PairSpec) -> None:
         torch.set_num_threads(spec.engine.reasoner.threads)
+        self.version = spec.version
         self.loaded = scoring.load(spec.ranker_uri)
         self.loaded.require(intent_ids=Catalogue.load(spec.sessions_uri).ids)
         self.reader = spec.reader()

@@ -23,14 +23,14 @@ class Reader:
     """Reads batches of situations; a plain class that Ray Data runs."""
 
     def __init__(self, spec: PairSpec, encode: config.Encode) -> None:
-        self.reasoner, self.template, self.encode = FrozenReasoner(spec), spec.reader().template, encode
+        self.reasoner, self.reader, self.encode = FrozenReasoner(spec), spec.reader(), encode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with ray_stacks.noted(self.encode.deadline_s, ends=True):
             return self._vectors(batch)
 
     def _vectors(self, batch: pa.Table) -> pa.Table:
-        texts = self.template.sessions(batch)
+        texts = self.reader.texts_of(batch)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # of like length, so that little is padding
         vectors: list[bytes] = [b""] * len(texts)
         for start in range(0, len(order), self.encode.batch_size):

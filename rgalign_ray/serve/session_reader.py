@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rgalign_ray import storage
+from rgalign_ray.logs import lists
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.schema import SESSIONS
@@ -34,10 +35,11 @@ class SessionReader:
         sessions_uri: the artefact whose sessions the pair was trained on; its schema is the service's.
         spec: feature columns.
         template: of the prompt.
+        history_length: newest events of a history that the pair was trained on.
     """
 
-    def __init__(self, sessions_uri: str, spec: FeatureSpec, template: Template) -> None:
-        self.template = template
+    def __init__(self, sessions_uri: str, spec: FeatureSpec, template: Template, history_length: int) -> None:
+        self.template, self.history_length = template, history_length
         found = _schema(sessions_uri)
         names = dict.fromkeys([*spec.columns, *template.columns, *GIVEN])
         self.schema = pa.schema([(name, found.field(name).type) for name in names])
@@ -45,7 +47,7 @@ class SessionReader:
         self._fits = {name: _fits(self.schema.field(name).type) for name in self.features}
 
     def row(self, session: api.Session, where: str = "session") -> Row:
-        """The columns of one session, without events after its entry.
+        """The columns of one session: of its history the newest events before its entry, as ingest leaves them.
 
         Raises:
             SessionError: for a feature that is none, or that is of a wrong type, by the name of its field.
@@ -60,7 +62,7 @@ class SessionReader:
         ts = session.ts or api.now()
         # a log of what was served is a log: one whose events lie after the entry would be set aside
         history = sorted((each for each in session.history if each.ts <= ts), key=lambda each: each.ts)
-        events = [{"event": each.event, "text": each.text, "ts": each.ts} for each in history]
+        events = [{"event": each.event, "text": each.text, "ts": each.ts} for each in history[-self.history_length :]]
         row: Row = dict.fromkeys(self.features) | session.features
         row |= {"region": session.region, "ts": ts, "history": events}
         if all(fits(row[name]) for name, fits in self._fits.items()):
@@ -91,6 +93,13 @@ class SessionReader:
     def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the reasoner reads of each."""
         return self.template.sessions(self.table(rows))
+
+    def texts_of(self, log: pa.Table) -> list[str]:
+        """The same of sessions of a log, whose histories may be longer."""
+        if "history" in log.column_names:
+            history, _ = lists.newest_events(log, self.history_length)
+            log = log.set_column(log.column_names.index("history"), "history", history)
+        return self.template.sessions(log)
 
 
 def _fits(kind: pa.DataType) -> Callable[[Any], bool]:

@@ -91,6 +91,7 @@ def sessions(clicked: list[str]) -> pa.Table:
     return pa.table(
         {
             "session_id": [f"s{i:03d}" for i in range(len(clicked))],
+            "user_id": [f"u{i:03d}" for i in range(len(clicked))],
             "ts": pa.array([None] * len(clicked), schema.TIMESTAMP),
             "word": [WORDS[i % len(WORDS)] for i in range(len(clicked))],
             "tier": ["a" if i % 3 else "b" for i in range(len(clicked))],

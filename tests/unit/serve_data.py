@@ -48,7 +48,7 @@ def read_as(folder: Path) -> SessionReader:
     }
     log = pa.schema(list(columns.items())).empty_table()
     storage.write_table(str(folder / "sessions/dt=2026-01-01/region=SG/0.parquet"), log)
-    return SessionReader(str(folder), SPEC, TEMPLATE)
+    return SessionReader(str(folder), SPEC, TEMPLATE, SPEC.history.length)
 
 
 class Models:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,10 @@ def test_the_shop_grows_by_a_factor_and_no_other_log_does() -> None:
     with pytest.raises(ConfigError, match="the log is movielens; only the simulated shop"):
         config.load("movielens").scaled(2)
     with pytest.raises(ConfigError, match=r"world\.sessions"):
-        config.load("ladder").scaled(0)
+        config.load("ladder").scaled(1e-9)
+    for factor in (0, -1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=r"^--scale: .*; give a number above 0"):
+            config.load("ladder").scaled(factor)
 
 
 def test_what_models_were_tuned_to_are_settings_of_the_ranker() -> None:

@@ -160,6 +160,16 @@ def test_the_first_k_are_the_best_and_equal_ones_stand_by_intent(sessions: TestS
         assert top.tolist() == [intent for _, intent in pairs[:3]]
 
 
+def test_two_candidates_have_no_third_title(sessions: TestSessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = sessions.candidates.copy()
+    candidates[0, 2:] = -1
+    monkeypatch.setattr(sessions, "candidates", candidates)
+    names = sessions.catalogue.titles
+    first, second, *_ = sessions.titles(-np.arange(candidates.shape[1]) * np.ones(candidates.shape), 3)
+    assert first == [names[intent] for intent in candidates[0, :2]]
+    assert second == [names[intent] for intent in candidates[1, :3]]
+
+
 def test_a_ranker_of_the_ladder_scores_as_it_does_alone(sessions: TestSessions, place: Path) -> None:
     own = sessions.score(rung(place))
     assert own.shape == sessions.candidates.shape

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
-from rgalign_ray import config
+from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.loop import alignments, compare, controller, ladder_report, tune
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, rows_of
+from rgalign_ray.evaluate.comparison import Verdict
+from rgalign_ray.loop import alignments, compare, connection, controller, ladder_report, tune
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, check, rows_of
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.fit import MODELS
 
@@ -230,3 +232,36 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
 def test_rows_that_read_other_sessions_do_not_say_where_their_alignment_is_lost() -> None:
     assert alignments.tells(ROWS["rgalign"]) and alignments.tells(ROWS["gradient"])
     assert not alignments.tells(ROWS["rgalign_shuffled"]) and not alignments.tells(ROWS["gradient_shuffled"])
+
+
+def test_every_seed_says_how_it_was_made_and_untuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real log the first seed prepares for all; judges of an alignment are tuned to the ranker that they are."""
+    monkeypatch.setattr(controller, "run_stages", lambda job, sequence, **more: controller.remember(job))
+    monkeypatch.setattr(connection, "connect", lambda config: None)
+    tuned = {"qe_rec": {"dim": 32}}
+    for log, rows in (("movielens", ["lr"]), ("shop", ["rg_sft"])):
+        settings = config.validate(
+            {"run_dir": str(tmp_path / log), "log": {"source": log}, "compare": {"seeds": 2, "tuned": tuned}}
+        )
+        compare.prepare(compare.runs(settings, rows), rows)
+        for seed in range(2):
+            found = storage.read_json(f"{tmp_path}/{log}/seed_{seed}/config.json")
+            assert found["seed"] == seed and found["ranker"] == settings.ranker.model_dump(mode="json")
+
+
+def test_a_row_that_takes_anothers_ranker_has_taken_the_time_to_train_it(tmp_path: Path) -> None:
+    job = Run(config.validate({"run_dir": str(tmp_path)}))
+    verdict = Verdict(["s"], ["u"], ["SG"], {"GAUC": np.ones(1)}, {"GAUC": np.ones(1)})
+    for stage, seconds in (("items", 1.0), ("embeddings_0", 100.0), ("row_qe_rec", 40.0), ("row_qe_rec_query", 3.0)):
+        manifest = storage.Manifest(stage=stage, key="k", figures={"best_gauc": 0.5}, seconds=seconds)
+        storage.write_json(job.uri(stage, "manifest.json"), manifest.model_dump())
+        verdict.save(job.uri(stage, "verdict.parquet"))
+    own, taking = (compare.judged([job], name) for name in ("qe_rec", "qe_rec_query"))
+    assert taking.seconds == own.seconds + 3
+
+
+def test_a_shift_of_one_readout_is_no_control_of_another() -> None:
+    rows = ["gradient_not_retrained", "gradient_shift", "gradient"]
+    check(rows, config.validate({}))
+    with pytest.raises(ConfigError, match=r"gradient_shift moves e\(x\) alone; set evaluate\.readout to prompt"):
+        check(rows, config.validate({"evaluate": {"readout": "query"}}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,36 @@ def test_where_workers_run_and_how_often_they_may_die_decides_no_key(tmp_path: P
     assert key(reward={"cpus": 2}) == key()
     assert key(rollout={"n": 8}) != key() != key(encode={"batch_size": 8})
     assert key(learner=bound | {"micro_batch": 2}) != key()
+
+
+@pytest.mark.parametrize("place", ["reasoner.model", "compare.encoder.model"])
+def test_a_folder_that_gets_another_model_decides_keys(tmp_path: Path, place: str) -> None:
+    stage = Stage("any", "do", lambda run, out: Outcome(), (place,), ())
+    file = tmp_path / "model/model.safetensors"
+    section, name = place.rsplit(".", 1)
+    chosen: dict[str, Any] = {name: str(file.parent)}
+    for part in reversed(section.split(".")):
+        chosen = {part: chosen}
+    keys = []
+    for weights in (b"one", b"two", b"one"):
+        storage.write_bytes(str(file), weights)
+        keys.append(controller.stage_key(Run(config.validate({"run_dir": str(tmp_path), **chosen})), stage))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_has_changed_outside_since_is_told_and_redoes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+
+    def make(run: Run, out: str) -> Outcome:
+        made.append(out)
+        return Outcome()
+
+    stage = Stage("once", "do", make, (), (), changed=lambda run: "it has grown")
+    for _ in range(2):
+        controller.run_stages(Run(config.validate({"run_dir": str(tmp_path)})), [stage])
+    assert len(made) == 1 and capsys.readouterr().err.count("it has grown") == 1
 
 
 def test_sessions_are_read_again_for_what_changes_the_reading_alone(tmp_path: Path) -> None:

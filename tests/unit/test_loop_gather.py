@@ -66,6 +66,26 @@ def test_what_is_told_of_seeds_is_how_they_were_made(tmp_path: Path) -> None:
     assert report.config["evaluate"]["bootstrap"] == 100 and report.config["run_dir"] == str(tmp_path / "together")
 
 
+def test_seeds_may_differ_in_what_is_asked_of_them(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0, compare={"seeds": 1, "rows": ROWS})
+    made(tmp_path / "there", 1, compare={"seeds": 1, "first_seed": 1}, evaluate={"bootstrap": 300})
+    assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
+
+
+def test_how_seeds_were_judged_is_not_for_the_one_who_asks(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0, evaluate={"k": 5}, compare={"max_text_tokens": 64})
+    report = told(tmp_path, [tmp_path / "here"])
+    assert report.config["evaluate"]["k"] == 5 and report.config["compare"]["max_text_tokens"] == 64
+    assert report.config["compare"]["rows"] == ROWS
+
+
+def test_a_seed_of_which_nothing_says_how_it_was_made_is_named(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0)
+    (tmp_path / "here/seed_0/config.json").unlink()
+    with pytest.raises(DataError, match=r"seed_0/config\.json: not there; run `rgalign compare` for that seed again"):
+        told(tmp_path, [tmp_path / "here"])
+
+
 def test_a_seed_is_told_of_once(tmp_path: Path) -> None:
     for place in ("here", "there"):
         made(tmp_path / place, 0)
@@ -75,7 +95,13 @@ def test_a_seed_is_told_of_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "differing"),
-    [({"ranker": {"dim": 64}}, "ranker"), ({"world": {"sessions": 9000}}, "world"), ({"align": ["sft"]}, "align")],
+    [
+        ({"ranker": {"dim": 64}}, "ranker"),
+        ({"world": {"sessions": 9000}}, "world"),
+        ({"align": ["sft"]}, "align"),
+        ({"compare": {"tuned": {"din": {"dim": 32}}}}, "compare"),
+        ({"evaluate": {"k": 5}}, "evaluate"),
+    ],
 )
 def test_seeds_of_other_settings_make_no_table(tmp_path: Path, changes: dict[str, Any], differing: str) -> None:
     made(tmp_path / "here", 0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +108,17 @@ def test_a_tracker_that_fails_on_the_way_ends_nothing(
     tracker.end()
     assert capsys.readouterr().err.count("tensorboard is told no more (gone);") == 1
     assert {line["key"] for line in lines(tmp_path)} == {"k2"}
+
+
+def test_mlflow_is_told_of_a_stage_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with `early_stop` goes through its first stages twice, in one process."""
+    batches, tags = [], []
+    client = SimpleNamespace(
+        log_batch=lambda run, metrics: batches.append(metrics), set_tag=lambda run, tag, key: tags.append(key)
+    )
+    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=lambda *values: values))
+    known = tracking.Mlflow.__new__(tracking.Mlflow)
+    known.client, known.told, known.run = client, {}, SimpleNamespace(info=SimpleNamespace(run_id="r"))
+    for key in ("k1", "k1", "k2"):
+        known.stage(MANIFEST.model_copy(update={"key": key}), tracking.points(MANIFEST))
+    assert len(batches) == 2 and tags == ["k1", "k2"]

@@ -222,3 +222,12 @@ def test_a_part_of_a_model_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"not a whole tiny; it lacks model\.norm\.weight"):
         models.Weights(model, TINY).take(str(tmp_path))
+
+
+def test_a_folder_that_gets_other_weights_is_another_model(tmp_path: Path) -> None:
+    whole(tmp_path / "model", 1)
+    first = models.identity(str(tmp_path / "model"))
+    assert first == models.identity(str(tmp_path / "model")) and first.startswith(str(tmp_path / "model"))
+    whole(tmp_path / "model", 2)
+    assert models.identity(str(tmp_path / "model")) != first
+    assert models.identity("smollm2") == "smollm2" and models.identity("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
