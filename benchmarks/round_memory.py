@@ -78,6 +78,7 @@ def write(run: Run, parts: int) -> None:
         sessions = pa.table(
             {
                 "session_id": ids,
+                "user_id": ids,
                 "candidates": [names] * size,
                 "clicks": (np.arange(INTENTS) == draw.integers(INTENTS, size=(size, 1))).tolist(),
             }
