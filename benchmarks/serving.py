@@ -217,11 +217,19 @@ def one(run_uri: str, round_: str, port: str, batch: str, wait_ms: str, store: s
         features=reader.features,
         read=[],
     )
-    kept = QueryStore(store, spec.meta.reasoner_version or "", spec.dim, 1e9) if store else None
+    kept = QueryStore(store, spec.reads, spec.dim, 1e9) if store else None
     variant = Variant("default", 1.0, version, reader, catalogue, read, score, score, kept)
     gateway = Gateway(config.Serve(budget_ms=PATIENT_MS), Variants([variant]))
     app = web.build(gateway, ready, Access({}, None), lambda: None)
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error")
+
+
+def check_path(url: str, body: Path, path: str) -> None:
+    """Whether the service answers by the path that is asked for, and not by one that it falls back to."""
+    asked = urllib.request.Request(f"{url}/v1/rank", body.read_bytes(), {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        taken = json.load(answer)["path"]
+    assert taken == path, f"{url} answers by {taken}, not by {path}"
 
 
 def bare(settings: Config, row: dict[str, Any], times: int = 30) -> dict[str, float]:
@@ -278,7 +286,7 @@ def measure(
     (row,) = pair.example_sessions(spec, 1)
     vector = np.zeros(spec.dim, np.float16)
     kept = query_store.Kept(row["user_id"], datetime.now(UTC).replace(tzinfo=None), vector)
-    query_store.write(str(out / "store"), spec.meta.reasoner_version or "", [kept])
+    query_store.write(str(out / "store"), spec.reads, [kept])
     session, bodies = spec.reader().session(row), {}
     for path in PATHS:
         bodies[path] = out / f"{path}.json"
@@ -291,6 +299,7 @@ def measure(
     for name, start, its in (("service", served, patient), ("plain", plain, patient), ("one by one", served, singly)):
         with start(its) as url:
             for path in PATHS:
+                check_path(url, bodies[path], path)
                 hey(url, bodies[path], 3, clients)
                 full = hey(url, bodies[path], seconds, clients)
                 found[f"{name}, {path}"] = {"saturated": full.__dict__}

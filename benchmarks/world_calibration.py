@@ -24,6 +24,7 @@ import torch
 import typer
 
 from rgalign_ray import config, storage
+from rgalign_ray.evaluate.plackett_luce import marginals
 from rgalign_ray.evaluate.statistics import Estimate, bootstrap
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
@@ -178,16 +179,10 @@ def _looks(weights: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     return sum(look * place for look, place in zip(click_models.examination(len(places)), places, strict=True))
 
 
-def _places(p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places(p: np.ndarray) -> list[np.ndarray]:
     """P(the intent is at place k) [n, I] for k = 0, 1, 2 of a Plackett–Luce draw with probabilities p [n, I]."""
-    odds = p / (1.0 - p)
-    second = p * (odds.sum(axis=1, keepdims=True) - odds)
-    third = np.empty_like(p)
-    for row, (chances, of_first) in enumerate(zip(p, odds, strict=True)):
-        pairs = of_first[:, None] * chances / np.maximum(1.0 - chances[:, None] - chances, 1e-12)
-        np.fill_diagonal(pairs, 0.0)  # P(a first, b second) / P(neither)
-        third[row] = chances * (pairs.sum() - pairs.sum(axis=0) - pairs.sum(axis=1))
-    return p, second, third
+    with np.errstate(divide="ignore"):  # an intent that is never drawn
+        return list(np.moveaxis(marginals(np.log(p), 3), -1, 0))
 
 
 class Log:

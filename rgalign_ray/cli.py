@@ -45,7 +45,7 @@ app = typer.Typer(
 cluster = typer.Typer(help="A Ray cluster on this machine, for jobs to be submitted to.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
 
-runs = typer.Typer(help="Run directories: which there are, and which to let go.", no_args_is_help=True)
+runs = typer.Typer(help="List run directories, and remove old ones.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 Folder = Annotated[str, typer.Argument(help="Folder or URI that holds run directories.")]
 
@@ -62,7 +62,7 @@ Address = Annotated[
     ),
 ]
 RunName = Annotated[str, typer.Argument(help="Name of the run, as `rgalign status` shows it.")]
-Scale = Annotated[float, typer.Option(help="Times as many sessions and users of the simulated shop as configured.")]
+Scale = Annotated[float, typer.Option(help="Factor of world.sessions and world.users, of the simulated shop.")]
 
 
 class Source(StrEnum):
@@ -98,7 +98,7 @@ def compare(
         typer.Option(
             "--from",
             metavar="DIR",
-            help="Run directory of seeds that are done, to tell of them and run nothing; repeatable.",
+            help="Only report: a run directory with seeds that are done; repeatable.",
         ),
     ] = None,
 ) -> None:
@@ -177,7 +177,7 @@ def read_ahead(
 @app.command()
 def sweep(
     over: Annotated[str, typer.Option(metavar="KEY=V1,V2,…", help="A setting and its values.")],
-    control: Annotated[str | None, typer.Option(help="One of the values, at which nothing should be gained.")] = None,
+    control: Annotated[str | None, typer.Option(help="The one of the values at which no gain is expected.")] = None,
     config: ConfigName = "ladder",
     override: Overrides = None,
     run_dir: RunDir = None,
@@ -290,7 +290,10 @@ def lineage(run_dir: Annotated[str, typer.Argument(help="Folder or URI of a run.
 def prepare(
     source: Annotated[Source, typer.Argument(help="Which log to write.")],
     out: Annotated[str, typer.Option(help="Folder or URI to write the log's tables into.")],
-    folder: Annotated[Path | None, typer.Option(help="With the files of movielens or tau_retail.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the source's files, of movielens or tau_retail."),
+    ] = None,
     config: ConfigName = "demo",
     override: Overrides = None,
 ) -> None:
@@ -314,21 +317,23 @@ def prepare(
 
 @app.command("config")
 def show_config(config: ConfigName = "demo", override: Overrides = None) -> None:
-    """Print the whole resolved configuration as YAML; the output is itself a valid --config file."""
-    import yaml
+    """Print every setting with its value, and what it is for, as YAML; the output is itself a valid --config file."""
+    from rgalign_ray.config import commented
 
-    print(yaml.safe_dump(_load(config, override).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    print(commented(_load(config, override)))
 
 
 @cluster.command()
 def up(
-    nodes: Annotated[int, typer.Option(min=1, help="The head and so many less one beside it.")] = 1,
-    cpus: Annotated[int | None, typer.Option(min=1, help="Of each node; else an even share of the machine's.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes in all: one head, the others beside it.")] = 1,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs that each node declares; else an even share of this machine's.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address of this machine that nodes of other machines may join.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the head.")] = 6379,
-    dashboard_port: Annotated[int, typer.Option(help="Where jobs are submitted.")] = 8265,
+    port: Annotated[int, typer.Option(help="Port of the head, which other nodes join.")] = 6379,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the dashboard, to which jobs are submitted.")] = 8265,
 ) -> None:
     """Start a Ray cluster on this machine, and keep it until `rgalign cluster down`."""
     from rgalign_ray.ops import local_cluster
@@ -342,7 +347,7 @@ def up(
 
 @cluster.command()
 def add(
-    cpus: Annotated[int, typer.Option(min=1, help="Of the node.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs that the node declares.")] = 1,
     label: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="As node_labels ask for it; repeatable.")
     ] = None,
@@ -393,7 +398,7 @@ def submit(
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(help="Of one run; else all are shown.")] = None, address: Address = None
+    name: Annotated[str | None, typer.Argument(help="Only the jobs of this run.")] = None, address: Address = None
 ) -> None:
     """Show the jobs of a cluster."""
     _with_token()
@@ -484,9 +489,9 @@ def list_runs(folder: Folder = "runs") -> None:
 @runs.command()
 def prune(
     folder: Folder = "runs",
-    keep: Annotated[int, typer.Option(min=0, help="So many of the latest stay, however old.")] = 5,
-    older_than_days: Annotated[float, typer.Option(min=0.0, help="What has changed since stays.")] = 30.0,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove them; else they are only shown.")] = False,
+    keep: Annotated[int, typer.Option(min=0, help="So many of the latest runs stay, however old.")] = 5,
+    older_than_days: Annotated[float, typer.Option(min=0.0, help="Only runs unchanged for so many days.")] = 30.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only shown.")] = False,
 ) -> None:
     """Remove whole runs that are old and not among the latest."""
     import datetime

@@ -78,7 +78,7 @@ def run(
 
     def attempt() -> Any:
         return _Trainer(
-            partial(_watched, worker, settings.deadline_s) if settings.workers else partial(_unwatched, worker),
+            partial(_watched, worker, settings.deadline_s),
             train_loop_config=argument,
             # longer than a process may take, so that a peer that waits for it is not the one to raise
             torch_config=TorchConfig(backend=backend, timeout_s=2 * math.ceil(settings.deadline_s)),
@@ -143,11 +143,6 @@ def _died(failure: BaseException) -> bool:
 def _watched(worker: Callable[[dict[str, Any], Alive], Any], deadline_s: float, argument: dict[str, Any]) -> Any:
     with ray_stacks.watched(deadline_s) as alive:
         return worker(argument, alive)
-
-
-def _unwatched(worker: Callable[[dict[str, Any], Alive], Any], argument: dict[str, Any]) -> Any:
-    """In the caller's own process, which nobody may end."""
-    return worker(argument, lambda: None)
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from rgalign_ray.config.alignment import (
     Select,
     Sft,
 )
-from rgalign_ray.config.base import DATA_CPUS, Placed, Settings, Trained
+from rgalign_ray.config.base import DATA_CPUS, Placed, Settings, Trained, commented
 from rgalign_ray.config.data import Features, Log, Roles, TauRetail, World
 from rgalign_ray.config.ranking import Baseline, Model, QueryInput, Ranker, Reward
 from rgalign_ray.config.reasoning import Encode, Endpoint, Lora, Prompt, Reasoner, Rollout, Teacher, Vllm
-from rgalign_ray.config.root import Config, available, changed, keys, load, validate, with_setting
+from rgalign_ray.config.root import Config, available, changed, load, validate, with_setting
 from rgalign_ray.config.service import Cluster, Folder, Serve, Tracking, Variant
 from rgalign_ray.config.study import Compare, Evaluate, RowName
 
@@ -72,7 +72,7 @@ __all__ = [
     "World",
     "available",
     "changed",
-    "keys",
+    "commented",
     "load",
     "validate",
     "with_setting",

@@ -30,15 +30,18 @@ class Select(Settings):
 
 class Optimisation(Settings):
     lr: Positive = 1e-4
+    """Highest learning rate: it rises over the warm-up, and falls as a cosine."""
     epochs: Count = 1
     batch_sessions: Count = 16
     """Sessions of one optimiser step, over all workers."""
     warmup_ratio: Fraction = 0.1
+    """Share of the steps."""
     max_grad_norm: Positive = 1.0
 
 
 class Sft(Optimisation):
     neftune_alpha: Annotated[float, Field(ge=0.0)] = 5.0
+    """Noise on the token embeddings while learning (NEFTune); 0: none."""
 
 
 class Dpo(Optimisation):
@@ -103,6 +106,7 @@ class Learner(Trained):
     """DeepSpeed engines in Ray Train workers, for every objective."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shares out among learners: optimiser states (1), gradients as well (2), weights as well (3)."""
     bf16: bool | Literal["auto"] = "auto"
     """auto: where `reasoner.dtype` comes out as bfloat16. Master weights and optimiser are float32 either way."""
     micro_batch: Count = 4

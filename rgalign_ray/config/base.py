@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, ClassVar, get_args, get_origin
+import math
+import textwrap
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 DATA_CPUS = 1.0
 """Stay free for Ray Data, which does not know of CPUs that actors hold and would wait for ever."""
+
+COLUMNS = 118
+"""Of a comment."""
+MAX_CHOICES = 12
+"""More are told in documents."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -38,9 +46,11 @@ Distinct = AfterValidator(_distinct)
 
 
 class Settings(BaseModel):
-    """Base of every settings model: unknown keys are errors, values do not change."""
+    """Base of every settings model: unknown keys are errors, values do not change, and what stands under a setting is
+    what `rgalign config` says of it.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     ASIDE: ClassVar[tuple[str, ...]] = ()
     """Settings that decide no result, but who computes it, where, and how often that may fail: no stage is made anew
@@ -62,6 +72,7 @@ class Trained(Placed):
     workers: Count = 2
     cpus_per_worker: Positive = 0.5
     use_gpu: bool = False
+    """One for each worker."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often workers may die; all start again then, from their last checkpoint."""
     deadline_s: Positive = 1800.0
@@ -69,6 +80,33 @@ class Trained(Placed):
     kept, and it counts as a death."""
 
     ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries", "deadline_s")
+
+
+def commented(settings: Settings, indent: str = "") -> str:
+    """Settings as YAML, with what each is for above it; read back, they are the same settings."""
+    lines = []
+    for name, field in type(settings).model_fields.items():
+        value, said = getattr(settings, name), " ".join((field.description or "").split()).replace("None", "null")
+        choices = _choices(field.annotation)
+        if any(choice not in said for choice in choices):
+            said = f"{said} One of {', '.join(choices)}.".lstrip()
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(said, COLUMNS - len(indent))]
+        if isinstance(value, Settings):
+            lines += [f"{indent}{name}:", commented(value, f"{indent}  ")]
+        else:
+            plain = settings.model_dump(mode="json", include={name})
+            style = None if isinstance(value, list | dict) else False  # lists and such of plain values on one line
+            text = yaml.safe_dump(plain, default_flow_style=style, sort_keys=False, allow_unicode=True, width=math.inf)
+            lines += [f"{indent}{line}" for line in text.splitlines()]
+    return "\n".join(lines)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Of a setting that is one of a few words."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is Literal and len(get_args(kind)) <= MAX_CHOICES:
+            return [str(choice) for choice in get_args(kind)]
+    return []
 
 
 def names_of(model: type[BaseModel], prefix: str = "") -> list[str]:

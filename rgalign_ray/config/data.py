@@ -42,6 +42,7 @@ class Log(Settings):
     """Where sessions come from."""
 
     source: Literal["shop", "movielens", "tau_retail", "parquet"] = "shop"
+    """shop: simulated (`world`). movielens, tau_retail: made of their owners' files. parquet: a log of your own."""
     uri: Place | None = None
     """parquet: folder of the `sessions` table (partitioned by dt and region). movielens: folder of the
     ml-100k files; by default they come from a pinned package, downloaded into the cache. tau_retail: folder
@@ -59,6 +60,7 @@ class Log(Settings):
     end: date | None = None
     """Last day to read."""
     regions: list[str] | None = None
+    """To read; None: all."""
 
     @model_validator(mode="after")
     def _paths(self) -> Log:
@@ -71,10 +73,15 @@ class Roles(Settings):
     """Shares of users by role; `align` is split evenly over the rounds."""
 
     rank: Fraction = 0.60
+    """Rankers learn from them."""
     align: Fraction = 0.15
+    """Their clicks judge latent queries, and teach the reasoner."""
     audit: Fraction = 0.0
+    """The auditor learns from them."""
     valid: Fraction = 0.10
+    """They choose the rankers' epochs."""
     test: Fraction = 0.15
+    """They are reported."""
     test_days: Annotated[int, Field(ge=0)] = 7
     """Test sessions are those of test users in the last days; every other role ends before them.
     0: roles do not depend on time."""

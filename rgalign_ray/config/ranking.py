@@ -31,9 +31,13 @@ Model = Literal["qe_rec", "din_sentence", "cosine", Baseline]
 
 class Ranker(Trained):
     dim: Count = 32
+    """Width of the towers' vectors."""
     heads: Count = 4
+    """Of attention."""
     autoint_layers: Count = 2
+    """Layers of attention between a tower's features."""
     experts: Count = 4
+    """Of a tower's mixture of experts."""
     attention_layers: Count = 1
     """Layers of mutual attention between user, item and query."""
     dropout: Fraction = 0.1
@@ -44,7 +48,9 @@ class Ranker(Trained):
     tau: Positive = 1.0
     """Temperature of ⟨z, v_i⟩ in the KL term and in RG-CL."""
     kl: Literal["fused", "user", "off"] = "fused"
+    """Whose ranking the query tower's alone must be near: the whole ranker's (fused), the user tower's, or nobody's."""
     kl_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Of that divergence, beside the ranking loss."""
     no_click_weight: Annotated[float, Field(ge=0.0)] = 0.2
     """Weight of the pointwise term on sessions without a click."""
     query_input: QueryInput = QueryInput()
@@ -66,6 +72,7 @@ class Ranker(Trained):
 
 class Reward(Placed):
     kind: Literal["logprob", "ndcg"] = "logprob"
+    """logprob: the mean log-probability of the clicked intents. ndcg: NDCG@k of the ranking."""
     k: Count = 3
     """Cut-off of the ndcg reward."""
     resolved_weight: Fraction = 0.0

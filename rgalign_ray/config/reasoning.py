@@ -55,6 +55,7 @@ class Reasoner(Settings):
     doubles the speed, else float32; settled when a run starts, and kept by it. Learners have
     `learner.bf16`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     threads: Count = 1
     """CPU threads of one engine; part of the configuration because it chooses kernels, hence floats."""
     vllm: Vllm = Vllm()
@@ -100,6 +101,7 @@ class Teacher(Settings):
     temperature: Positive | None = None
     """None: `rollout.temperature`."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """None: `rollout.top_p`."""
     endpoint: Endpoint = Endpoint()
     """Of engine openai."""
 
@@ -116,6 +118,7 @@ class Rollout(Placed):
     n: Annotated[int, Field(ge=2)] = 4
     """Queries that the policy samples per session."""
     max_new_tokens: Count = 16
+    """Tokens of a query at most; a longer one is over length, and not judged."""
     temperature: Positive = 0.7
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     unit_sessions: Count = 16
@@ -130,6 +133,7 @@ class Rollout(Placed):
     cpus_per_worker: Positive = 0.5
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     in_flight_per_worker: Count = 2
+    """Units that a worker holds: one is in work, the others wait."""
     deadline_s: Positive = 600.0
     """Longest wait for one unit before the worker counts as dead, and for a first worker to start."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -168,7 +172,9 @@ class Encode(Placed):
     cpus_per_worker: Positive = 0.5
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     unit_sessions: Count = 64
+    """Sessions of one work unit, which is kept once it is read."""
     batch_size: Count = 16
+    """Sessions of one forward pass: it fixes the padding, hence the floats."""
     query_share: Fraction = 0.34
     """Share of rank sessions (by hash) that also get a sampled query and e(x,q), so that the ranker
     learns to read it."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rgalign_ray.config.alignment import AlignName, Contrastive, Dpo, Gradient, Grpo, Latent, Learner, Select, Sft
-from rgalign_ray.config.base import Count, Distinct, Place, Settings, names_of, sentence
+from rgalign_ray.config.base import Count, Distinct, Place, Settings, sentence
 from rgalign_ray.config.data import Features, Log, Roles, World
 from rgalign_ray.config.ranking import Baseline, Ranker, Reward
 from rgalign_ray.config.reasoning import Encode, Prompt, Reasoner, Rollout, Teacher
@@ -98,6 +98,8 @@ class Config(Settings):
                 "ranker.query_input.query and encode.query_share must be above 0: "
                 "a reward ranker that never saw e(x,q) cannot judge queries"
             )
+        if self.reasoner.engine == "sentence":
+            raise ValueError("reasoner.engine: a sentence encoder writes no queries; it is for compare.encoder")
         proposed = self.rollout.n + sum(teacher.n for teacher in self.teachers)
         if self.select.n and self.select.n > proposed:
             raise ValueError(f"select.n ({self.select.n}) is more than the {proposed} queries that a session gets")
@@ -225,8 +227,3 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"{key}: '{place}' is a value, not a group of settings.")
         data = child
     data[last] = value
-
-
-def keys() -> list[str]:
-    """Full names of all settings, depth first."""
-    return names_of(Config)

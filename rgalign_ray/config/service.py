@@ -16,6 +16,7 @@ class Cluster(Settings):
     num_cpus: Count | None = None
     """CPUs that a Ray started here declares; None declares the machine's."""
     object_store_mb: Count = 512
+    """MiB of the object store of a Ray that is started here."""
     grows: bool = False
     """Nodes are added as they are asked for, by an autoscaler: workers for which there is no room yet are waited for,
     not refused."""
@@ -67,25 +68,30 @@ class Serve(Settings):
     rate_per_minute: Count | None = None
     """Requests of one key, or where none is asked for of one address, that a gateway takes; beyond them, 429."""
     budget_ms: Positive = 250.0
-    """Within which an answer is given: the reasoner is waited for as long as the ranker still has its part."""
+    """Milliseconds that an answer may take: the reasoner is waited for as long as the ranker still has its part."""
     ranker_ms: Positive = 50.0
-    """That part."""
+    """Milliseconds of `budget_ms` that are kept for the ranker."""
     batch: Count = 32
     """Sessions that a model reads at once, at most."""
     batch_wait_ms: Annotated[float, Field(ge=0.0)] = 10.0
     """How long a model waits for more of them. One session costs the ranker almost as much as ten."""
     gateways: Count = 1
+    """Replicas that take requests."""
     reasoners: Count = 1
+    """Replicas that read sessions."""
     rankers: Count = 1
-    """Replicas of each."""
+    """Replicas that score."""
     max_gateways: Count | None = None
+    """As many replicas as there may be under load; None: `gateways`."""
     max_reasoners: Count | None = None
+    """Likewise; None: `reasoners`."""
     max_rankers: Count | None = None
-    """As many replicas as there may be under load; None: no more than that."""
+    """Likewise; None: `rankers`."""
     wedged_s: Positive = 60.0
     """A model that is at one batch for longer is started anew, and who waits for an answer so long is refused (503)."""
     cpus_per_replica: Positive = 0.3
     reasoner_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs of a replica that reads sessions, or a share of one."""
     ongoing: Count = 128
     """Requests that a replica has in work at once, at most. A gateway takes fewer where answers come later than
     `budget_ms`, and tells the others to come back (429)."""

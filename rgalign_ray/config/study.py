@@ -13,9 +13,13 @@ from rgalign_ray.config.reasoning import Reasoner
 
 class Evaluate(Settings):
     readout: Literal["prompt", "query"] = "prompt"
+    """What rankers read of test sessions: e(x), or e(x,q) of a query that is sampled for it."""
     k: Count = 3
+    """Intents that a user is shown: the cut-off of Recall, NDCG, CTR and resolved."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """Resamples of the users, for every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Of every interval."""
     examples: Annotated[int, Field(ge=0)] = 5
     """Test sessions shown with their latent query before and after alignment."""
     hit_rate_sessions: Annotated[int, Field(ge=0)] = 0

@@ -330,7 +330,7 @@ def stage_times(stages: Sequence[Stage]) -> Markup:
 
     def draw(axes: Axes) -> None:
         for position, stage in enumerate(stages):
-            axes.barh(position, stage.seconds, height=0.62, color=SERIES[0], alpha=0.35 if stage.resumed else 1.0)
+            axes.barh(position, stage.seconds, height=0.62, color=SERIES[0])
             axes.annotate(
                 f"{stage.seconds:,.0f} s",
                 (stage.seconds, position),

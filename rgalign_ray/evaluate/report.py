@@ -190,9 +190,7 @@ class Stage(Part):
     name: str
     seconds: float
     peak_mb: float | None = None
-    """Largest resident memory of any of its processes, in MiB."""
-    resumed: bool = False
-    """Found complete from an earlier run; `seconds` is what it took then."""
+    """Most MiB that the driver and its Ray processes held at once, shared pages counted once."""
 
 
 class Ingest(Part):

@@ -133,8 +133,8 @@ def ratio_bootstrap(
     """
     drawn, means = [], []
     for number, (part, whole, user, weight) in enumerate(zip(parts, wholes, users, weights, strict=True)):
-        both = np.isnan(part) | np.isnan(whole)
-        values, weight = _checked(np.where(both, np.nan, np.stack([part, whole])), user, weight)
+        missing = np.isnan(part) | np.isnan(whole)
+        values, weight = _checked(np.where(missing, np.nan, np.stack([part, whole])), user, weight)
         means.append((values * weight).sum(axis=1) / weight.sum())
         drawn.append(_draw(values, weight, user, repetitions, seed + number))
     above, below = np.mean(drawn, axis=0).T

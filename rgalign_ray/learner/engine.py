@@ -79,17 +79,13 @@ class LearnerTask:
         return torch.device("cuda" if self.learner.use_gpu else "cpu")
 
     @property
-    def workers(self) -> int:
-        return max(self.learner.workers, 1)
-
-    @property
     def bf16(self) -> bool:
         return self.learner.bf16 is True
 
     @property
     def micro_steps(self) -> int:
         """Forward passes of one worker in one optimiser step."""
-        return self.optimisation.batch_sessions // (self.workers * self.learner.micro_batch)
+        return self.optimisation.batch_sessions // (self.learner.workers * self.learner.micro_batch)
 
 
 class Host:

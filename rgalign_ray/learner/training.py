@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +49,6 @@ def fit(
 
     A worker that dies is started again with the others, up to `learner.retries` times; they go on from the last
     checkpoint, and so does a second call of the same name after this process has died.
-    With `learner.workers = 0` it runs in this process (for tests).
 
     Args:
         task: the objective's work.
@@ -86,7 +84,6 @@ def _worker(loop: dict[str, Any], alive: ray_train.Alive) -> dict[str, Any]:
     torch.set_num_threads(task.reasoner.threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
     objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
-    group_of_one()
     with _last_checkpoint() as (folder, done), _progress(task, loop["steps"], done) as advance:
         host = TrainHost(folder, done, _both(advance, alive), loop["every_s"], task.device)
         more = {"source": StreamSource(task, host)} if task.stream else {}
@@ -215,14 +212,11 @@ class StreamSource:
 
 
 def group_of_one() -> None:
-    """Makes a process group where there is none: Ray Train's local mode makes none, and DeepSpeed insists on one.
+    """Makes a process group for objectives that run in this process without Ray Train: DeepSpeed insists on one.
 
     It stays until the process ends: DeepSpeed remembers its first group, and a second would be foreign to it.
     """
     if dist.is_initialized():
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})

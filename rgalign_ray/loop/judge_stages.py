@@ -66,9 +66,9 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
     template = Template.load(config.prompt.template)
     variants = {teacher.name: Template.load(teacher.template or config.prompt.template) for teacher in config.teachers}
     sessions, without_click = round_sessions.write(run, out, round_, [template, *variants.values()])
-    asked = 0
+    teacher_deaths = 0
     for teacher in config.teachers:
-        asked += ask(run, out, teacher, variants[teacher.name], sessions, round_)
+        teacher_deaths += propose(run, out, teacher, variants[teacher.name], sessions, round_)
     engine = replace(engine_spec(run, round_ - 1), reasoner=config.reasoner)
     pool = RolloutPool(
         config.rollout,
@@ -108,7 +108,7 @@ def roll_out(run: Run, out: str, round_: int) -> Outcome:
             "faults": {reason: count for reason, count in sorted(faults.items(), key=str) if reason is not None},
             "valid_rate": faults[None] / made.total(),
             "valid_rate_by_source": {source: valid[source] / count for source, count in made.items()},
-            "worker_deaths": pool.deaths + asked,
+            "worker_deaths": pool.deaths + teacher_deaths,
         },
     )
 
@@ -118,7 +118,7 @@ def sampling(config: Config) -> dict:
     return config.rollout.model_dump(exclude=set(Rollout.ASIDE))
 
 
-def ask(run: Run, out: str, teacher: Teacher, template: Template, sessions: int, round_: int) -> int:
+def propose(run: Run, out: str, teacher: Teacher, template: Template, sessions: int, round_: int) -> int:
     """Has one teacher propose queries for each session; returns how many of its workers died."""
     config = run.config
     settings = config.rollout

@@ -89,8 +89,6 @@ def check(config: Config, cpus: float, gpus: float) -> None:
     Raises:
         ConfigError: with what is asked for, what is there, and the setting to lower.
     """
-    if config.reasoner.engine == "sentence":
-        raise ConfigError("reasoner.engine: a sentence encoder writes no queries; it is for `compare.encoder`.")
     for _, together in groupby(asks(config), key=lambda ask: ask.stage):
         _fit(list(together), DATA_CPUS, cpus, gpus)
 

@@ -12,7 +12,7 @@ from functools import reduce
 from rich.console import Console
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, keys, with_setting
+from rgalign_ray.config import Config, with_setting
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
@@ -34,8 +34,6 @@ def run(config: Config, key: str, values: list[str], control: str | None = None)
             control that is none of them, or rows without QE-Rec and a rival, before anything runs.
         Others: as `compare.run`.
     """
-    if key not in keys():
-        raise ConfigError(f"--over {key}: no such setting.")
     if key in ("seed", "world.seed"):
         raise ConfigError(f"--over {key}: a comparison sets it by compare.first_seed and compare.seeds.")
     room, _, name = key.partition(".")

@@ -259,13 +259,13 @@ class Fit:
         u = model.users(batch)
         z = model.queries(embedding, is_null) if model.reads_queries else None
         scores = model.score(u, items, candidates, z)
-        loss = losses.listnet(scores, batch["clicks"], mask).total
-        no_click = losses.pointwise(scores, batch["shown"], batch["clicks"], mask).total
+        loss = losses.listnet(scores, batch["clicks"], mask)
+        no_click = losses.pointwise(scores, batch["shown"], batch["clicks"], mask)
         loss = loss + settings.no_click_weight * no_click
         if self.agrees:
             student = model.query_logits(z, items).gather(1, candidates)
             teacher = scores if settings.kl == "fused" else model.user_logits(u, items).gather(1, candidates)
-            loss = loss + settings.kl_weight * losses.agreement(teacher, student, mask, is_null).total
+            loss = loss + settings.kl_weight * losses.agreement(teacher, student, mask, is_null)
         return loss
 
     def _readouts(self, rows: Rows, epoch: int) -> np.ndarray:

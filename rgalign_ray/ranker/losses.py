@@ -1,37 +1,27 @@
-"""Losses as (sum over sessions, number of sessions), so that averages over uneven shards are exact.
+"""Losses summed over sessions, scalars []: divided by the sessions of all workers, uneven shards weigh as they should.
 
 `scores` are [B, C]; `mask` bool [B, C] is true for the candidates that take part.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Sum(NamedTuple):
-    """A loss summed over `count` sessions, both scalars []."""
-
-    total: Tensor
-    count: Tensor
-
-
-def listnet(scores: Tensor, clicks: Tensor, mask: Tensor) -> Sum:
+def listnet(scores: Tensor, clicks: Tensor, mask: Tensor) -> Tensor:
     """ListNet, top one (Cao et al. 2007, eq. 5): cross entropy of softmax(scores) against the clicks, normalised.
 
     `clicks` bool [B, C]; sessions without a click contribute nothing.
     """
     clicks = clicks & mask
-    clicked = clicks.any(dim=-1)
     target = clicks / clicks.sum(dim=-1, keepdim=True).clamp(min=1)
     losses = -(target * masked_log_softmax(scores, mask)).sum(dim=-1)
-    return Sum(losses.sum(), clicked.sum())
+    return losses.sum()
 
 
-def pointwise(scores: Tensor, shown: Tensor, clicks: Tensor, mask: Tensor) -> Sum:
+def pointwise(scores: Tensor, shown: Tensor, clicks: Tensor, mask: Tensor) -> Tensor:
     """Binary cross entropy on what was shown to sessions without a click, averaged over a session's slate.
 
     `shown` and `clicks` are bool [B, C].
@@ -40,10 +30,10 @@ def pointwise(scores: Tensor, shown: Tensor, clicks: Tensor, mask: Tensor) -> Su
     sessions = shown.any(dim=-1) & ~(clicks & mask).any(dim=-1)
     slate = shown & sessions[:, None]
     losses = (F.softplus(scores).masked_fill(~slate, 0.0)).sum(dim=-1) / slate.sum(dim=-1).clamp(min=1)
-    return Sum(losses.sum(), sessions.sum())
+    return losses.sum()
 
 
-def agreement(teacher: Tensor, student: Tensor, mask: Tensor, is_null: Tensor) -> Sum:
+def agreement(teacher: Tensor, student: Tensor, mask: Tensor, is_null: Tensor) -> Tensor:
     """KL(softmax(teacher) ‖ softmax(student)) per session whose query is not null; no gradient to the teacher.
 
     Both are logits [B, C]. Sessions where `is_null` [B] contribute nothing.
@@ -51,7 +41,7 @@ def agreement(teacher: Tensor, student: Tensor, mask: Tensor, is_null: Tensor) -
     target = masked_log_softmax(teacher.detach(), mask)
     difference = target - masked_log_softmax(student, mask)
     losses = (target.exp() * difference).masked_fill(~mask, 0.0).sum(dim=-1).masked_fill(is_null, 0.0)
-    return Sum(losses.sum(), (~is_null).sum())
+    return losses.sum()
 
 
 def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:

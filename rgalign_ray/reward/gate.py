@@ -23,7 +23,7 @@ class Gate:
     spread: float
     """Mean over sessions of the standard deviation of the reward within the session."""
     noise: float
-    """The same of half the judges' difference, sd(r_1 - r_2) / sqrt(2); where the reward is a mean, its own is less."""
+    """The same of one judge's own noise, sd(r_1 - r_2) / sqrt(2), if both err alike; a mean of judges has less."""
     reliability: float
     """Correlation of two judges' rewards within sessions; 0 says that the reward is noise."""
     agreement: float

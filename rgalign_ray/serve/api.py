@@ -37,7 +37,7 @@ Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_utc)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
 
 
 class Event(Strict):

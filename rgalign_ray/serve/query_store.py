@@ -67,8 +67,8 @@ def base_path(folder: str, reader: str) -> Path:
     return Path(folder, f"{quote(reader, safe='+@')}.sqlite")
 
 
-def write(folder: str, reasoner_version: str, kept: Iterable[Kept]) -> int:
-    """Writes the file of a reasoner's vectors, and swaps it for the old one; of a user's several, the newest is kept.
+def write(folder: str, reader: str, kept: Iterable[Kept]) -> int:
+    """Writes the file of a reader's vectors, and swaps it for the old one; of a user's several, the newest is kept.
 
     Who asked to be forgotten after her situation is left out. No situation counts as later than now, or it would
     outlast what truly comes after it.
@@ -76,7 +76,7 @@ def write(folder: str, reasoner_version: str, kept: Iterable[Kept]) -> int:
     Returns:
         How many users it holds.
     """
-    target = base_path(folder, reasoner_version)
+    target = base_path(folder, reader)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".tmp-{os.getpid()}")
     partial.unlink(missing_ok=True)
@@ -98,11 +98,11 @@ def write(folder: str, reasoner_version: str, kept: Iterable[Kept]) -> int:
 
 
 class QueryStore:
-    """Looks users up; made once a gateway and reasoner.
+    """Looks users up; made once a gateway and reader.
 
     Args:
         folder: where the files are; they may come later.
-        reasoner_version: whose vectors.
+        reader: whose vectors; `PairSpec.reads`.
         dim: their length.
         max_age_s: of a situation that is still used.
 
@@ -110,9 +110,9 @@ class QueryStore:
         DataError: when a vector is of another length.
     """
 
-    def __init__(self, folder: str, reasoner_version: str, dim: int, max_age_s: float) -> None:
+    def __init__(self, folder: str, reader: str, dim: int, max_age_s: float) -> None:
         self.dim, self.max_age_s = dim, max_age_s
-        self._place = base_path(folder, reasoner_version)
+        self._place = base_path(folder, reader)
         self._lock = threading.Lock()
         self._base: sqlite3.Connection | None = None
         self._seen: tuple[int, int] | None = None

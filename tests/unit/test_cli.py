@@ -181,6 +181,7 @@ def test_config_prints_a_file_that_loads_to_the_same_settings(
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert config.load(str(printed)) == config.load(small, ["ranker.dim=64"])
+    assert "  # Queries that the policy samples per session.\n  n: 4\n" in printed.read_text()
     assert next(iter(yaml.safe_load(printed.read_text()))) == "name"
 
 

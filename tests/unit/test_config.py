@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from rgalign_ray import config
 from rgalign_ray.config import Config, Settings
+from rgalign_ray.config.base import names_of
 from rgalign_ray.config.root import _assign
 from rgalign_ray.errors import ConfigError
+
+KEYS = names_of(Config)
 
 
 def refused(name_or_path: str, *overrides: str) -> str:
@@ -39,7 +42,7 @@ def test_the_configurations_that_the_documents_name_exist() -> None:
     assert {"smoke", "demo", "ladder", "movielens"} | splits <= set(config.available())
 
 
-@given(st.sampled_from(config.keys()))
+@given(st.sampled_from(KEYS))
 def test_a_misspelt_key_is_refused_by_full_name_with_the_nearest_valid_one(key: str) -> None:
     wrong = key + "z"
     data: dict = {}
@@ -156,7 +159,7 @@ def test_keys_lists_every_leaf() -> None:
     def leaves(value: object) -> int:
         return sum(map(leaves, value.__dict__.values())) if isinstance(value, Settings) else 1
 
-    assert len(config.keys()) == len(set(config.keys())) == leaves(Config())
+    assert len(KEYS) == len(set(KEYS)) == leaves(Config())
 
 
 def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
@@ -166,6 +169,12 @@ def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
     assert config.validate({"name": "a"}).run_uri == str(tmp_path / "runs/a")
     assert config.validate({"run_dir": "s3://bucket/{name}", "name": "a"}).run_uri == "s3://bucket/a"
     assert config.validate({"run_dir": "s3://bucket/{x}/{name}", "name": "a"}).run_uri == "s3://bucket/{x}/a"
+
+
+@pytest.mark.parametrize("name", config.available())
+def test_settings_that_are_told_with_comments_are_the_same_settings(name: str) -> None:
+    settings = config.load(name)
+    assert config.validate(yaml.safe_load(config.commented(settings))) == settings
 
 
 def test_the_shop_grows_by_a_factor_and_no_other_log_does() -> None:

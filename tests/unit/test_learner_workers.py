@@ -23,9 +23,9 @@ from rgalign_ray.reasoner import models
 
 
 def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
-    """One of `tasks[0].workers` workers, at every task in turn."""
+    """One of `tasks[0].learner.workers` workers, at every task in turn."""
     torch.set_num_threads(1)
-    workers = tasks[0].workers
+    workers = tasks[0].learner.workers
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     dist.init_process_group("gloo")

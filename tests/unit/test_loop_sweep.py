@@ -70,7 +70,7 @@ def test_without_a_gain_nothing_is_said_of_the_control() -> None:
 @pytest.mark.parametrize(
     ("key", "values", "control", "says"),
     [
-        ("world.text", ["0", "1"], None, "--over world.text: no such setting"),
+        ("world.text", ["0", "1"], None, "world.text: no such setting; the nearest is world.text_share"),
         (KEY, ["0.5", ".50"], None, "a value stands twice in 0.5, .50"),
         (KEY, ["0.5", "1"], "0", "--control 0: not one of 0.5, 1"),
         (KEY, ["0.5", "3"], None, "world.text_share"),

