@@ -200,7 +200,7 @@ def check(table_schema: pa.Schema, expected: pa.Schema, where: str, *, extra: bo
 def _same(found: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
-    if _is_list(found) and _is_list(expected):
+    if is_list(found) and is_list(expected):
         return _same(found.value_type, expected.value_type)
     if pa.types.is_struct(found) and pa.types.is_struct(expected):
         names = [expected.field(i).name for i in range(expected.num_fields)]
@@ -216,7 +216,8 @@ def _same(found: pa.DataType, expected: pa.DataType) -> bool:
     return found.equals(expected)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Of whatever kind of list."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import textwrap
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from rgalign_ray.errors import ConfigError
 
 DATA_CPUS = 1.0
 """Stay free for Ray Data, which does not know of CPUs that actors hold and would wait for ever."""
@@ -82,6 +86,37 @@ class Trained(Placed):
     ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries", "deadline_s")
 
 
+def read_yaml(name_or_path: str, folder: str, where: str) -> Any:
+    """The content of a path ending in .yaml or .yml, or of a file of the package's configs/`folder` by name.
+
+    Args:
+        where: what names it, for the error.
+
+    Raises:
+        ConfigError: for an unknown name, a file that is missing, or one that is no YAML.
+    """
+    packaged = resources.files("rgalign_ray").joinpath("configs", folder)
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"{where}: no such file.")
+        text = path.read_text()
+    elif name_or_path in (known := packaged_yaml(folder)):
+        text = packaged.joinpath(f"{name_or_path}.yaml").read_text()
+    else:
+        raise ConfigError(f"{where}: not one of {', '.join(known)}, nor a .yaml file.")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from None
+
+
+def packaged_yaml(folder: str) -> list[str]:
+    """Names of the files of the package's configs/`folder`."""
+    there = resources.files("rgalign_ray").joinpath("configs", folder).iterdir()
+    return sorted(each.name.removesuffix(".yaml") for each in there if each.name.endswith(".yaml"))
+
+
 def commented(settings: Settings, indent: str = "") -> str:
     """Settings as YAML, with what each is for above it; read back, they are the same settings."""
     lines = []
@@ -135,6 +170,9 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(key, names_of(model), n=1, cutoff=0.0)
         return f"{key}: no such setting; the nearest is {near[0]}."
     message = first["msg"].removeprefix("Value error, ")
+    named = f"{key}: " if key else ""
     if first["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{message}."
-    return f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."
+        return f"{named}{message}."
+    if first["type"] == "missing":
+        return f"{named}must be set."
+    return f"{named}{message[0].lower()}{message[1:]}, found {first['input']!r}."

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rgalign_ray.config.alignment import AlignName, Contrastive, Dpo, Gradient, Grpo, Latent, Learner, Select, Sft
-from rgalign_ray.config.base import Count, Distinct, Place, Settings, sentence
+from rgalign_ray.config.base import Count, Distinct, Place, Settings, packaged_yaml, read_yaml, sentence
 from rgalign_ray.config.data import Features, Log, Roles, World
 from rgalign_ray.config.ranking import Baseline, Ranker, Reward
 from rgalign_ray.config.reasoning import Encode, Prompt, Reasoner, Rollout, Teacher
@@ -140,8 +138,7 @@ class Config(Settings):
 
 def available() -> list[str]:
     """Names of the configurations inside the package."""
-    folder = resources.files("rgalign_ray") / "configs"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return packaged_yaml("")
 
 
 def load(name_or_path: str, overrides: list[str] | None = None) -> Config:
@@ -186,20 +183,7 @@ def validate(data: dict[str, Any]) -> Config:
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError(f"--config {name_or_path}: no such file.")
-        text = path.read_text()
-    else:
-        packaged = resources.files("rgalign_ray") / "configs" / f"{name_or_path}.yaml"
-        if not packaged.is_file():
-            raise ConfigError(f"--config {name_or_path}: not one of {', '.join(available())}, nor a .yaml file.")
-        text = packaged.read_text()
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {name_or_path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    data = read_yaml(name_or_path, "", f"--config {name_or_path}") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"--config {name_or_path}: expected keys and values, found {type(data).__name__}.")
     return data

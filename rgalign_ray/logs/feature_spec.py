@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rgalign_ray import schema, storage
+from rgalign_ray.config.base import read_yaml, sentence
 from rgalign_ray.errors import ConfigError, DataError
 
 VISIBLE = ("ts", "region", "history")
@@ -64,7 +62,7 @@ class FeatureSpec(BaseModel):
                 not see.
         """
         where = f"features.spec: {name_or_path}"
-        spec = parse(cls, read_config(name_or_path, "features", where), where)
+        spec = parse(cls, read_yaml(name_or_path, "features", where), where)
         names = [field.name for field in spec.fields]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -113,38 +111,15 @@ _EXPECTED = {
 }
 
 
-def _is_list(found: pa.DataType) -> bool:
-    return pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
-
-
 def _fits(kind: Kind, found: pa.DataType) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
     if kind == "multi":
-        return _is_list(found) and _fits("categorical", found.value_type)
+        return schema.is_list(found) and _fits("categorical", found.value_type)
     whole = pa.types.is_integer(found) or pa.types.is_boolean(found)
     if kind == "numeric":
         return whole or pa.types.is_floating(found)
     return whole or pa.types.is_string(found) or pa.types.is_large_string(found)
-
-
-def read_config(name_or_path: str, folder: str, where: str) -> Any:
-    """The YAML content of a path ending in .yaml or .yml, or of a file of the package's configs/`folder` by name."""
-    packaged = resources.files("rgalign_ray") / "configs" / folder
-    if Path(name_or_path).suffix in (".yaml", ".yml"):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise ConfigError(f"{where}: no such file.")
-        text = path.read_text()
-    elif (packaged / f"{name_or_path}.yaml").is_file():
-        text = (packaged / f"{name_or_path}.yaml").read_text()
-    else:
-        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml")))
-        raise ConfigError(f"{where}: not one of {known}, nor a .yaml file.")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from None
 
 
 def parse(model: type[Model], data: Any, where: str) -> Model:
@@ -152,7 +127,4 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message[0].lower()}{message[1:]}.") from None
+        raise ConfigError(f"{where}: {sentence(error, model)}") from None

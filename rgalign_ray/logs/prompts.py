@@ -19,9 +19,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from rgalign_ray import schema, storage
+from rgalign_ray.config.base import read_yaml
 from rgalign_ray.errors import ConfigError, DataError, first_line
 from rgalign_ray.logs import lists
-from rgalign_ray.logs.feature_spec import HIDDEN, parse, read_config
+from rgalign_ray.logs.feature_spec import HIDDEN, parse
 
 KEPT = "prompt.json"
 
@@ -52,7 +53,7 @@ class Template(BaseModel):
                 that a prompt must not see.
         """
         where = f"prompt.template: {name_or_path}"
-        return parse(cls, read_config(name_or_path, "prompts", where), where)
+        return parse(cls, read_yaml(name_or_path, "prompts", where), where)
 
     @classmethod
     def of_run(cls, embeddings_uri: str) -> Template:

@@ -267,7 +267,11 @@ def test_a_table_that_does_not_fit_the_spec_is_refused(change, words: str) -> No
     [
         ("fields: []", "fields"),
         ("fields: [{name: a, kind: number}]", "fields.0.kind"),
-        ("fields: [{name: a, kind: numeric, bucket: 3}]", "fields.0.bucket"),
+        (
+            "fields: [{name: a, kind: numeric, bucket: 3}]",
+            "fields.0.bucket: no such setting; the nearest is fields.buckets",
+        ),
+        ("fields: [{kind: numeric}]", "fields.0.name: must be set"),
         ("fields: [{name: a, kind: numeric}, {name: a, kind: multi}]", "'a' is listed twice"),
         ("fields: [", "not valid YAML"),
     ],

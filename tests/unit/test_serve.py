@@ -221,7 +221,9 @@ def test_over_http(reader: SessionReader) -> None:
         (served,) = http.get("/v1/models").json()["variants"]
         assert served["features"] == ["hour", "coins", "cards", "tab"] and served["version"] == "v-default"
         assert http.get("/healthz").status_code == 200 and http.get("/readyz").status_code == 200
-        paths = http.get("/openapi.json").json()["paths"]
+        document = http.get("/openapi.json").json()
+        paths, fields = document["paths"], document["components"]["schemas"]["Event"]["properties"]
+        assert all(field["description"] for field in fields.values())
         known = {"/v1/rank", "/v1/rank:batch", "/v1/feedback", "/v1/refresh", "/v1/users/{user_id}", "/v1/models"}
         assert known | {"/healthz", "/readyz"} <= set(paths)
     with client(made, ready=False) as http:
