@@ -22,7 +22,7 @@ from rgalign_ray.evaluate.statistics import Estimate, paired_bootstrap
 from rgalign_ray.logs import lists
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import QUERIES, SENTENCE_SETTINGS, encode_pass, sentence_items
+from rgalign_ray.loop.rank_stages import HOW_QUERIED, SENTENCE_READER, SENTENCE_SETTINGS, encode_pass, sentence_items
 from rgalign_ray.loop.readers import engine_spec, sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.ranker import training
@@ -43,7 +43,7 @@ SEED = 500
 
 def stages(config: Config) -> list[Stage]:
     """The intents' texts as the auditor knows them, and what it is made by; nothing where no session has its role."""
-    return [sentence_items(config), *making_stages(config)] if config.roles.audit else []
+    return [sentence_items(), *making_stages(config)] if config.roles.audit else []
 
 
 def making_stages(config: Config) -> list[Stage]:
@@ -55,7 +55,7 @@ def making_stages(config: Config) -> list[Stage]:
             "queries_audit",
             "sample a query for every audit session",
             ask,
-            ("prompt", "reasoner", "encode", *QUERIES),
+            ("prompt", "reasoner", "encode", *HOW_QUERIED),
             ("sessions",),
             ray=True,
             units=True,
@@ -94,7 +94,7 @@ def audited_stages(config: Config, round_: int) -> list[Stage]:
             queries_of(round_),
             "hold the queries of validation sessions against the auditor",
             partial(audit, round_=round_),
-            ("reward", "prompt", "compare.encoder", "compare.max_text_tokens"),
+            ("reward", *SENTENCE_READER),
             ("sessions", "features", f"embeddings_{round_}", AUDITOR),
         )
     ]

@@ -123,7 +123,7 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
     """
     check(rows, config)
     reads = {ROWS[name].reads for name in rows}
-    items, sessions = rank_stages.sentence_stages(config)
+    items, sessions = rank_stages.sentence_stages()
     sequence = [*log_stages.stages(config), items]
     if "sentence" in reads:
         sequence.append(sessions)

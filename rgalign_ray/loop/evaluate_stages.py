@@ -17,6 +17,7 @@ from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
+from rgalign_ray.loop.rank_stages import SENTENCE_READER
 from rgalign_ray.loop.readers import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker.embeddings import Embeddings
@@ -41,7 +42,7 @@ def stages(config: Config) -> list[Stage]:
             "evaluation",
             "judge every ranker on the test sessions",
             evaluate,
-            ("evaluate", "prompt", "compare.encoder", "compare.max_text_tokens"),
+            ("evaluate", *SENTENCE_READER),
             tuple(inputs),
         ),
     ]

@@ -17,7 +17,7 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import round_sessions
 from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
 from rgalign_ray.loop.log_stages import check_templates
-from rgalign_ray.loop.rank_stages import judge_names
+from rgalign_ray.loop.rank_stages import SENTENCE_READER, judge_names
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner.teachers import TeacherSpec
@@ -52,7 +52,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
             f"rewards_{round_}",
             "judge them with the frozen ranker",
             partial(judge, round_=round_),
-            ("reward", *(("prompt", "compare.encoder", "compare.max_text_tokens") if config.roles.audit else ())),
+            ("reward", *(SENTENCE_READER if config.roles.audit else ())),
             ("sessions", f"rollouts_{round_}", f"rankers_{before}", *((AUDITOR,) if config.roles.audit else ())),
             ray=True,
             units=True,

@@ -28,9 +28,9 @@ from rgalign_ray.rollout import encode
 ITEMS_DEADLINE_S = 1800.0
 ENCODED = ("rank", "valid", "test")
 """Roles that the encode pass reads; align is read by the rollout workers."""
-QUERIES = ("rollout.temperature", "rollout.top_p", "rollout.max_new_tokens")
+HOW_QUERIED = ("rollout.temperature", "rollout.top_p", "rollout.max_new_tokens")
 """How the encode pass samples a session's query."""
-QUERIED = (
+WHICH_QUERIED = (
     *("evaluate.readout", "evaluate.examples", "evaluate.first_example", "evaluate.hit_rate_sessions"),
     "early_stop",
 )
@@ -45,7 +45,7 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
         f"embeddings_{round_}",
         f"read sessions with the {who}",
         partial(encode_sessions, round_=round_),
-        ("prompt", "reasoner", "encode", *QUERIES, *QUERIED),
+        ("prompt", "reasoner", "encode", *HOW_QUERIED, *WHICH_QUERIED),
         ("sessions", *truth_inputs(config), *((reasoner,) if reasoner else ())),
         ray=True,
         units=True,
@@ -121,11 +121,13 @@ def judge_names(config: Config) -> list[list[str]]:
     return [[f"judge_{seed}" if seed else "qe_rec"] for seed in seeds]
 
 
-SENTENCE_SETTINGS = ("prompt", "encode", "compare.encoder", "compare.max_text_tokens")
-"""What decides how a sentence encoder reads texts."""
+SENTENCE_READER = ("prompt", "compare.encoder", "compare.max_text_tokens")
+"""What decides how a sentence encoder reads one text,"""
+SENTENCE_SETTINGS = (*SENTENCE_READER, "encode")
+"""and how it reads many."""
 
 
-def sentence_items(config: Config) -> Stage:
+def sentence_items() -> Stage:
     return Stage(
         "items_sentence",
         "read the knowledge base with a sentence encoder",
@@ -136,10 +138,10 @@ def sentence_items(config: Config) -> Stage:
     )
 
 
-def sentence_stages(config: Config) -> list[Stage]:
+def sentence_stages() -> list[Stage]:
     """The same texts read by a sentence encoder, for rankers without an LLM."""
     return [
-        sentence_items(config),
+        sentence_items(),
         Stage(
             "embeddings_sentence",
             "read sessions with a sentence encoder",

@@ -19,7 +19,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -108,8 +109,15 @@ def connect(address: str | None) -> Client:
         raise ConfigError("--address: no cluster is named, and none is up here; `rgalign cluster up` starts one.")
     for chatty in CHATTY:  # `submit` tells what travels
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
+    with _asking(address):
         return JobSubmissionClient(address)
+
+
+@contextmanager
+def _asking(address: str) -> Iterator[None]:
+    """A cluster that does not answer, or refuses, is an `InfrastructureError`."""
+    try:
+        yield
     except REFUSALS as error:
         raise InfrastructureError(f"--address {address}: {first_line(error)}") from None
 
@@ -196,14 +204,20 @@ def submit(
                 CONFIG: json.dumps(anywhere(config)),
             },
         }
-        until = time.monotonic() + AGENT_DEADLINE_S
-        while True:
-            try:
-                return client.submit_job(**request)
-            except REFUSALS as error:
-                if NO_AGENT not in str(error) or time.monotonic() > until:
-                    raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
-            time.sleep(ASK_EVERY_S)
+        with _asking(client.get_address()):
+            return _taken(client, request)
+
+
+def _taken(client: Client, request: dict[str, Any]) -> str:
+    """The id of a job that the cluster has taken; a head that has just started may have no agent yet."""
+    until = time.monotonic() + AGENT_DEADLINE_S
+    while True:
+        try:
+            return client.submit_job(**request)
+        except REFUSALS as error:
+            if NO_AGENT not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(ASK_EVERY_S)
 
 
 def pack(config: Config, folder: Path) -> list[Path]:
@@ -244,10 +258,8 @@ def _files(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 def listed(client: Client, name: str | None = None) -> list[Job]:
     """The jobs of this package that the cluster knows, of one run if named, the latest last."""
-    try:
+    with _asking(client.get_address()):
         found = [_job(details) for details in client.list_jobs() if RUN in (details.metadata or {})]
-    except REFUSALS as error:
-        raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
     return sorted((job for job in found if name in (None, job.name)), key=lambda job: job.started)
 
 
@@ -306,19 +318,18 @@ def stop(client: Client, job_id: str) -> bool:
     Raises:
         InfrastructureError: when the cluster does not answer, or the job does not end.
     """
-    try:
+    with _asking(client.get_address()):
         if not client.stop_job(job_id):
             return False
         if not _ended(client, job_id).over:
             raise InfrastructureError(f"{job_id}: told to stop, and still at work after {ENDED_DEADLINE_S:.0f} s.")
         return True
-    except REFUSALS as error:
-        raise InfrastructureError(f"--address {client.get_address()}: {first_line(error)}") from None
 
 
 def resume(client: Client, job: Job, say: Callable[[str], None] = print) -> str:
     """Submits a job's run again, with the settings that it had and this machine's code."""
-    metadata = client.get_job_info(job.id).metadata or {}
+    with _asking(client.get_address()):
+        metadata = client.get_job_info(job.id).metadata or {}
     config = configuration.validate(json.loads(metadata[CONFIG]))
     return submit(client, job.verb, config, say)
 

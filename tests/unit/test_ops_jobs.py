@@ -342,3 +342,18 @@ def test_table_of_jobs() -> None:
     with console.capture() as shown:
         console.print(jobs.table(jobs.listed(client)))
     assert "failed (3)" in shown.get() and "1 min" in shown.get()
+
+
+def test_a_cluster_that_is_gone_as_a_run_is_resumed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client()
+    jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    job = jobs.latest(client, "shop")
+
+    def gone(job_id: str) -> JobDetails:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(client, "get_job_info", gone)
+    with pytest.raises(InfrastructureError, match=r"^--address http://there: no route to host"):
+        jobs.resume(client, job, say=quiet)
