@@ -55,8 +55,8 @@ class TransformersEngine:
 
     def prompt_ids(self, prompts: Prompts) -> list[list[int]]:
         """Token ids of whole prompts. Their three parts are tokenised apart, so that the first is shared."""
-        prefix, suffix = self._ids(prompts.prefix), self._ids(prompts.suffix)
-        return [prefix + self._ids(text)[: self.max_session_tokens] + suffix for text in prompts.texts]
+        prefix = self._ids(prompts.prefix)
+        return [prefix + tail for tail in self._tails(prompts)]
 
     @torch.inference_mode()
     def embed(self, prompts: Prompts, completions: Sequence[Sequence[int]] | None = None) -> np.ndarray:

@@ -13,13 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_data import INTENTS, SESSIONS, task, write_round
+from learner_data import INTENTS, REASONER, SESSIONS, WORDS, task, write_round
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner import contrastive, embedding, gradient, latent, training
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.engine import Prompts
+from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 from rgalign_ray.reward import functions
 
 
@@ -52,6 +55,20 @@ def test_each_objective_turns_embeddings_towards_what_was_clicked(
     assert np.mean(measure[-4:]) > np.mean(measure[:4]) + gain
     if objective is not latent:  # whose loss is a stand-in that only its gradient gives a meaning
         assert np.mean(figures["loss"][-4:]) < np.mean(figures["loss"][:4]) - 0.3
+
+
+def test_embeddings_are_read_where_rankers_read_them(folder: Path, tmp_path: Path) -> None:
+    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), ["prompt", "query"])
+    reader, engine = embedding.EmbeddingReader(models.load_base(REASONER)), TransformersEngine(REASONER, 64)
+    batch = rows.tensors([0, 1, 2, 3], torch.device("cpu"))
+    assert not batch["mask"].all(), "words are of unlike lengths"
+    with torch.inference_mode():
+        found = reader(batch["input_ids"], batch["mask"], batch["places"]).numpy()
+    prompts = Prompts("Q: ", WORDS, "\nA:")
+    np.testing.assert_allclose(found[:, 0], engine.embed(prompts), atol=2e-3)
+    queried = engine.embed(prompts, [ids or [] for ids in rows.table["completion_ids"].to_pylist()[:4]])
+    np.testing.assert_allclose(found[1::2, 1], queried[1::2], atol=2e-3)  # the others have no query
+    assert np.abs(found[1::2, 1] - found[1::2, 0]).max() > 0.1
 
 
 def test_the_latent_objective_estimates_the_gradient_of_its_reward(folder: Path, tmp_path: Path) -> None:

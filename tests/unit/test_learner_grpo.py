@@ -11,15 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from learner_data import SESSIONS, task, write_round, write_writer
+from learner_data import SESSIONS, WORDS, task, write_round, write_writer
 from transformers import PreTrainedModel
 
 from rgalign_ray import config
 from rgalign_ray.learner import engine, groups, grpo, sft, training
 from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.logs.catalogue import Catalogue
+from rgalign_ray.logs.examples import examples
+from rgalign_ray.ranker import scoring
 from rgalign_ray.reasoner import models
+from rgalign_ray.reasoner.engine import Group, Sample
+from rgalign_ray.reward.functions import Labels
+from rgalign_ray.reward.judging import judge_queries
 
 REASONER = config.Reasoner(model="tiny", dtype="float32", lora=None)
 GRPO = config.Grpo(lr=3e-3, epochs=5, batch_sessions=8, temperature=1.0, kl_weight=0.0)
@@ -112,6 +119,8 @@ def test_a_step_without_a_valid_query_has_no_reward_and_harms_nothing(start: Lea
     figures = grpo.train(work, Host(), EndsWithout(work, steps))
     assert np.isfinite(figures["reward"]).tolist() == [True, True, True, False]
     assert figures["valid_rate"][-1] == 0
+    assert np.isfinite(figures["loss"]).all()
+    assert all(weight.isfinite().all() for weight in models.load_reasoner(REASONER, work.out).parameters())
 
 
 def test_an_epochs_last_batch_is_filled_up_and_samples_anew(start: LearnerTask, tmp_path: Path) -> None:
@@ -145,3 +154,23 @@ def test_what_must_not_be_judged_counts_as_the_worst_of_its_group() -> None:
     rewards = torch.tensor([[-1.0, nan, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0]])
     expected = torch.tensor([[-1.0, -3.0, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0]])
     torch.testing.assert_close(grpo.at_worst(rewards), expected, equal_nan=True)
+
+
+def test_a_query_that_must_not_be_judged_has_no_reward(start: LearnerTask) -> None:
+    judge = groups.Judge(start)
+    assert start.pair is not None
+    ids = judge.encoder._ids(f" {WORDS[0][:4]}\n")
+    vector = np.zeros(judge.encoder.hidden_size, np.float16)
+    samples = [
+        Sample(query, completion, [0.0] * len(completion), finish, 0, vector)
+        for query, completion, finish in (("", ids[-1:], "stop"), ("slow", ids[:-1], "length"), ("slow", ids, "stop"))
+    ]
+    (judged,) = judge.judge(["s001"], [Group([1], vector, samples)])
+    assert np.isnan(judged.rewards).tolist() == [True, True, False]
+    ranker, catalogue = scoring.load(start.pair.ranker), Catalogue.load(start.pair.log)
+    table = judge.ranker.table.take(pa.array([judge.sessions.row["s001"]]))
+    arrays = examples(table, ranker.space, catalogue)
+    labels = Labels.of(start.pair.reward, table, arrays, catalogue)
+    read = judge.encoder.embed(judge.sessions.prompts(["s001"]), [ids])[None]
+    expected = judge_queries(ranker, arrays, labels, read, start.pair.reward)[0]
+    assert judged.rewards[2] == pytest.approx(expected[0, 0], rel=1e-4)

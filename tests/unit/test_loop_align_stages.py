@@ -29,3 +29,33 @@ def test_no_two_alignments_give_their_reasoner_one_version(tmp_path: Path, monke
     for key in ("0123456789abcdef", "fedcba9876543210"):
         align_stages.align(Run(chosen, stage_key=key), str(tmp_path / "out"), "sft", 1, None)
     assert [task.version for task in tasks] == ["tiny+1.sft@01234567", "tiny+1.sft@fedcba98"]
+
+
+@pytest.mark.parametrize(
+    ("round_", "objective", "before", "encoder"),
+    [(1, "sft", None, None), (1, "gradient", "align_1_sft", None), (2, "gradient", "align_2_sft", "align_1_gradient")],
+)
+def test_an_objective_goes_on_from_the_one_before_and_asks_the_pair_of_the_round_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    round_: int,
+    objective: str,
+    before: str | None,
+    encoder: str | None,
+) -> None:
+    tasks: list[LearnerTask] = []
+    monkeypatch.setattr(
+        align_stages.training, "fit", lambda task, *_: tasks.append(task) or {"sessions": 1, "steps": 1}
+    )
+    monkeypatch.setattr(align_stages.model_card, "write", lambda *_: None)
+    run = Run(config.validate({"run_dir": str(tmp_path), "rounds": 2, "align": ["sft", "gradient"]}))
+    for table in (align_stages.SELECTED, align_stages.POSITIVES):
+        storage.write_table(run.uri(f"selected_{round_}", table, "0.parquet"), pa.table({"session_id": ["s"]}))
+    align_stages.align(run, str(tmp_path / "out"), objective, round_, before)
+    (task,) = tasks
+    assert task.weights == (run.uri(before) if before else None)
+    assert task.data == run.uri(f"selected_{round_}")
+    assert task.pair is not None
+    assert task.pair.ranker == run.uri(f"rankers_{round_ - 1}", "qe_rec")
+    assert task.pair.encoder == (run.uri(encoder) if encoder else None)
+    assert task.pair.sessions == run.uri(f"rollouts_{round_}", "sessions")

@@ -13,7 +13,7 @@ import pytest
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate.comparison import Verdict
-from rgalign_ray.loop import alignments, compare, connection, controller, ladder_report, tune
+from rgalign_ray.loop import alignments, compare, connection, controller, ladder_report, rank_stages, tune
 from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, check, rows_of
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.fit import MODELS
@@ -265,3 +265,13 @@ def test_a_shift_of_one_readout_is_no_control_of_another() -> None:
     check(rows, config.validate({}))
     with pytest.raises(ConfigError, match=r"gradient_shift moves e\(x\) alone; set evaluate\.readout to prompt"):
         check(rows, config.validate({"evaluate": {"readout": "query"}}))
+
+
+def test_with_crossfit_a_fold_is_judged_by_rankers_that_have_not_learned_from_it() -> None:
+    crossed = config.validate({"crossfit": 3, "roles": {"align": 0.0, "rank": 0.75}})
+    assert rank_stages.judge_names(crossed) == [[f"judge_{seed}_fold_{fold}" for fold in range(3)] for seed in range(2)]
+    specs = {spec.name: spec for spec in rank_stages.ranker_specs(crossed, 0, "out")}
+    for seed, folds in enumerate(rank_stages.judge_names(crossed)):
+        for fold, name in enumerate(folds):
+            assert (specs[name].without, specs[name].seed) == (fold, crossed.seed * 1000 + seed)
+    assert specs["qe_rec"].without is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rgalign_ray import config, storage
 from rgalign_ray.loop import controller
@@ -124,3 +126,33 @@ def test_sessions_are_read_again_for_what_changes_the_reading_alone(tmp_path: Pa
     assert key(rollout={"n": 8, "unit_sessions": 4}) == key()
     assert key(evaluate={"bootstrap": 2000, "k": 5, "confidence": 0.9}) == key()
     assert len({key(), *(key(**changes) for changes in READINGS)}) == 1 + len(READINGS)
+
+
+def test_a_change_of_one_stage_is_one_of_all_that_read_it(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def stage(name: str, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
+        def make(run: Run, out: str) -> Outcome:
+            made.append(name)
+            return Outcome()
+
+        return Stage(name, "do", make, settings, inputs)
+
+    sequence = [stage("first", ("rollout.n",), ()), stage("beside", (), ()), stage("second", (), ("first",))]
+    sequence.append(stage("third", (), ("second", "beside")))
+    for n in (4, 4, 8):
+        controller.run_stages(Run(config.validate({"run_dir": str(tmp_path), "rollout": {"n": n}})), sequence)
+    assert made == ["first", "beside", "second", "third", "first", "second", "third"]
+
+
+@pytest.mark.parametrize(("place", "packaged"), [("prompt.template", "prompts"), ("features.spec", "features")])
+def test_a_file_that_changes_under_its_name_decides_keys(tmp_path: Path, place: str, packaged: str) -> None:
+    file = tmp_path / "mine.yaml"
+    section, name = place.split(".")
+    job = Run(config.validate({"run_dir": str(tmp_path), section: {name: str(file)}}))
+    shop = yaml.safe_load(resources.files("rgalign_ray").joinpath("configs", packaged, "shop.yaml").read_text())
+    keys = []
+    for change in ({}, {}, {"min_count": 7} if section == "features" else {"item": "x"}):
+        file.write_text(yaml.safe_dump(shop | change))
+        keys.append(controller.stage_key(job, Stage("any", "do", lambda run, out: Outcome(), (section,), ())))
+    assert keys[0] == keys[1] != keys[2]

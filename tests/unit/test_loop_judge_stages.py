@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -17,6 +19,7 @@ from rgalign_ray.errors import InfrastructureError
 from rgalign_ray.loop import judge_stages
 from rgalign_ray.loop.stage import Outcome, Run
 from rgalign_ray.reward import actor
+from rgalign_ray.reward.gate import gate
 
 
 class Rewards:
@@ -41,7 +44,11 @@ class Rewards:
             self.asked.append(name)
             scored = storage.read_table(self.run.uri("rewards_1", judge_stages.SCORED, name))
             valid = pc.is_finite(scored["reward"])
-            for column, values in (("second", scored["reward"]), ("valid", valid)):
+            second = pc.add(
+                scored["reward"], pc.divide(pc.cast(scored["sample"], pa.float32()), pa.scalar(2, pa.float32()))
+            )
+            audit = pc.negate(scored["reward"])
+            for column, values in (("second", second), ("audit", audit), ("valid", valid)):
                 place = scored.schema.get_field_index(column)
                 scored = scored.set_column(place, scored.schema.field(place), values)
             yield request, scored
@@ -87,3 +94,19 @@ def test_a_round_of_any_length_is_told_of_by_so_many_queries(
     monkeypatch.setattr(judge_stages, "GATE_ROLLOUTS", 3 * N)
     few = judge(rewards, tmp_path / "few").figures["gate"]["sessions"]
     assert 0 < few < whole
+
+
+def test_the_gate_holds_the_reward_against_the_other_judge_and_the_auditor(rewards: Rewards, tmp_path: Path) -> None:
+    settings = rewards.run.config
+    shares = settings.roles.model_copy(update={"audit": 0.1, "test": settings.roles.test - 0.1})
+    rewards.run = Run(settings.model_copy(update={"roles": shares}))
+    found = judge(rewards, tmp_path / "out").figures["gate"]
+    scored = storage.read_table(str(tmp_path / "out" / judge_stages.SCORED))
+    scored = scored.sort_by([("session_id", "ascending"), ("sample", "ascending")])
+    reward, second, audit = (scored[name].to_numpy().reshape(-1, N) for name in ("reward", "second", "audit"))
+    users = [f"u{number:03d}" for number in range(SESSIONS)]
+    expected = asdict(gate(np.stack([reward, second], axis=-1).astype(np.float64), users, audit.astype(np.float64)))
+    for name, value in expected.items():
+        if not name.endswith("by_session"):  # units lie in another order
+            assert found[name] == pytest.approx(value), name
+    assert found["reliability"] < 0.99 and found["audit"] == pytest.approx(-1.0)

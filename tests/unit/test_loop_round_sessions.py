@@ -88,6 +88,30 @@ def test_what_is_chosen_does_not_depend_on_the_parts(tmp_path: Path, chosen: dic
     assert positives["prompt_ids"].to_pylist() == [[i] for i in range(SESSIONS)]
 
 
+def test_the_best_query_teaches_and_is_set_against_the_worst(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    write_round(run, [5, 21])
+    align_stages.choose(run, str(tmp_path / "out"), 1)
+    scored = storage.read_table(run.uri("rewards_1", SCORED)).sort_by(
+        [("session_id", "ascending"), ("sample", "ascending")]
+    )
+    rewards = scored["reward"].to_numpy().reshape(SESSIONS, N)
+    best, worst = np.nanargmax(rewards, axis=1), np.nanargmin(rewards, axis=1)
+    gaps = np.nanmax(rewards, axis=1) - np.nanmin(rewards, axis=1)
+    chosen = {row["session_id"]: row for row in storage.read_table(str(tmp_path / "out/selected")).to_pylist()}
+    paired = {row["session_id"]: row for row in storage.read_table(str(tmp_path / "out/pairs")).to_pylist()}
+    read = {row["session_id"]: row for row in storage.read_table(str(tmp_path / "out/positives")).to_pylist()}
+    assert len(chosen) == SESSIONS and len(paired) == (gaps > 0).sum()
+    for number in range(SESSIONS):
+        session = f"s{number:03d}"
+        assert chosen[session]["query"] == f"query {best[number]} of {session}" and chosen[session]["rank"] == 0
+        assert chosen[session]["completion_ids"] == read[session]["completion_ids"] == [best[number], 2]
+        if gaps[number] > 0:
+            pair = paired[session]
+            assert (pair["chosen_ids"], pair["rejected_ids"]) == ([best[number], 2], [worst[number], 2])
+            assert pair["gap"] == pytest.approx(gaps[number])
+
+
 def test_units_are_named_after_their_part_and_hold_every_session_once(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     write_round(run, [10, 20])

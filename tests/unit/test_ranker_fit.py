@@ -15,7 +15,7 @@ from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import fit as fitting
 from rgalign_ray.ranker import losses
-from rgalign_ray.ranker.fit import Fit
+from rgalign_ray.ranker.fit import Fit, to_batch
 from rgalign_ray.ranker.group import Group, pack, unpack
 from rgalign_ray.ranker.rows import FOLD, LISTS, from_tables, reading, to_table
 
@@ -68,6 +68,22 @@ def test_candidates_that_no_loss_reads_are_left_out_and_change_nothing(
     figures, expected = narrow.run(), whole.run()
     assert figures["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert figures["gaucs"] == pytest.approx(expected["gaucs"], abs=1e-3)
+
+
+def test_sessions_without_a_click_teach_as_much_as_they_weigh() -> None:
+    data = rows(SIZES)
+    found = []
+    for weight in (0.0, 1.0, 3.0):
+        fit = _fit(data, "din", SETTINGS.model_copy(update={"no_click_weight": weight}))
+        fit.model.eval()  # nothing is left to chance
+        batch = to_batch({name: data[name] for name in ("fields", "multi", "history", "candidates", "shown", "clicks")})
+        found.append(fit._loss(batch, None, torch.zeros(len(data["clicks"]), dtype=torch.bool), (0, 0), 0))
+        scores = fit.model(batch)
+    learned = fit.model.seen[batch["candidates"].long()]
+    expected = losses.pointwise(scores, batch["shown"], batch["clicks"], learned)
+    assert expected > 1
+    torch.testing.assert_close(found[1] - found[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[2] - found[0], 3 * expected, rtol=1e-3, atol=1e-3)
 
 
 def test_agreement_is_asked_of_every_candidate() -> None:
@@ -125,7 +141,7 @@ def _disagreement(kl: str, teacher: str) -> float:
         user = model.user_logits(model.users(batch), items).gather(1, candidates)
         whole = model.score(model.users(batch), items, candidates, z)
     by = {"fused": whole, "user": user}[teacher]
-    return float(losses.agreement(by, student, torch.ones_like(student, dtype=torch.bool), is_null).total) / 200
+    return float(losses.agreement(by, student, torch.ones_like(student, dtype=torch.bool), is_null)) / 200
 
 
 @pytest.mark.parametrize("kl", ["fused", "user"])

@@ -39,6 +39,16 @@ def _listening(kind: type[Ranker]) -> Ranker:
     return model
 
 
+def _nowhere_zero(kind: type[Ranker]) -> Ranker:
+    """A ranker that listens to everything: some start with weights, base rates or texts of zero."""
+    torch.manual_seed(0)
+    model = kind(SIZES, SETTINGS).eval()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.3)
+    return model
+
+
 @pytest.fixture
 def ranker() -> Ranker:
     return _listening(QERec)
@@ -92,10 +102,10 @@ def test_mutual_attention_equals_softmax_attention_with_a_mask() -> None:
 
 @pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
 def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) -> None:
-    torch.manual_seed(0)
-    model = kind(SIZES, SETTINGS).eval()
+    model = _nowhere_zero(kind)
     batch, embedding, is_null = _input()
     scores = model(batch, embedding, is_null)
+    assert scores.std() > 1e-3
     order = torch.randperm(scores.shape[1])
     torch.testing.assert_close(
         model({**batch, "candidates": batch["candidates"][:, order]}, embedding), scores[:, order]
@@ -108,10 +118,10 @@ def test_scores_follow_candidates_through_order_and_padding(kind: type[Ranker]) 
 
 @pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
 def test_scores_of_a_session_depend_on_no_other_session(kind: type[Ranker]) -> None:
-    torch.manual_seed(0)
-    model = kind(SIZES, SETTINGS).eval()
+    model = _nowhere_zero(kind)
     batch, embedding, is_null = _input()
     scores = model(batch, embedding, is_null)
+    assert scores.std() > 1e-3
     alone = model({name: values[2:3] for name, values in batch.items()}, embedding[2:3], is_null[2:3])
     torch.testing.assert_close(alone, scores[2:3])
 
@@ -285,4 +295,20 @@ def test_whitened_vectors_have_unit_variance_and_parts_add_up(seed: int, n: int,
     variance = out.var(axis=0)
     assert np.abs(out.mean(axis=0)).max() < 2e-2
     assert (variance[live:] == 0).all()
-    assert all(v == 0 or abs(v - 1) < 5e-2 for v in variance[:live].tolist())
+    spectrum = np.linalg.eigvalsh(np.cov(vectors.T, bias=True))[::-1][:live]
+    there = (spectrum > 1e-3 * spectrum[0]).sum()  # well above what counts as noise
+    assert np.abs(variance[:there] - 1).max() < 5e-2
+    assert all(v == 0 or abs(v - 1) < 5e-2 for v in variance[there:live].tolist())
+
+
+def test_the_parts_of_a_score_are_what_they_are_called() -> None:
+    model = _nowhere_zero(QERec)
+    batch, embedding, is_null = _input()
+    u, items, z = model.users(batch), model.items(), model.queries(embedding, is_null)
+    candidates = batch["candidates"]
+    base, user, query, _ = model.parts(u, items, candidates, z).unbind(-1)
+    torch.testing.assert_close(base, model.prior[candidates.long()])
+    _, alone, nothing, _ = model.parts(u, items, candidates, torch.zeros_like(z)).unbind(-1)
+    torch.testing.assert_close(alone, user)
+    assert not nothing.any() and query.abs().max() > 1e-3
+    torch.testing.assert_close(model.parts(u, items, candidates, z).sum(-1), model.score(u, items, candidates, z))

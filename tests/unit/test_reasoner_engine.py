@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from rgalign_ray import config
-from rgalign_ray.reasoner import transformers_engine
+from rgalign_ray.reasoner import models, transformers_engine
 from rgalign_ray.reasoner.engine import Prompts, sample_seed
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine, choose, stop_tokens, uniforms
 
-SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 24}
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 24}
 TEXTS = ["to receive, 7 days", "paid twice", "refund?", "the parcel was returned to the hub, number unknown"]
 
 
@@ -50,14 +52,16 @@ def test_samples_equal_a_plain_loop_without_cache_or_batch(engine: TransformersE
     """The reference: the whole sequence through the model at every step, one sample at a time."""
     group = engine.sample(prompts(TEXTS[:1]), seeds(TEXTS[:1]), **SAMPLING)[0]
     for seed, sample in zip(seeds(TEXTS[:1])[0], group.samples, strict=True):
-        ids = list(group.prompt_ids)
+        ids, logprobs = list(group.prompt_ids), []
         for number in uniforms([seed], SAMPLING["max_new_tokens"])[0]:
             with torch.inference_mode():
-                logits = engine.model(torch.tensor([ids])).logits[:, -1]
+                logits = engine.model(torch.tensor([ids])).logits[:, -1] / SAMPLING["temperature"]
             ids.append(int(choose(logits, number[None], SAMPLING["top_p"])))
+            logprobs.append(float(logits.log_softmax(dim=-1)[0, ids[-1]]))
             if ids[-1] in engine.stop_ids:
                 break
         assert ids[len(group.prompt_ids) :] == sample.completion_ids
+        np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-4)
 
 
 def test_embeddings_of_the_sampling_pass_equal_those_read_afresh(engine: TransformersEngine) -> None:
@@ -106,13 +110,34 @@ def test_the_prefix_is_computed_once(engine: TransformersEngine, monkeypatch: py
     assert lengths == [max(len(engine._ids(text)) for text in TEXTS) + len(engine._ids("\nQuestion:"))]
 
 
+def test_what_is_computed_of_the_prefix_is_of_the_weights_that_there_are(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    other = models.load_base(engine.settings)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.ones_like(parameter))
+    other.save_pretrained(tmp_path, safe_serialization=True)
+    models.describe(str(tmp_path), base="tiny", version="other", adapter=False)
+    moved, fresh = (TransformersEngine(engine.settings, 64, weights) for weights in (None, str(tmp_path)))
+    before = moved.embed(prompts(TEXTS))
+    moved.load(str(tmp_path))
+    np.testing.assert_array_equal(moved.embed(prompts(TEXTS)), fresh.embed(prompts(TEXTS)))
+    moved.load(None)
+    np.testing.assert_array_equal(moved.embed(prompts(TEXTS)), before)
+
+
 def test_a_prompt_without_instruction_is_read_too(engine: TransformersEngine) -> None:
     assert engine.embed(Prompts("", ["Speed up parcel delivery"], "")).shape == (1, engine.hidden_size)
 
 
 def test_session_text_is_cut_at_its_end() -> None:
     short = TransformersEngine(config.Reasoner(model="tiny", dtype="float32"), max_session_tokens=5)
-    assert short.prompt_ids(prompts(["abcdefgh"])) == short.prompt_ids(prompts(["abcde"]))
+    long, cut = prompts(["abcdefgh"]), prompts(["abcde"])
+    assert short.prompt_ids(long) == short.prompt_ids(cut)
+    np.testing.assert_array_equal(short.embed(long), short.embed(cut))
+    of_long, of_cut = (short.sample(asked, [[1]], **SAMPLING)[0].samples[0] for asked in (long, cut))
+    assert of_long.completion_ids == of_cut.completion_ids
 
 
 def test_line_breaks_and_end_tokens_stop(engine: TransformersEngine) -> None:
@@ -135,19 +160,23 @@ def test_choose_takes_from_the_nucleus_alone(seed: int, top_p: float, width: int
         assert above < top_p + 1e-9
 
 
-def test_choose_follows_the_distribution() -> None:
-    logits = torch.tensor([[1.0, 0.0, -1.0, -8.0]])
+@pytest.mark.parametrize(("top_p", "nucleus"), [(1.0, 4), (0.95, 3), (0.9, 2), (0.6, 1)])
+def test_choose_follows_the_distribution_of_the_nucleus(top_p: float, nucleus: int) -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, -8.0]])  # probabilities .665, .245, .090, .0001
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    counts = torch.bincount(choose(logits.expand(20_000, -1), uniform, 1.0), minlength=4) / 20_000
-    torch.testing.assert_close(counts, torch.softmax(logits[0], 0), atol=0.01, rtol=0)
+    counts = torch.bincount(choose(logits.expand(20_000, -1), uniform, top_p), minlength=4) / 20_000
+    inside = torch.softmax(logits[0], 0) * (torch.arange(4) < nucleus)
+    torch.testing.assert_close(counts, inside / inside.sum(), atol=0.01, rtol=0)
 
 
-def test_the_last_bit_of_a_logit_does_not_change_the_draw() -> None:
+@pytest.mark.parametrize("top_p", [1.0, 0.99])
+def test_the_last_bit_of_a_logit_does_not_change_the_draw(top_p: float) -> None:
     """Tokens of equal probability keep their places in the draw when noise puts the one above the other."""
     logits = torch.zeros(500, 40, dtype=torch.float64)
+    logits[:, 20:] = -9.0  # far out of the nucleus
     noise = torch.from_numpy(np.random.default_rng(3).normal(size=logits.shape)) * 1e-9
     uniform = torch.from_numpy(np.random.default_rng(4).random(500))
-    assert torch.equal(choose(logits + noise, uniform, 1.0), choose(logits, uniform, 1.0))
+    assert torch.equal(choose(logits + noise, uniform, top_p), choose(logits, uniform, top_p))
 
 
 def test_a_flat_distribution_is_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,19 @@ def test_a_precision_is_chosen_by_what_it_takes_on_this_machine(
     assert models.settle(config.Reasoner(dtype="float32", device="cpu")).dtype == "float32"
 
 
-def test_products_are_timed_in_the_precision_that_is_asked_for() -> None:
-    assert 0 < models._product_s(torch.float32) < 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_timed_in_the_precision_that_is_asked_for(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, linear = set(), torch.nn.functional.linear
+
+    def noted(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        taken.update((rows.dtype, weights.dtype))
+        return linear(rows, weights)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    assert 0 < models._product_s(dtype) < 1
+    assert taken == {dtype}
 
 
 def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

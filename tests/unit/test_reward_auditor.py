@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from test_reward_model import INTENTS, SESSIONS, N, place, random_ranker, sessions_table, unit
 
@@ -19,6 +20,7 @@ from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reward import functions
 from rgalign_ray.reward.actor import RewardModel
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
+from rgalign_ray.reward.judging import judge_queries
 
 __all__ = ["place"]  # a fixture
 
@@ -96,3 +98,20 @@ def test_sessions_are_judged_in_slices(place: Path, spec: AuditorSpec, monkeypat
     monkeypatch.setattr("rgalign_ray.reward.auditor.BATCH", 2)
     np.testing.assert_allclose(asked.rewards(table, queries, catalogue, config.Reward()), whole, atol=1e-4)
     assert whole.shape == (len(SESSIONS), N)
+
+
+def test_it_judges_by_the_clicks_that_the_reward_does_not_read(place: Path, spec: AuditorSpec) -> None:
+    catalogue, auditor = Catalogue.load(str(place / "log")), Auditor(spec)
+    table = sessions_table(sorted(SESSIONS))
+    clicks = [[number < 2 for number in range(len(row))] for row in table["clicks"].to_pylist()]
+    table = table.set_column(table.column_names.index("clicks"), "clicks", pa.array(clicks))
+    queries = [f"{session}/{sample}" for session in sorted(SESSIONS) for sample in range(N)]
+    arrays, read = examples(table, auditor.ranker.space, catalogue), auditor.embeddings(table, queries)
+    mine, other = functions.halves(arrays["clicks"], arrays["candidates"], arrays["session_key"])
+    by_mine, by_other = (
+        judge_queries(auditor.ranker, arrays, functions.Labels(half, None), read, config.Reward())[0]
+        for half in (mine, other)
+    )
+    found = auditor.rewards(table, queries, catalogue, config.Reward(halves=True))
+    np.testing.assert_allclose(found, by_other)
+    assert np.abs(by_mine - by_other).max() > 0.01

@@ -191,3 +191,12 @@ def test_the_auditor_reads_the_other_half() -> None:
     np.testing.assert_array_equal(mine, ~other)
     whole = functions.Labels.of(config.Reward(), pa.table({}), arrays, None, "auditor").clicks  # type: ignore[arg-type]
     np.testing.assert_array_equal(whole, clicks)
+
+
+def test_labels_of_some_sessions_are_all_that_these_have() -> None:
+    labels = functions.Labels(np.eye(4, dtype=bool), np.eye(4, dtype=bool)[::-1])
+    taken = labels.take(np.array([2, 0]))
+    np.testing.assert_array_equal(taken.clicks, labels.clicks[[2, 0]])
+    assert taken.resolved is not None
+    np.testing.assert_array_equal(taken.resolved, np.eye(4, dtype=bool)[::-1][[2, 0]])
+    assert functions.Labels(labels.clicks, None).take(np.array([1])).resolved is None

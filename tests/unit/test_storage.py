@@ -491,3 +491,24 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return a == b
+
+
+def test_a_death_while_an_artefact_is_removed_leaves_none_that_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = 0
+
+    def dies() -> None:
+        nonlocal changes
+        changes += 1
+        if changes == 2:
+            raise RuntimeError("dead")
+
+    place = str(tmp_path / "artefact")
+    with storage.writing(place) as work:
+        storage.write_bytes(storage.join(work, "unit"), b"")
+        finish(work)
+    as_object_store(monkeypatch, dies)
+    with pytest.raises(RuntimeError, match="dead"):
+        storage.delete(place)
+    assert storage.read_manifest(place) is None
