@@ -16,10 +16,20 @@ from rgalign_ray.errors import DataError, InfrastructureError
 from rgalign_ray.logs import stream
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
-from rgalign_ray.rollout.encode import EncodePlan, SessionEncoder, encode, session_texts, told, written_queries
+from rgalign_ray.rollout.encode import (
+    EncodePlan,
+    SessionEncoder,
+    _kept_context,
+    encode,
+    session_texts,
+    told,
+    written_queries,
+)
 from rgalign_ray.rollout.worker import vectors_table
 
 ENCODER = EngineSpec(config.Compare().encoder, max_session_tokens=32, weights=None)
+MODELS = ({"model": "tiny"}, {"engine": "transformers"}, {"dtype": "bfloat16"}, {"device": "cuda"}, {"threads": 2})
+SAMPLINGS = ({"temperature": 0.9}, {"top_p": 0.5}, {"max_new_tokens": 8})
 
 
 @pytest.fixture
@@ -68,6 +78,26 @@ def test_what_was_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert first_file.name == same.name
     assert storage.read_table(str(first_file)).equals(storage.read_table(str(same)))
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_what_is_kept_for_other_runs_is_known_by_all_that_decides_it() -> None:
+    shop = Template.load("shop")
+    plan = EncodePlan("", shop, ("rank",), (), (), config.Encode(), config.Rollout(), run_seed=0)
+    readers = [
+        (ENCODER, plan),
+        (replace(ENCODER, max_session_tokens=16), plan),
+        *((replace(ENCODER, reasoner=ENCODER.reasoner.model_copy(update=change)), plan) for change in MODELS),
+        (ENCODER, replace(plan, template=shop.model_copy(update={"prefix": "Else."}))),
+        (ENCODER, replace(plan, encode=config.Encode(batch_size=8))),
+    ]
+    samplers = [
+        (ENCODER, replace(plan, run_seed=1)),
+        *((ENCODER, replace(plan, sampling=config.Rollout.model_validate(change))) for change in SAMPLINGS),
+    ]
+    assert len({_kept_context(*one, sampled=False) for one in readers}) == len(readers)
+    assert len({_kept_context(*one, sampled=True) for one in readers + samplers}) == len(readers + samplers)
+    for one in samplers:
+        assert _kept_context(*one, sampled=False) == _kept_context(ENCODER, plan, sampled=False), "nothing is drawn"
 
 
 def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) -> None:
