@@ -506,7 +506,7 @@ def test_a_death_while_an_artefact_is_removed_leaves_none_that_is_taken_for_whol
 
     place = str(tmp_path / "artefact")
     with storage.writing(place) as work:
-        storage.write_bytes(storage.join(work, "unit"), b"")
+        storage.write_bytes(storage.join(work, "a unit"), b"")  # a store may go by names
         finish(work)
     as_object_store(monkeypatch, dies)
     with pytest.raises(RuntimeError, match="dead"):
