@@ -65,7 +65,7 @@ class Judged:
         judges = [scoring.load(storage.join(run_dir, "rankers_0", name)) for name in names]
         catalogue = Catalogue.load(storage.join(run_dir, "sessions"))
         oracle = Oracle.load(storage.join(run_dir, "log"))
-        units = list(round_sessions.judged(storage.join(run_dir, "rollouts_1")))
+        units = list(round_sessions.sampled_units(storage.join(run_dir, "rollouts_1")))
         users: list[str] = []
         rewards, values = [], []
         with progress.track("judge", len(units), "units") as advance:

@@ -406,7 +406,7 @@ def status(
 
     from rgalign_ray.ops import jobs
 
-    Console().print(jobs.table(jobs.listed(jobs.connect(address), name)))
+    Console().print(jobs.table(jobs.list_jobs(jobs.connect(address), name)))
 
 
 @app.command()
@@ -448,7 +448,7 @@ def _with_token() -> None:
     """Has the user's token at hand for clusters; before ray is imported, which reads the mode as it is."""
     from rgalign_ray.loop import environment
 
-    environment.join_with_token()
+    environment.use_token_if_present()
 
 
 def _follow(client: Client, job_id: str, wait: bool) -> None:
@@ -482,7 +482,7 @@ def list_runs(folder: Folder = "runs") -> None:
 
     from rgalign_ray.ops import runs as folders
 
-    there = folders.found(folder)
+    there = folders.list_runs(folder)
     Console().print(folders.table(there, f"{len(there)} runs in {folder}"))
 
 
@@ -500,7 +500,7 @@ def prune(
 
     from rgalign_ray.ops import runs as folders
 
-    there = folders.found(folder)
+    there = folders.list_runs(folder)
     stale = folders.stale(there, keep, older_than_days, datetime.datetime.now(datetime.UTC))
     what = "removed" if yes else "to remove; --yes does it"
     Console().print(folders.table(stale, f"{len(stale)} of {len(there)} runs in {folder} {what}"))

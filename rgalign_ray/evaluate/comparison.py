@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from rgalign_ray import config, storage
-from rgalign_ray.evaluate.ladder import Judged, TestSessions
+from rgalign_ray.evaluate.ladder import SessionMetrics, TestSessions
 from rgalign_ray.evaluate.statistics import Estimate, bootstrap, ratio_bootstrap, stratified_bootstrap
 
 WEIGHT = "weight of "
@@ -28,7 +28,7 @@ class Verdict:
     weights: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, test: TestSessions, judged: Judged) -> Verdict:
+    def of(cls, test: TestSessions, judged: SessionMetrics) -> Verdict:
         return cls(test.ids, test.users, test.table["region"].to_pylist(), judged.values, judged.weights)
 
     @classmethod

@@ -52,7 +52,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Judged:
+class SessionMetrics:
     """Per-session values of each metric and their weights: float64 [S], nan where a session does not count."""
 
     values: dict[str, np.ndarray]
@@ -92,7 +92,7 @@ class TestSessions:
         need = np.array([self.catalogue.index[intent] for intent in self.oracle.needs(self.ids)])
         return self.candidates == need[:, None]
 
-    def judge(self, scores: np.ndarray) -> Judged:
+    def judge(self, scores: np.ndarray) -> SessionMetrics:
         """Every metric of one ranker's scores [S, C]."""
         k = self.settings.k
         gauc = self._auc(scores, self.mask)
@@ -115,7 +115,7 @@ class TestSessions:
                 values["GAUC uniform"] = uniform
         ranked, seen = (among.sum(axis=1).astype(np.float64) for among in (self.mask, shown))
         weights = {name: seen if name == "GAUC shown" else ranked for name in values if name.startswith("GAUC")}
-        return Judged(values, weights, scores)
+        return SessionMetrics(values, weights, scores)
 
     def _auc(self, scores: np.ndarray, among: np.ndarray) -> np.ndarray:
         """AUC of each session's clicks among some of its candidates, bool [S, C]; nan where there is but one class."""
@@ -209,7 +209,9 @@ def top(scores: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(candidates, order, axis=1)
 
 
-def table_rows(rungs: list[Rung], judged: list[Judged], users: list[str], settings: config.Evaluate) -> list[Row]:
+def table_rows(
+    rungs: list[Rung], judged: list[SessionMetrics], users: list[str], settings: config.Evaluate
+) -> list[Row]:
     """The table's rows: each metric's mean and its interval over users."""
     return [
         Row(
@@ -234,7 +236,12 @@ def table_rows(rungs: list[Rung], judged: list[Judged], users: list[str], settin
 
 
 def compare(
-    better: Rung, worse: Rung, ours: Judged, baseline: Judged, users: list[str], settings: config.Evaluate
+    better: Rung,
+    worse: Rung,
+    ours: SessionMetrics,
+    baseline: SessionMetrics,
+    users: list[str],
+    settings: config.Evaluate,
 ) -> list[Comparison]:
     """Paired differences of two rungs in every metric. One seed: separated speaks of users, not of seeds."""
     comparisons = []

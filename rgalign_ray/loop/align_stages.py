@@ -77,7 +77,7 @@ ORDER = [("session_id", "ascending"), ("sample", "ascending")]
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Rewards:
     """The rewards of a part, by session and sample."""
 
     session_ids: list[str]
@@ -87,7 +87,7 @@ class _Judged:
     """float32 [S, N] of all; nan where a query was not valid."""
 
     @classmethod
-    def load(cls, config: Config, files: list[str]) -> _Judged:
+    def load(cls, config: Config, files: list[str]) -> _Rewards:
         scored = _sorted(files, ["session_id", "sample", "reward", "uplift"])
         ids = list(dict.fromkeys(scored["session_id"].to_pylist()))
         reward, uplift = (scored[name].to_numpy().reshape(len(ids), -1) for name in ("reward", "uplift"))
@@ -113,7 +113,7 @@ class _Choices:
         by_uplift = config.select.weight == "uplift" and config.select.method != "title"
         sample, worth = {}, {}
         for name, files in scored.items():
-            judged = _Judged.load(config, files)
+            judged = _Rewards.load(config, files)
             if config.select.method == "title":
                 sample[name] = np.zeros(len(judged.session_ids), np.int64)
             else:
@@ -184,7 +184,7 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
     counts, sources = Counter[str](), Counter[str]()
     gains, uplifts = [np.empty(0)], [np.empty(0)]
     for name, files in scored.items():
-        part, judged = _Part.load(run, round_, name, rollouts[name], catalogue), _Judged.load(config, files)
+        part, judged = _Part.load(run, round_, name, rollouts[name], catalogue), _Rewards.load(config, files)
         reward, sample, rows = judged.reward, choices.sample[name], choices.rows[name]
         if titled:
             selected, paired = titles(run, part), np.full((len(reward), 2), -1)

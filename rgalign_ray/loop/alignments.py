@@ -100,18 +100,18 @@ def _begun(job: Run, name: str) -> dict[str, str]:
     return {}
 
 
-def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
+def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     """The comparison's report with the reward of its alignments, where each is lost, and what each writes."""
     names = read_by(rows)
     if not names:
         return made
     rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
     valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
-    worth = worth_stages.found(jobs, 1)
-    diagnoses = [_diagnosis(jobs, row) for row in rows if tells(ROWS[row])]
+    worth = worth_stages.query_worth_of(jobs, 1)
+    diagnoses = [_diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
     if jobs[0].config.roles.audit:
-        lines.append(audit_stages.hearing([job.manifest(audit_stages.AUDITOR) for job in jobs]))
+        lines.append(audit_stages.hearing_sentence([job.manifest(audit_stages.AUDITOR) for job in jobs]))
     return made.model_copy(
         update={
             "reward": summary.reward_gate(rewards, valid),
@@ -123,7 +123,7 @@ def told(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) -> Report:
     )
 
 
-def tells(row: LadderRow) -> bool:
+def has_diagnosis(row: LadderRow) -> bool:
     """Whether a row says where its alignment is lost: it has trained rankers on what the alignment made of its
     sessions; a shuffled row reads those of others.
     """

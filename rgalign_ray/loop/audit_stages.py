@@ -151,7 +151,7 @@ def gain(run: Run, round_: int) -> Estimate:
     )
 
 
-def hearing(auditors: Sequence[storage.Manifest]) -> str:
+def hearing_sentence(auditors: Sequence[storage.Manifest]) -> str:
     """Whether the auditors can judge at all: what they read from e(x), in a sentence."""
     readouts = [auditor.figures["gauc_by_readout"] for auditor in auditors]
     reads = float(np.mean([gauc["prompt"] - gauc["null"] for gauc in readouts]))

@@ -69,7 +69,7 @@ def run(config: Config) -> report.Report:
         if names:
             numbers = range(config.compare.trainings)
             run_slices(config, what, [slice_of(job, name, n) for n in numbers for job in jobs for name in names])
-    made = alignments.told(jobs, rows, ladder_report.make(config, [judged(jobs, name) for name in rows]))
+    made = alignments.with_alignments(jobs, rows, ladder_report.make(config, [row_result(jobs, name) for name in rows]))
     show(config, made)
     return made
 
@@ -261,7 +261,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     figures = figures | {"calibration": test.calibration(judged.scores)}
     if row.reads == "reasoner":
         figures["wrote"] = alignments.examples(run, test, run.uri(*embeddings))
-    if alignments.tells(row):
+    if alignments.has_diagnosis(row):
         found = evaluate_stages.diagnosis_of(run, 1, test, rung, judged, row.title)
         figures["diagnosis"] = found.model_dump()
     return Outcome({"test sessions": len(test.ids)}, figures)
@@ -300,7 +300,7 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
             advance(1)
 
 
-def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
+def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
     """What a row's slices left behind, a job a seed."""
     places = [place_of(job, name) for job in jobs]
     _, *read = texts_of(ROWS[name])
@@ -311,7 +311,7 @@ def judged(jobs: list[Run], name: RowName) -> ladder_report.Judged:
     slices = [slice_name(name, number) for number in numbers]
     taken = ROWS[name].ranker_of
     trained = [place.manifest(slice_name(taken, n)).seconds for place in places for n in numbers] if taken else [0.0]
-    return ladder_report.Judged(
+    return ladder_report.RowResult(
         name,
         [Verdict.mean([Verdict.load(place.uri(each, VERDICT)) for each in slices]) for place in places],
         [place.manifest(each) for place in places for each in slices],

@@ -47,21 +47,21 @@ def run(config: Config, until: str | None = None) -> Run:
         ConfigError: when the cluster cannot hold the plan, the model is not there, or no stage is named so.
         DataError: when the log has a structural fault.
     """
-    count = through(stages(config), until) if until else None
+    count = stages_through(stages(config), until) if until else None
     job = Run(settle(config))
     console.print(plan.table(job.config, nodes(config)))
     tracker = Tracker(job.config)
     if count is not None:
         run_stages(job, stages(job.config), until=count, tracker=tracker)
     else:
-        job = ended(job, tracker)
+        job = settle_rounds(job, tracker)
         run_stages(job, stages(job.config), tracker=tracker)
         show(job)
     tracker.end()
     return job
 
 
-def through(sequence: list[Stage], name: str) -> int:
+def stages_through(sequence: list[Stage], name: str) -> int:
     """How many stages there are up to the last of a name, or of those that begin with it.
 
     Raises:
@@ -74,7 +74,7 @@ def through(sequence: list[Stage], name: str) -> int:
     return found[-1]
 
 
-def ended(job: Run, tracker: Tracker | None = None) -> Run:
+def settle_rounds(job: Run, tracker: Tracker | None = None) -> Run:
     """The run as it ends, with the rounds that it has; with `early_stop` those are run as far as it takes to know."""
     config = job.config
     for round_ in range(1, config.rounds) if config.early_stop else ():

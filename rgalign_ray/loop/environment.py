@@ -50,14 +50,14 @@ def prepare(config: Config) -> None:
             defaults["DS_ACCELERATOR"] = "cuda"
         if "RAY_AUTH_MODE" not in os.environ:
             if "RAY_AUTH_TOKEN_PATH" in os.environ:
-                token()
+                ensure_token()
             else:
                 defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
-def token() -> None:
+def ensure_token() -> None:
     """Sets token mode for this process and those it starts, with the user's token, which is made when there is none.
 
     It lies where Ray looks for it, in $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; made here, only the
@@ -73,7 +73,7 @@ def token() -> None:
             file.write(secrets.token_hex(32))
 
 
-def join_with_token() -> None:
+def use_token_if_present() -> None:
     """Shows the user's token, where there is one, to clusters that this process talks to."""
     if "RAY_AUTH_TOKEN" in os.environ or _token_path().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -12,7 +12,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.evaluate.diagnosis import diagnose
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
-from rgalign_ray.evaluate.ladder import Judged, Rung, TestSessions, compare, table_rows
+from rgalign_ray.evaluate.ladder import Rung, SessionMetrics, TestSessions, compare, table_rows
 from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.logs.examples import session_keys
@@ -104,7 +104,7 @@ def evaluate(run: Run, out: str) -> Outcome:
     )
 
 
-def diagnosis_of(run: Run, round_: int, test: TestSessions, rung: Rung, judged: Judged, name: str) -> Diagnosis:
+def diagnosis_of(run: Run, round_: int, test: TestSessions, rung: Rung, judged: SessionMetrics, name: str) -> Diagnosis:
     """Where a round's alignment is lost; `rung` is the ranker that was trained on it, and `judged` what it is worth."""
     keys = session_keys(test.ids)
     readings = [run.uri(f"embeddings_{r}") for r in (round_ - 1, round_)]
@@ -118,7 +118,7 @@ def diagnosis_of(run: Run, round_: int, test: TestSessions, rung: Rung, judged: 
     return diagnose(name, gate, (wrote_before, wrote_after), (before, after), read)
 
 
-def _examples(run: Run, test: TestSessions, judged: dict[str, Judged], queries: Queries) -> list[Example]:
+def _examples(run: Run, test: TestSessions, judged: dict[str, SessionMetrics], queries: Queries) -> list[Example]:
     place = {session: row for row, session in enumerate(test.ids)}
     chosen = [place[session] for session in example_sessions(run.uri("sessions"), run.truth, run.config.evaluate)]
     texts = Template.load(run.config.prompt.template).sessions(test.table.take(chosen))

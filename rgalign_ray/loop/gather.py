@@ -59,7 +59,9 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     jobs = [job for place, those in found.items() for job in runs_in(config, place, those, rows)]
     jobs.sort(key=lambda job: job.config.seed)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
-    made = alignments.told(jobs, rows, ladder_report.make(told, [compare.judged(jobs, name) for name in rows]))
+    made = alignments.with_alignments(
+        jobs, rows, ladder_report.make(told, [compare.row_result(jobs, name) for name in rows])
+    )
     compare.show(told, made)
     return made
 

@@ -215,7 +215,9 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     units = {storage.pure_path(file).stem for file in made}
     storage.keep_units(scored, units)
     there = {storage.pure_path(file).stem for file in storage.list_files(scored, ".parquet")}
-    missing = (each for each in round_sessions.judged(rolled_out) if storage.pure_path(each[1]).stem not in there)
+    missing = (
+        each for each in round_sessions.sampled_units(rolled_out) if storage.pure_path(each[1]).stem not in there
+    )
     workers = min(config.reward.workers, len(units) - len(there))
     models = [actor.remote(rankers, run.uri("sessions"), config.reward, auditor) for _ in range(workers)]
     try:

@@ -25,7 +25,7 @@ BY_REGION = ("GAUC", "true CTR")
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowResult:
     """One row under every seed."""
 
     row: RowName
@@ -60,7 +60,7 @@ class Judged:
         )
 
 
-def make(config: Config, judged: list[Judged]) -> report.Report:
+def make(config: Config, judged: list[RowResult]) -> report.Report:
     """The report of a comparison all of whose slices are done."""
     settings = config.evaluate
     by_row = {it.row: it for it in judged}
@@ -162,7 +162,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
     return list(dict.fromkeys(there))
 
 
-def _compare(better: Judged, worse: Judged, metric: str, config: Config) -> report.Comparison:
+def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -> report.Comparison:
     found = comparison.difference(better.verdicts, worse.verdicts, metric, config.evaluate)
     return report.Comparison(
         better=better.title,
@@ -175,7 +175,7 @@ def _compare(better: Judged, worse: Judged, metric: str, config: Config) -> repo
 
 def _summary(
     config: Config,
-    by_row: dict[RowName, Judged],
+    by_row: dict[RowName, RowResult],
     comparisons: list[report.Comparison],
     pairs: list[tuple[RowName, RowName]],
     metrics: list[str],
@@ -222,7 +222,7 @@ def _featured(pairs: list[tuple[RowName, RowName]]) -> list[RowName]:
     return list(dict.fromkeys(row for pair in pairs[:2] for row in pair))
 
 
-def _by_region(config: Config, shown: list[Judged], metrics: list[str]) -> list[report.Breakdown]:
+def _by_region(config: Config, shown: list[RowResult], metrics: list[str]) -> list[report.Breakdown]:
     regions = sorted({region for it in shown for verdict in it.verdicts for region in verdict.regions})
     if len(regions) < 2:
         return []

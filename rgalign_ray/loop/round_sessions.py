@@ -131,7 +131,7 @@ def by_part(folder: str) -> dict[str, list[str]]:
     return found
 
 
-def judged(folder: str) -> Iterator[tuple[pa.Table, str, str]]:
+def sampled_units(folder: str) -> Iterator[tuple[pa.Table, str, str]]:
     """The work units that were sampled in `folder`: their sessions in order of id, the file of their queries, and that
     of e(x,q).
     """

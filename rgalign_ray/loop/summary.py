@@ -44,7 +44,7 @@ def report(run: Run) -> Report:
     gates = [manifests[f"rewards_{r}"].figures["gate"] for r in range(1, config.rounds + 1)]
     metrics = meanings(config)
     diagnoses = [Diagnosis.model_validate(found) for found in evaluation["diagnoses"]]
-    truth = worth_stages.found([run], config.rounds)
+    truth = worth_stages.query_worth_of([run], config.rounds)
     return Report(
         title=f"{config.name}: RGAlign-Rec on {config.log.source}",
         lead=LEAD,
@@ -131,7 +131,7 @@ def _summary(
             + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )
     if run.config.roles.audit:
-        lines.append(audit_stages.hearing([manifests[audit_stages.AUDITOR]]))
+        lines.append(audit_stages.hearing_sentence([manifests[audit_stages.AUDITOR]]))
     for round_ in range(1, len(gates) + 1):
         if audit_stages.audited_stages(run.config, round_):
             seen = audit_stages.gain(run, round_)

@@ -47,7 +47,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     rankers = [scoring.load(run.uri(f"rankers_{round_ - 1}", name)) for name in (*names[0], *names[-1])]
     catalogue, oracle = Catalogue.load(run.uri("sessions")), Oracle.load(run.truth)
     parts = []
-    for sessions, rollouts_uri, embeddings_uri in round_sessions.judged(run.uri(f"rollouts_{round_}")):
+    for sessions, rollouts_uri, embeddings_uri in round_sessions.sampled_units(run.uri(f"rollouts_{round_}")):
         unit = QueryUnit.load(rollouts_uri, embeddings_uri)
         for ranker in rankers:
             ranker.require(reasoner_version=unit.reasoner_version, intent_ids=catalogue.ids)
@@ -68,7 +68,7 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     return Outcome({"sessions": table.num_rows})
 
 
-def found(runs: Sequence[Run], round_: int) -> QueryWorth | None:
+def query_worth_of(runs: Sequence[Run], round_: int) -> QueryWorth | None:
     """What the stage found, over runs of several seeds; None where it does not exist."""
     first = runs[0].config
     if not stages(first, round_):

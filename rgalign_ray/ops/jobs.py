@@ -173,7 +173,7 @@ def submit(
             f"${VARIABLE}: what this machine's environment holds does not travel, and the service would answer "
             "everybody; name a file of keys on the cluster's head by serve.keys, or unset it."
         )
-    here = [job for job in listed(client) if _same(job.run_dir, config.run_uri) and not job.over]
+    here = [job for job in list_jobs(client) if _same(job.run_dir, config.run_uri) and not job.over]
     busy = [job for job in here if SERVES not in (verb, job.verb)]
     if busy:
         raise ConfigError(
@@ -256,7 +256,7 @@ def _files(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     return [(section, key) for section, key in places if (section[key] or "").endswith((".yaml", ".yml"))]
 
 
-def listed(client: Client, name: str | None = None) -> list[Job]:
+def list_jobs(client: Client, name: str | None = None) -> list[Job]:
     """The jobs of this package that the cluster knows, of one run if named, the latest last."""
     with _asking(client.get_address()):
         found = [_job(details) for details in client.list_jobs() if RUN in (details.metadata or {})]
@@ -269,9 +269,9 @@ def latest(client: Client, name: str) -> Job:
     Raises:
         ConfigError: when the cluster knows none.
     """
-    found = listed(client, name)
+    found = list_jobs(client, name)
     if not found:
-        known = ", ".join(sorted({job.name for job in listed(client)})) or "none"
+        known = ", ".join(sorted({job.name for job in list_jobs(client)})) or "none"
         raise ConfigError(
             f"{name}: no run of that name on {client.get_address()} (there: {known}). One of another cluster goes on "
             "by `rgalign submit` with its run directory."

@@ -99,7 +99,7 @@ def up(
         if listens(taken):
             raise ConfigError(f"cluster: {name} {taken} is taken by another process of this machine.")
     down()  # nodes of a head that died
-    environment.token()
+    environment.ensure_token()
     cpus = cpus or max((os.cpu_count() or 1) // nodes, 1)
     record().parent.mkdir(parents=True, exist_ok=True)
     head = [
@@ -132,7 +132,7 @@ def add(cpus: int = 1, labels: dict[str, str] | None = None) -> Cluster:
     cluster = running()
     if cluster is None:
         raise ConfigError("cluster: none is up on this machine; `rgalign cluster up` starts one.")
-    environment.token()
+    environment.ensure_token()
     labelled = [f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}"] if labels else []
     _node(cluster, cpus, [*_joining(cluster), *labelled])
     return cluster
@@ -203,7 +203,7 @@ def _wait(node: psutil.Process, log: Path, dashboard: str, before: set[str]) -> 
 
 def _alive(dashboard: str) -> set[str]:
     """The nodes that can be given work: the dashboard answers before the head's own has told what it has."""
-    from ray.util.state import list_nodes  # after `environment.token`: ray reads the mode as it is imported
+    from ray.util.state import list_nodes  # after `environment.ensure_token`: ray reads the mode as it is imported
     from ray.util.state.exception import RayStateApiException
 
     with suppress(RayStateApiException):

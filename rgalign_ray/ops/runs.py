@@ -37,7 +37,7 @@ class RunFolder:
     """When any of its files was written last, UTC."""
 
 
-def found(folder: str) -> list[RunFolder]:
+def list_runs(folder: str) -> list[RunFolder]:
     """The runs in a folder or under a URI, the latest last; empty where it is absent."""
     fs, root = storage.filesystem(folder)
     files: dict[str, list[pafs.FileInfo]] = defaultdict(list)

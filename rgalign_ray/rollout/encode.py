@@ -215,7 +215,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
     units.context.execution_no_progress_timeout_s = plan.encode.deadline_s
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()
-    with told("encode", plan.encode):
+    with as_user_errors("encode", plan.encode):
         for block in units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in block.to_pylist():
                 keys.add(row["key"])
@@ -239,7 +239,7 @@ def actors(settings: config.Encode) -> dict[str, Any]:
 
 
 @contextmanager
-def told(label: str, settings: config.Encode) -> Iterator[None]:
+def as_user_errors(label: str, settings: config.Encode) -> Iterator[None]:
     """Has what ends a pass of encoders told in the block as a user should read it."""
     try:
         yield

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rgalign_ray import config, progress, ray_stacks
 from rgalign_ray.logs import stream
-from rgalign_ray.rollout.encode import actors, room, told
+from rgalign_ray.rollout.encode import actors, as_user_errors, room
 from rgalign_ray.serve import query_store
 from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
 from rgalign_ray.serve.query_store import Kept
@@ -76,5 +76,5 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
                     yield Kept(row["user_id"], row["ts"], np.frombuffer(row["vector"], np.float16))
                 advance(block.num_rows)
 
-    with told("read ahead", encode):
+    with as_user_errors("read ahead", encode):
         return query_store.write(folder, spec.reads, kept())

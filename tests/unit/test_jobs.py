@@ -38,7 +38,7 @@ def test_a_job_passes_its_arguments_to_its_verb(
     assert sys.argv[1:] == [name if name in ("compare", "serve") else "loop", *until, *joined, "--config", "smoke"]
     if until:
         sequence = stages(config.load("smoke"))
-        assert sequence[controller.through(sequence, until[1]) - 1].name == ENDS[name]
+        assert sequence[controller.stages_through(sequence, until[1]) - 1].name == ENDS[name]
 
 
 def test_a_stage_that_there_is_not_is_refused() -> None:

@@ -230,8 +230,10 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
 
 
 def test_rows_that_read_other_sessions_do_not_say_where_their_alignment_is_lost() -> None:
-    assert alignments.tells(ROWS["rgalign"]) and alignments.tells(ROWS["gradient"])
-    assert not alignments.tells(ROWS["rgalign_shuffled"]) and not alignments.tells(ROWS["gradient_shuffled"])
+    assert alignments.has_diagnosis(ROWS["rgalign"]) and alignments.has_diagnosis(ROWS["gradient"])
+    assert not alignments.has_diagnosis(ROWS["rgalign_shuffled"]) and not alignments.has_diagnosis(
+        ROWS["gradient_shuffled"]
+    )
 
 
 def test_every_seed_says_how_it_was_made_and_untuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +258,7 @@ def test_a_row_that_takes_anothers_ranker_has_taken_the_time_to_train_it(tmp_pat
         manifest = storage.Manifest(stage=stage, key="k", figures={"best_gauc": 0.5}, seconds=seconds)
         storage.write_json(job.uri(stage, "manifest.json"), manifest.model_dump())
         verdict.save(job.uri(stage, "verdict.parquet"))
-    own, taking = (compare.judged([job], name) for name in ("qe_rec", "qe_rec_query"))
+    own, taking = (compare.row_result([job], name) for name in ("qe_rec", "qe_rec_query"))
     assert taking.seconds == own.seconds + 3
 
 

@@ -65,7 +65,7 @@ def test_a_round_without_gain_is_the_last(
         audited(job, round_, {"s0": level, "s1": 1.0 + level})
 
     monkeypatch.setattr(controller, "run_stages", make)
-    job = controller.ended(Run(settings(tmp_path)))
+    job = controller.settle_rounds(Run(settings(tmp_path)))
     assert job.config.rounds == rounds and reached == list(range(1, len(gains) + 1))
     names = [stage.name for stage in stages(job.config)]
     assert names[-1] == "evaluation" and f"rankers_{rounds}" in names and f"rankers_{rounds + 1}" not in names
@@ -77,7 +77,7 @@ def test_a_round_without_gain_is_the_last(
 def test_a_run_without_it_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "run_stages", lambda *_: pytest.fail("nothing to know"))
     plain = settings(tmp_path, early_stop=False)
-    assert controller.ended(Run(plain)).config.rounds == 3
+    assert controller.settle_rounds(Run(plain)).config.rounds == 3
     assert not any(stage.name.startswith("audited") for stage in stages(plain))
 
 
@@ -111,6 +111,6 @@ def test_clicked_validation_sessions_with_a_query_are_audited(place: Path, spec:
 @pytest.mark.parametrize(("prompt", "hears"), [(0.85, True), (0.79, False)])
 def test_whether_the_auditor_hears_is_said(prompt: float, hears: bool) -> None:
     figures = [{"gauc_by_readout": {"prompt": prompt + off, "null": 0.8 + off}} for off in (0.0, 0.1)]
-    said = audit_stages.hearing([storage.Manifest(stage="auditor", key="", figures=each) for each in figures])
+    said = audit_stages.hearing_sentence([storage.Manifest(stage="auditor", key="", figures=each) for each in figures])
     assert f"reads {prompt - 0.8:+.4f} GAUC" in said
     assert ("it hears nothing" not in said) == hears

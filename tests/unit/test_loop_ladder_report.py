@@ -8,7 +8,7 @@ import pytest
 from rgalign_ray import config, storage
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.loop import ladder_report
-from rgalign_ray.loop.ladder_report import Judged
+from rgalign_ray.loop.ladder_report import RowResult
 
 SESSIONS = 120
 QUALITY: dict[config.RowName, float] = {
@@ -21,7 +21,7 @@ QUALITY: dict[config.RowName, float] = {
 }
 
 
-def judged(row: config.RowName, seeds: int = 2) -> Judged:
+def judged(row: config.RowName, seeds: int = 2) -> RowResult:
     verdicts, manifests = [], []
     for seed in range(seeds):
         noise = np.random.default_rng(seed).normal(scale=0.02, size=SESSIONS)
@@ -51,7 +51,7 @@ def judged(row: config.RowName, seeds: int = 2) -> Judged:
                 peak_memory_mb=500,
             )
         )
-    return Judged(row, verdicts, manifests, 40.0 if row == "qe_rec" else 0.0)
+    return RowResult(row, verdicts, manifests, 40.0 if row == "qe_rec" else 0.0)
 
 
 @pytest.fixture(scope="module")

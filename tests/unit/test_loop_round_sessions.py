@@ -133,7 +133,7 @@ def test_judged_units_come_with_their_own_sessions(tmp_path: Path, place: str) -
     run = run_in(place.format(tmp_path))
     write_round(run, [7])
     seen = []
-    for rows, file, embeddings in round_sessions.judged(run.uri("rollouts_1")):
+    for rows, file, embeddings in round_sessions.sampled_units(run.uri("rollouts_1")):
         ids = rows["session_id"].to_pylist()
         assert ids == sorted(set(storage.read_table(file)["session_id"].to_pylist()))
         assert embeddings == file.replace("/rollouts/", "/embeddings/")

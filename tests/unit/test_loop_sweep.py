@@ -49,7 +49,7 @@ def test_every_value_is_compared_in_a_folder_of_its_own(tmp_path: Path, monkeypa
     assert len({it.run_uri for it in seen}) == 3
     assert [row.metrics["GAUC"].value for row in made.rows] == [0.02] * 3, "the first claim, not the last"
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.html", "sweep.md", "sweep.json", "settled.json"}
-    assert tmp_path.name in [run.name for run in runs.found(str(tmp_path.parent))], "`rgalign runs` finds it"
+    assert tmp_path.name in [run.name for run in runs.list_runs(str(tmp_path.parent))], "`rgalign runs` finds it"
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_table_of_jobs() -> None:
     )
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(jobs.table(jobs.listed(client)))
+        console.print(jobs.table(jobs.list_jobs(client)))
     assert "failed (3)" in shown.get() and "1 min" in shown.get()
 
 

@@ -38,12 +38,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_there_is(folder: Path) -> None:
-    there = runs.found(str(folder))
+    there = runs.list_runs(str(folder))
     assert [run.name for run in there] == ["older", "old", "new"]
     assert [(run.artefacts, run.last) for run in there] == [(0, ""), (3, "seed_0/row_din"), (1, "log")]
     assert there[1].size == 10 and there[1].changed == NOW - datetime.timedelta(days=90) + datetime.timedelta(minutes=4)
-    assert runs.found(str(folder / "nowhere")) == []
-    assert [run.uri for run in runs.found(f"file://{folder}")] == [
+    assert runs.list_runs(str(folder / "nowhere")) == []
+    assert [run.uri for run in runs.list_runs(f"file://{folder}")] == [
         f"file://{folder}/{n}" for n in ("older", "old", "new")
     ]
 
@@ -60,7 +60,7 @@ def test_what_there_is(folder: Path) -> None:
     ],
 )
 def test_old_ones_that_are_not_among_the_latest_go(folder: Path, keep: int, days: float, expected: list[str]) -> None:
-    assert [run.name for run in runs.stale(runs.found(str(folder)), keep, days, NOW)] == expected
+    assert [run.name for run in runs.stale(runs.list_runs(str(folder)), keep, days, NOW)] == expected
 
 
 def test_nothing_is_removed_before_it_is_asked_for(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_death_at_any_moment_of_a_removal_leaves_no_manifest_without_its_rows_
     monkeypatch.setattr(storage, "delete", mortal)
     for moment in range(20):
         lives = moment
-        (old,) = [run for run in runs.found(str(folder)) if run.name == "old"]
+        (old,) = [run for run in runs.list_runs(str(folder)) if run.name == "old"]
         try:
             runs.remove(old)
         except KeyboardInterrupt:

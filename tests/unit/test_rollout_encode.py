@@ -20,9 +20,9 @@ from rgalign_ray.rollout.encode import (
     EncodePlan,
     SessionEncoder,
     _kept_context,
+    as_user_errors,
     encode,
     session_texts,
-    told,
     written_queries,
 )
 from rgalign_ray.rollout.worker import vectors_table
@@ -174,8 +174,11 @@ def test_what_a_template_says_in_the_pass_comes_back_as_it_was_said(monkeypatch:
 
 
 def test_an_encoder_that_cannot_start_says_why_and_one_that_died_is_a_sentence() -> None:
-    with pytest.raises(RayActorError, match="no such model"), told("encode", config.Encode()):
+    with pytest.raises(RayActorError, match="no such model"), as_user_errors("encode", config.Encode()):
         raise RayActorError(error_msg="no such model", actor_init_failed=True)
     for died in (RayActorError(), OutOfMemoryError("1 worker(s) were killed")):
-        with pytest.raises(InfrastructureError, match=r"encode: an encoder died more"), told("encode", config.Encode()):
+        with (
+            pytest.raises(InfrastructureError, match=r"encode: an encoder died more"),
+            as_user_errors("encode", config.Encode()),
+        ):
             raise died

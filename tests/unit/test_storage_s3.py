@@ -93,7 +93,7 @@ def test_a_slash_at_the_end_and_a_server_in_the_query_keep_the_bucket(
         storage.write_json(storage.join(folder, name, runs.MARKS[0]), {})
         with storage.writing(storage.join(folder, name, "log"), resume_key="k") as work:
             finish(work, "k")
-    there = runs.found(folder)
+    there = runs.list_runs(folder)
     assert sorted((run.name, run.artefacts) for run in there) == [("new run", 1), ("old", 1)]
     assert {run.uri for run in there} == {storage.join(folder, name) for name in ("old", "new run")}
     log = storage.join(folder, "new run", "log", "part")
@@ -101,7 +101,7 @@ def test_a_slash_at_the_end_and_a_server_in_the_query_keep_the_bucket(
     assert [storage.read_table(file).num_rows for file in storage.list_files(log)] == [2]
     removed = CliRunner().invoke(cli.app, ["runs", "prune", folder, "--keep", "0", "--older-than-days", "0", "--yes"])
     assert removed.exit_code == 0 and "2 of 2 runs" in removed.stdout
-    assert runs.found(folder) == [] and storage.list_files(folder) == []
+    assert runs.list_runs(folder) == [] and storage.list_files(folder) == []
 
 
 def test_a_json_file_is_one_object_and_no_rename(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
