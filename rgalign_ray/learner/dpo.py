@@ -12,12 +12,12 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from rgalign_ray import config, storage
-from rgalign_ray.learner import engine, trainer
+from rgalign_ray.learner import engine, trl_trainer
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
 
-class _Pairs(trainer.Scheduled, DPOTrainer):
+class _Pairs(trl_trainer.Scheduled, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
         return dataset  # token ids already, as they were sampled
 
@@ -33,7 +33,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
         figures: `sessions`, `steps`, and per optimiser step `loss` (nats), `margin` (implicit reward of the chosen
         query above the rejected one's) and `accuracy` (share of pairs in which it is above).
     """
-    with trainer.at_hand(task) as task:
+    with trl_trainer.at_hand(task) as task:
         return _train(task, host)
 
 
@@ -42,13 +42,13 @@ def _train(task: LearnerTask, host: Host) -> dict[str, Any]:
     assert isinstance(settings, config.Dpo)
     pairs = storage.read_table(storage.join(task.data, engine.PAIRS))
     rows = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
-    figures = trainer.run(
+    figures = trl_trainer.run(
         task,
         host,
         lambda arguments: _Pairs(
             model=engine.trainable(task),
             args=DPOConfig(**arguments, beta=settings.beta, max_length=None),
-            train_dataset=trainer.in_order(rows, task),
+            train_dataset=trl_trainer.in_order(rows, task),
             processing_class=models.load_tokenizer(task.reasoner.model),
         ),
         {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"},

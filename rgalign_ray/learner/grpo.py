@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from rgalign_ray import config
-from rgalign_ray.learner import engine, trainer
+from rgalign_ray.learner import engine, trl_trainer
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.groups import OwnSource, Source, plan
 from rgalign_ray.reasoner import models
@@ -47,7 +47,7 @@ def train(task: LearnerTask, host: Host, source: Source | None = None) -> dict[s
     """
     settings = task.optimisation
     assert isinstance(settings, config.Grpo)
-    with trainer.at_hand(task) as task:
+    with trl_trainer.at_hand(task) as task:
         return _train(task, settings, host, source)
 
 
@@ -58,7 +58,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
     ids = {session for sessions in steps for session in sessions}
     rollouts = Rollouts(source or OwnSource(task, steps), settings.n)
     curves = {"loss": "loss", "reward": "valid_reward", "valid_rate": "valid_rate", "clipped": "clip_ratio/region_mean"}
-    figures = trainer.run(
+    figures = trl_trainer.run(
         task,
         host,
         lambda arguments: _OfOurSampler(
@@ -84,7 +84,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
     return {"sessions": len(ids), **figures}
 
 
-class _OfOurSampler(trainer.Scheduled, GRPOTrainer):
+class _OfOurSampler(trl_trainer.Scheduled, GRPOTrainer):
     """Takes the sampler's log-probabilities for the old policy's: left alone, TRL ignores them, and weights that moved
     since would train uncorrected.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from rgalign_ray import config, storage
-from rgalign_ray.learner import engine, trainer
+from rgalign_ray.learner import engine, trl_trainer
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
@@ -19,7 +19,7 @@ IGNORE = -100
 """Label of a token without loss: all of the prompt."""
 
 
-class _Queries(trainer.Scheduled, SFTTrainer):
+class _Queries(trl_trainer.Scheduled, SFTTrainer):
     pass
 
 
@@ -43,7 +43,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
         }
         for row in selected.to_pylist()
     ]
-    figures = trainer.run(
+    figures = trl_trainer.run(
         task,
         host,
         lambda arguments: _Queries(
@@ -55,7 +55,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
                 dataset_kwargs={"skip_prepare_dataset": True},
                 activation_checkpointing=False,
             ),
-            train_dataset=trainer.in_order(rows, task),
+            train_dataset=trl_trainer.in_order(rows, task),
             processing_class=models.load_tokenizer(task.reasoner.model),
         ),
         {"loss": "loss"},
