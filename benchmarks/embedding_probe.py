@@ -28,8 +28,8 @@ from sklearn.preprocessing import StandardScaler
 
 from rgalign_ray import storage
 from rgalign_ray.evaluate.statistics import Estimate, stratified_bootstrap
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.world.oracle import Oracle
 

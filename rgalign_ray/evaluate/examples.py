@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from rgalign_ray import config, storage
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import column_names, session_keys
+from rgalign_ray.logs.examples import column_names
 from rgalign_ray.world.oracle import Oracle
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from rgalign_ray import config, storage
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.hashing import session_keys
 
 BATCH = 64
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from rgalign_ray.config import Roles
 from rgalign_ray.errors import ConfigError
+from rgalign_ray.hashing import hashes
 
 FOLD_SALT = "fold"
 """Of the hash that cuts users into folds, so that it is none of those of roles."""
@@ -82,5 +82,4 @@ def _cut(place: np.ndarray, roles: Roles, rounds: int) -> np.ndarray:
 def _place(user_ids: Sequence[str] | np.ndarray, salt: int | str) -> np.ndarray:
     """float64 [B] in [0, 1)."""
     users, which = np.unique(np.asarray(user_ids, dtype=str), return_inverse=True)
-    digests = b"".join(hashlib.blake2b(f"{salt}/{user}".encode(), digest_size=8).digest() for user in users)
-    return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) / 2.0**53)[which]
+    return ((hashes(f"{salt}/{user}" for user in users) >> np.uint64(11)) / 2.0**53)[which]

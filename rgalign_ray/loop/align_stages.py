@@ -13,10 +13,10 @@ import pyarrow as pa
 from rgalign_ray import schema, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import DataError
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import PAIRS, POSITIVES, SELECTED, FrozenPair, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import SCORED

@@ -15,7 +15,7 @@ from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
 from rgalign_ray.evaluate.ladder import Rung, SessionMetrics, TestSessions, compare, table_rows
 from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.rank_stages import SENTENCE_READER
 from rgalign_ray.loop.readers import sentence_engine

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from rgalign_ray import storage
 from rgalign_ray.errors import DataError
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs import examples, lists, stream
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.prompts import Template
@@ -77,7 +78,7 @@ def _as_many_as_fresh(run: Run, round_: int) -> np.ndarray | None:
     ids = np.array([one for part, _ in found for one in part])
     clicked = np.concatenate([part for _, part in found])
     ids = ids[clicked]
-    order = np.argsort(examples.session_keys(ids.tolist()))
+    order = np.argsort(session_keys(ids.tolist()))
     return ids[order[: round(like * np.mean(clicked))]]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from rgalign_ray import schema, storage
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.hashing import session_keys
 
 Readout = Literal["prompt", "query", "item"]
 Vectors = tuple[np.ndarray, np.ndarray]

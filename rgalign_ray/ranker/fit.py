@@ -28,8 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
+from rgalign_ray.hashing import mixed, uniform
 from rgalign_ray.logs import lists
-from rgalign_ray.logs.examples import mixed, uniform
 from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from rgalign_ray import config, metrics
 from rgalign_ray.errors import DataError
+from rgalign_ray.hashing import uniform
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import uniform
 from rgalign_ray.reasoner.engine import Sample
 
 RESOLVED = "resolved"

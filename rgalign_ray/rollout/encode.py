@@ -23,8 +23,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rgalign_ray import __version__, config, ray_stacks, storage
 from rgalign_ray.errors import InfrastructureError, UserError, first_line
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs import lists, stream
-from rgalign_ray.logs.examples import session_keys
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import EngineSpec, Group, Prompts, Sample, sample_seed

@@ -11,14 +11,9 @@ import hashlib
 
 import numpy as np
 
+from rgalign_ray.hashing import splitmix64
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 finaliser, a bijection of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class Draws:
@@ -30,12 +25,12 @@ class Draws:
     def keys(self, name: str, ids: np.ndarray) -> np.ndarray:
         """uint64 of the shape of `ids` (uint64); different ids have different keys."""
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-        return mix(mix(ids.astype(np.uint64)) + np.frombuffer(digest, dtype=np.uint64)[0])
+        return splitmix64(splitmix64(ids.astype(np.uint64)) + np.frombuffer(digest, dtype=np.uint64)[0])
 
     def uniform(self, name: str, ids: np.ndarray, width: int) -> np.ndarray:
         """float64 [*ids.shape, width] in the open interval (0, 1)."""
         slots = np.arange(1, width + 1, dtype=np.uint64) * _GOLDEN
-        bits = mix(self.keys(name, ids)[..., None] + slots)
+        bits = splitmix64(self.keys(name, ids)[..., None] + slots)
         return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, name: str, ids: np.ndarray, width: int) -> np.ndarray:

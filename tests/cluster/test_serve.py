@@ -23,8 +23,9 @@ import torch
 from rgalign_ray import config, storage
 from rgalign_ray.config import Config
 from rgalign_ray.errors import ConfigError
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import examples, session_keys
+from rgalign_ray.logs.examples import examples
 from rgalign_ray.loop import controller
 from rgalign_ray.ops.local_cluster import free_port
 from rgalign_ray.ranker import scoring

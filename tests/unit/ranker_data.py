@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.ranker.sizes import Sizes
 
 

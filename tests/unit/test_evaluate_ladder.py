@@ -14,7 +14,8 @@ from rgalign_ray import config, metrics, schema, storage
 from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.ladder import Rung, TestSessions, compare, table_rows
-from rgalign_ray.logs.examples import examples, session_keys
+from rgalign_ray.hashing import session_keys
+from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.ranker import scoring

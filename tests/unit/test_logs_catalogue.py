@@ -8,8 +8,9 @@ from logs_data import INTENTS, SCHEMA, SPEC, session, table
 
 from rgalign_ray import schema
 from rgalign_ray.errors import DataError
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.examples import columns, examples, session_keys
+from rgalign_ray.logs.examples import columns, examples
 from rgalign_ray.logs.features import FeatureSpace
 
 SETS = pa.Table.from_pylist(

@@ -13,7 +13,7 @@ from ranker_data import rows, sizes
 
 from rgalign_ray import config, schema, storage
 from rgalign_ray.errors import DataError
-from rgalign_ray.logs.examples import session_keys
+from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.ranker import scoring
