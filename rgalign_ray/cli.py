@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -204,21 +204,11 @@ def tune(config: ConfigName = "ladder", override: Overrides = None, run_dir: Run
 
 def _prepared(config: str, override: list[str] | None, run_dir: str | None, scale: float = 1.0) -> Config:
     """The settings of a run, with this process ready for what reads its environment at import."""
-    settings = _scaled(_load(config, override), run_dir, scale)
+    settings = _load(config, override, run_dir, scale)
     from rgalign_ray.loop import environment
 
     environment.prepare(settings)
     return settings
-
-
-def _scaled(settings: Config, run_dir: str | None, scale: float) -> Config:
-    if scale != 1.0:
-        settings = settings.scaled(scale)
-    if run_dir is None:
-        return settings
-    from rgalign_ray.config import changed
-
-    return changed(settings, {"run_dir": run_dir})
 
 
 def _resumable(run: Callable[[Config], object], settings: Config) -> None:
@@ -256,7 +246,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Check whether this machine, or the cluster that is named, can hold a run; exits with 4 when it cannot."""
-    settings = _scaled(_load(config, override), run_dir, scale=1.0)
+    settings = _load(config, override, run_dir)
     if address is not None:
         _with_token()
     from rich.console import Console
@@ -385,7 +375,7 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Show its logs, and end with its exit status.")] = True,
 ) -> None:
     """Run a verb as a job of a Ray cluster; the same command again resumes where it stopped."""
-    settings = _scaled(_load(config, override), run_dir, scale)
+    settings = _load(config, override, run_dir, scale)
     _with_token()
     from rgalign_ray.ops import jobs
 
@@ -494,14 +484,12 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only shown.")] = False,
 ) -> None:
     """Remove whole runs that are old and not among the latest."""
-    import datetime
-
     from rich.console import Console
 
     from rgalign_ray.ops import runs as folders
 
     there = folders.list_runs(folder)
-    stale = folders.stale(there, keep, older_than_days, datetime.datetime.now(datetime.UTC))
+    stale = folders.stale(there, keep, older_than_days, datetime.now(UTC))
     what = "removed" if yes else "to remove; --yes does it"
     Console().print(folders.table(stale, f"{len(stale)} of {len(there)} runs in {folder} {what}"))
     for run in stale if yes else ():
@@ -540,10 +528,13 @@ def main() -> None:
         sys.exit(InfrastructureError.exit_code)
 
 
-def _load(name_or_path: str, overrides: list[str] | None) -> Config:
-    from rgalign_ray.config import load
+def _load(name_or_path: str, overrides: list[str] | None, run_dir: str | None = None, scale: float = 1.0) -> Config:
+    from rgalign_ray.config import changed, load
 
-    return load(name_or_path, overrides)
+    settings = load(name_or_path, overrides)
+    if scale != 1.0:
+        settings = settings.scaled(scale)
+    return settings if run_dir is None else changed(settings, {"run_dir": run_dir})
 
 
 if __name__ == "__main__":

@@ -27,14 +27,6 @@ from rgalign_ray.reasoner.engine import sample_seed, written
 from rgalign_ray.reward.functions import Labels
 from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
-OBJECTIVE_NAMES = {
-    "sft": "RG-SFT",
-    "dpo": "RG-DPO",
-    "grpo": "RG-GRPO",
-    "contrastive": "RG-CL",
-    "gradient": "ranking gradient",
-    "latent": "latent RL",
-}
 LEARNS_FROM = {"sft": SELECTED, "dpo": PAIRS}
 """Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
 ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
@@ -62,7 +54,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
         sequence.append(
             Stage(
                 name,
-                f"{OBJECTIVE_NAMES[objective]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
+                f"{model_card.OBJECTIVES[objective][0]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
                 partial(align, objective=objective, round_=round_, weights=previous),
                 ("reasoner", "learner", objective, *ASKS.get(objective, ())),
                 tuple(inputs),

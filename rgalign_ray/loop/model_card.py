@@ -15,14 +15,15 @@ from rgalign_ray.reasoner import models
 
 FILE = "README.md"
 """Where hubs look for it."""
-NAMES = {
-    "sft": "RG-SFT (the best of N queries)",
-    "dpo": "RG-DPO (the best query against a worse one)",
-    "grpo": "RG-GRPO (on-policy, within a session's group)",
-    "contrastive": "RG-CL (query vectors against the clicked intents)",
-    "gradient": "the ranking loss through the frozen ranker",
-    "latent": "reinforcement learning on the embedding",
+OBJECTIVES = {
+    "sft": ("RG-SFT", "the best of N queries"),
+    "dpo": ("RG-DPO", "the best query against a worse one"),
+    "grpo": ("RG-GRPO", "on-policy, within a session's group"),
+    "contrastive": ("RG-CL", "query vectors against the clicked intents"),
+    "gradient": ("ranking gradient", "the ranking loss through the frozen ranker"),
+    "latent": ("latent RL", "reinforcement learning on the embedding"),
 }
+"""What each is called, and what it learns from."""
 
 
 def write(
@@ -65,7 +66,7 @@ def write(
         adapter=config.reasoner.lora is not None,
         version=models.version_of(config.reasoner, out),
         objective=objective,
-        objective_name=NAMES[objective],
+        objective_name="{} ({})".format(*OBJECTIVES[objective]),
         log="the simulated shop" if config.log.source == "shop" else config.log.source,
         simulated=config.log.source == "shop",
         sessions=f"{figures['sessions']:,}",
