@@ -106,6 +106,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def device(settings: config.Reasoner) -> torch.device:
+    """Where a model computes: as asked for, or on a GPU where this machine has one."""
+    import torch
+
+    cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+    return torch.device("cuda" if cuda else "cpu")
+
+
 def settle(settings: config.Reasoner) -> config.Reasoner:
     """The settings with `dtype: auto` replaced by what suits this machine: bfloat16 on GPUs, and on CPUs where it pays.
 
@@ -115,7 +123,7 @@ def settle(settings: config.Reasoner) -> config.Reasoner:
 
     if settings.dtype != "auto":
         return settings
-    gpu = settings.device != "cpu" and torch.cuda.is_available()
+    gpu = device(settings).type == "cuda"
     pays = gpu or _product_s(torch.bfloat16) < PAYS * _product_s(torch.float32)
     return settings.model_copy(update={"dtype": "bfloat16" if pays else "float32"})
 

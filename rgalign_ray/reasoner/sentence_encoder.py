@@ -28,8 +28,7 @@ class SentenceEncoder:
         from transformers import AutoModel
 
         torch.set_num_threads(settings.threads)
-        cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = models.device(settings)
         self.max_session_tokens = max_session_tokens
         self.tokenizer = models.load_tokenizer(settings.model)
         self.model = AutoModel.from_pretrained(models.resolve(settings.model)).eval().to(self.device)

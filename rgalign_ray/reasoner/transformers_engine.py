@@ -33,8 +33,7 @@ class TransformersEngine:
 
     def __init__(self, settings: config.Reasoner, max_session_tokens: int, weights: str | None = None) -> None:
         torch.set_num_threads(settings.threads)
-        cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = models.device(settings)
         self.settings = settings
         self.max_session_tokens = max_session_tokens
         self.tokenizer = models.load_tokenizer(settings.model)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -19,6 +18,7 @@ from learner_data import OBJECTIVES, REASONER, task, write_choices, write_round
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.ops.local_cluster import free_port
 from rgalign_ray.reasoner import models
 
 
@@ -34,12 +34,6 @@ def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
         if rank == 0:
             storage.write_json(f"{each.out}/figures.json", figures)
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 CASES = {name: (name, settings, REASONER) for name, settings in OBJECTIVES.items()} | {
