@@ -106,9 +106,15 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
 
 
 def log_changed(run: Run) -> str | None:
-    """That a log which others write is not any more what the run has read, as a sentence."""
+    """That a log which others write is not any more what the run has read, as a sentence; the run needs it no more."""
     read = run.manifest("sessions").figures.get("log")
-    if read is None or read == _stamp(run.config):
+    if read is None:
+        return None
+    try:
+        now = _stamp(run.config)
+    except (DataError, OSError):
+        return f"{run.config.log.uri} cannot be read any more; the run goes on with what it has read"
+    if read == now:
         return None
     return f"{run.config.log.uri} has changed since it was read; another run_dir reads it as it is now"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,3 +61,5 @@ def test_a_log_that_has_grown_since_it_was_read_is_told(tmp_path: Path) -> None:
     assert log_stages.log_changed(run) is None, "a day that the run does not read"
     storage.write_table(str(log / "dt=2026-01-10/b.parquet"), table(session(2)))
     assert "has changed since it was read; another run_dir reads it" in str(log_stages.log_changed(run))
+    shutil.rmtree(log)
+    assert "cannot be read any more; the run goes on" in str(log_stages.log_changed(run))
