@@ -25,12 +25,9 @@ SEED = "seed_"
 APART = ("seed", "run_dir", "cluster", "serve", "tracking")
 """Sections in which seeds of one comparison may differ,"""
 APART_IN = {
-    "compare": (
-        *("rows", "seeds", "first_seed", "trainings", "trials", "tuning_seed"),
-        *("cpus_per_slice", "slice_deadline_s"),
-    ),
-    "evaluate": ("bootstrap", "confidence"),
-    "world": ("seed",),
+    "compare": "rows seeds first_seed trainings trials tuning_seed cpus_per_slice slice_deadline_s".split(),
+    "evaluate": ["bootstrap", "confidence"],
+    "world": ["seed"],
 }
 """and settings of others: which rows are told of, and how. But for the world's seed, they are as asked now."""
 
