@@ -25,7 +25,16 @@ SEED = "seed_"
 APART = ("seed", "run_dir", "cluster", "serve", "tracking")
 """Sections in which seeds of one comparison may differ,"""
 APART_IN = {
-    "compare": "rows seeds first_seed trainings trials tuning_seed cpus_per_slice slice_deadline_s".split(),
+    "compare": [
+        "rows",
+        "seeds",
+        "first_seed",
+        "trainings",
+        "trials",
+        "tuning_seed",
+        "cpus_per_slice",
+        "slice_deadline_s",
+    ],
     "evaluate": ["bootstrap", "confidence"],
     "world": ["seed"],
 }
