@@ -99,9 +99,9 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     assert (judge != shifted).any() and (shifted != aligned).any()
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
-    assert [it.name for it in made.diagnoses] == [compare.ROWS[name].title for name in ALIGNED]
-    read = {it.name: it.read for it in made.diagnoses}
-    assert read.pop("RGAlign-Rec shuffled") == 0.0 and any(read.values()), "of others' queries alone"
+    diagnosed = [compare.ROWS[name].title for name in ALIGNED if not compare.ROWS[name].shuffled]
+    assert [it.name for it in made.diagnoses] == diagnosed, "what reads others' queries has none of its own to lose"
+    assert any(it.read for it in made.diagnoses)
     assert {name for it in made.written for name in it.queries} == {
         "frozen reasoner",
         *(compare.ROWS[name].title for name in ("sft_title", "gradient", "rgalign", "rgalign_leak")),
