@@ -70,6 +70,16 @@ class Ranker(Trained):
         return Ranker.model_validate(self.model_dump() | changes)
 
 
+class Retrain(Settings):
+    """How the rankers of a round after the first begin."""
+
+    start: Literal["anew", "previous"] = "anew"
+    """anew: with initial weights of their own. previous: with the weights of the round before (a warm start), which
+    stay where no epoch judges better on validation."""
+    lr_scale: Positive = 0.3
+    """Learning rate of a warm start, relative to `ranker.lr`."""
+
+
 class Reward(Placed):
     kind: Literal["logprob", "ndcg"] = "logprob"
     """logprob: the mean log-probability of the clicked intents. ndcg: NDCG@k of the ranking."""

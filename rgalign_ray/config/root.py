@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from rgalign_ray.config.alignment import AlignName, Contrastive, Dpo, Gradient, Grpo, Latent, Learner, Select, Sft
 from rgalign_ray.config.base import Count, Distinct, Place, Settings, packaged_yaml, read_yaml, sentence
 from rgalign_ray.config.data import Features, Log, Roles, World
-from rgalign_ray.config.ranking import Baseline, Ranker, Reward
+from rgalign_ray.config.ranking import Baseline, Ranker, Retrain, Reward
 from rgalign_ray.config.reasoning import Encode, Prompt, Reasoner, Rollout, Teacher
 from rgalign_ray.config.service import Cluster, Serve, Tracking
 from rgalign_ray.config.study import Compare, Evaluate
@@ -37,6 +37,7 @@ class Config(Settings):
     """Others who propose queries for the alignment; the ranker does not care who wrote the best one."""
     encode: Encode = Encode()
     ranker: Ranker = Ranker()
+    retrain: Retrain = Retrain()
     baselines: Annotated[list[Baseline], Distinct] = ["two_tower"]
     """Rankers without an LLM that round 0 trains as well."""
     reward: Reward = Reward()

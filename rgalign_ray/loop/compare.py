@@ -148,7 +148,7 @@ def slice_of(job: Run, name: RowName, number: int = 0) -> tuple[Run, Stage]:
         slice_name(name, number),
         f"judge {row.title}" if row.ranker_of or not row.retrained else f"train and judge {row.title}",
         partial(train_and_judge, row=row, number=number),
-        ("ranker", "evaluate"),
+        ("ranker", *(["retrain.lr_scale"] if row.warm else []), "evaluate"),
         ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row, number)),
     )
     return _tuned(place_of(job, name), row.kind), stage
@@ -186,7 +186,8 @@ def taught_by(row: LadderRow, number: int) -> list[str]:
         return ["rankers_0", *(["embeddings_0"] if row.readout == "shift" else [])]
     if row.ranker_of:
         return [slice_name(row.ranker_of, number)]
-    return ["embeddings_0", "rewards_1"] if row.aligned else []
+    held_against = ["embeddings_0", "rewards_1"] if row.aligned else []
+    return ["rankers_0", *held_against] if row.warm else held_against
 
 
 def embed_needs(run: Run, out: str) -> Outcome:
@@ -220,10 +221,19 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
     seed = config.seed * 1000 + number
     items, *embeddings = texts_of(row)
     job = training.RankerJob(
-        rankers=(training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), seed, row.shuffled),),
+        rankers=(
+            training.RankerSpec(
+                RANKER,
+                row.kind,
+                storage.join(out, RANKER),
+                seed,
+                row.shuffled,
+                start_uri=run.uri("rankers_0", "qe_rec") if row.warm else None,
+            ),
+        ),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
-        settings=config.ranker,
+        settings=rank_stages.warm_settings(config) if row.warm else config.ranker,
         storage_uri=run.records,
         run_name=RANKER,
         embeddings_uri=run.uri(*embeddings) if embeddings else None,

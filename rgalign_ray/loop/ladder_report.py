@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, OTHERS_QUERY, ROWS, SHIFTED, THROUGH_QUERY
+from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, OTHERS_QUERY, ROWS, SHIFTED, THROUGH_QUERY, WARM
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -144,6 +144,15 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         *((row, "qe_rec") for row in ALONE),
         ("rgalign", "rga_paper"),
         ("gradient", "gradient_shuffled"),
+        *((row, "qe_rec_warm") for row in WARM),
+        ("gradient_warm", "gradient_warm_shuffled"),
+        ("rgalign_warm", "rgalign_warm_shuffled"),
+        ("rgalign_warm", "gradient_warm"),
+        ("rg_sft_warm", "rg_sft_random_warm"),
+        ("rg_sft_warm", "sft_title_warm"),
+        ("qe_rec_warm", "judge"),
+        *((row, "qe_rec") for row in WARM),
+        *((row, TEXT_RIVAL) for row in ("gradient_warm", "rgalign_warm")),
         *((row, name) for name, row in OTHERS_QUERY.items()),
         *THROUGH_QUERY.items(),
         ("rgalign_query", "qe_rec_query"),

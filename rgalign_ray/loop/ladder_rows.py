@@ -24,6 +24,7 @@ class LadderRow:
         control: stands there to unmask a gain, not to win.
         aligned: the alignment in `ALIGNMENTS` whose reasoner it reads, where that is not the frozen one.
         retrained: on the reasoner it reads; else it is the frozen ranker that teaches.
+        warm: trained on from the ranker that teaches, instead of anew.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
         ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does.
         readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query), what
@@ -39,6 +40,7 @@ class LadderRow:
     control: bool = False
     aligned: str | None = None
     retrained: bool = True
+    warm: bool = False
     more: bool = False
     ranker_of: config.RowName | None = None
     readout: Literal["query", "other", "shift"] | None = None
@@ -152,6 +154,32 @@ ROWS: dict[config.RowName, LadderRow] = {
     ),
 }
 
+WARM: dict[config.RowName, config.RowName] = {
+    "qe_rec_warm": "qe_rec",
+    "sft_title_warm": "sft_title",
+    "rg_sft_random_warm": "rg_sft_random",
+    "rg_sft_warm": "rg_sft",
+    "rg_cl_warm": "rg_cl",
+    "gradient_warm": "gradient",
+    "gradient_warm_shuffled": "gradient_shuffled",
+    "rga_paper_warm": "rga_paper",
+    "rgalign_warm": "rgalign",
+    "rgalign_warm_shuffled": "rgalign_shuffled",
+}
+"""Rows whose rankers begin with the weights of the one that teaches, by name, with those that begin anew. As all go on
+from the same ranker, they differ by what they read and not by what a training draws.
+"""
+ROWS |= {
+    name: replace(
+        ROWS[row],
+        title=f"{ROWS[row].title}, warm start",
+        note="; ".join(filter(None, [ROWS[row].note, "trained on from the ranker that teaches"])),
+        control=ROWS[row].control or not ROWS[row].aligned,
+        warm=True,
+    )
+    for name, row in WARM.items()
+}
+
 THROUGH_QUERY: dict[config.RowName, config.RowName] = {
     "qe_rec_query": "qe_rec",
     "sft_title_query": "sft_title",
@@ -165,6 +193,9 @@ OTHERS_QUERY: dict[config.RowName, config.RowName] = {
     "qe_rec_other": "qe_rec",
     "gradient_other": "gradient",
     "rgalign_other": "rgalign",
+    "qe_rec_warm_other": "qe_rec_warm",
+    "gradient_warm_other": "gradient_warm",
+    "rgalign_warm_other": "rgalign_warm",
 }
 """Likewise, of rows whose rankers are told of another user's session: what is gained over them, what the reasoner says
 of this session brings. The null query would not do: where sessions without a click are not read (`encode.unclicked`),
@@ -246,7 +277,7 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
 
 
 def _asked_unnamed(row: LadderRow, settings: config.Config) -> bool:
-    return row.retrained and not (row.aligned or row.ranker_of or (row.more and not settings.align))
+    return row.retrained and not (row.aligned or row.warm or row.ranker_of or (row.more and not settings.align))
 
 
 def check(rows: list[config.RowName], settings: config.Config) -> None:
@@ -258,8 +289,11 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
     teaches = any(ROWS[name].aligned for name in rows)
     for name in rows:
         taken = ROWS[name].ranker_of
-        if not (ROWS[name].retrained or teaches):
-            raise ConfigError(f"compare.rows: {name} is the ranker that teaches; name a row whose reasoner it teaches.")
+        if not teaches and (ROWS[name].warm or not ROWS[name].retrained):
+            what = "goes on from" if ROWS[name].warm else "is"
+            raise ConfigError(
+                f"compare.rows: {name} {what} the ranker that teaches; name a row whose reasoner it teaches."
+            )
         if taken and taken not in rows:
             raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
         if ROWS[name].readout == "shift" and settings.evaluate.readout == "query":

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rgalign_ray import progress, storage
-from rgalign_ray.config import Baseline, Config
+from rgalign_ray.config import Baseline, Config, Ranker
 from rgalign_ray.errors import InfrastructureError, first_line
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions
@@ -58,14 +58,25 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
 
 def rankers_stage(config: Config, round_: int) -> Stage:
     """rankers_r, trained on embeddings_r."""
+    before = [f"rankers_{round_ - 1}"] if _warm(config, round_) else []
     return Stage(
         f"rankers_{round_}",
         "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
         partial(train_rankers, round_=round_),
-        ("ranker", "reward.judge_seeds", "baselines", "crossfit"),
-        ("sessions", "features", "items", f"embeddings_{round_}"),
+        ("ranker", "reward.judge_seeds", "baselines", "crossfit", *(["retrain"] if before else [])),
+        ("sessions", "features", "items", f"embeddings_{round_}", *before),
         ray=True,
     )
+
+
+def _warm(config: Config, round_: int) -> bool:
+    """Whether rankers of a round begin with those of the round before."""
+    return round_ > 0 and config.retrain.start == "previous"
+
+
+def warm_settings(config: Config) -> Ranker:
+    """Ranker settings of a warm start."""
+    return config.ranker.changed({"lr": config.ranker.lr * config.retrain.lr_scale})
 
 
 def pair_stage(config: Config) -> Stage:
@@ -250,11 +261,14 @@ def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -
     if judges_alone:
         wanted = {"qe_rec", *(name for folds in judge_names(run.config) for name in folds)}
         specs = [spec for spec in specs if spec.name in wanted]
+    warm = _warm(run.config, round_)
+    if warm:
+        specs = [replace(spec, start_uri=run.uri(f"rankers_{round_ - 1}", spec.name)) for spec in specs]
     job = RankerJob(
         rankers=tuple(specs),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
-        settings=run.config.ranker,
+        settings=warm_settings(run.config) if warm else run.config.ranker,
         storage_uri=run.records,
         run_name=f"rankers_{round_}",
         embeddings_uri=run.uri(f"embeddings_{round_}"),

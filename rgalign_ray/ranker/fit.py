@@ -90,6 +90,11 @@ class Progress:
 class Fit:
     """One ranker in training.
 
+    Args:
+        start: state dict of a ranker of the same kind and sizes to begin with (a warm start), its base rates and
+            whitening included, and to keep where no epoch judges better on validation; None begins with initial
+            weights drawn by `seed`.
+
     Raises:
         DataError: when there is no session to learn from, or none with a click and a non-click to choose
             the epoch by.
@@ -105,6 +110,7 @@ class Fit:
         seed: int,
         group: Group,
         device: str = "cpu",
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         self.settings, self.seed, self.group, self.device = settings, seed, group, device
         rows = take(ragged(rows), np.argsort(rows["session_key"], kind="stable"))
@@ -115,7 +121,11 @@ class Fit:
         _check(self.counts)
         _manual_seed(seed, "init")
         self.model = MODELS[kind](sizes, settings)
-        self._statistics(items)
+        if start is None:
+            self._statistics(items)
+        else:
+            self.model.load_state_dict(start)
+        self.warm = start is not None
         group.same_(self.model)
         self.agrees = isinstance(self.model, QERec) and settings.kl != "off"
         self.train = self._with_a_part(self.train)
@@ -129,6 +139,8 @@ class Fit:
 
     def run(self, after_epoch: Callable[[Fit], None] = lambda fit: None) -> dict[str, Any]:
         """Trains to the end, keeps the best epoch's weights, and returns the figures."""
+        if self.warm and self.progress.epoch == 0:
+            self.progress.best_gauc = self.validation_gauc("prompt")
         while not self.finished:
             loss = self._epoch(self.progress.epoch)
             gauc = self.validation_gauc("prompt")

@@ -42,11 +42,12 @@ from rgalign_ray.logs.catalogue import CANDIDATE_SETS_FILE, INTENTS_FILE, Catalo
 from rgalign_ray.logs.examples import column_names, columns
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.progress import clock
+from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import MODELS, Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
 from rgalign_ray.ranker.rows import from_tables, reading, training_table
-from rgalign_ray.ranker.scoring import Meta, meta_of, save
+from rgalign_ray.ranker.scoring import Meta, load, meta_of, save
 from rgalign_ray.ranker.sizes import Sizes
 
 VALID_ROLE = "valid"
@@ -73,6 +74,7 @@ class RankerSpec:
         seed: of initialisation, order, dropout and query inputs.
         shuffled: the control in which every session reads the embeddings of another user's session.
         without: the fold of users that it does not learn from, if any.
+        start_uri: the artefact of a ranker to begin with, of the same kind and sizes (a warm start); None begins anew.
     """
 
     name: str
@@ -81,6 +83,7 @@ class RankerSpec:
     seed: int
     shuffled: bool = False
     without: int | None = None
+    start_uri: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
 
     Raises:
         ConfigError: for a QE-Rec without embeddings.
-        DataError: for a log without clicks in those roles or valid, or embeddings that do not belong to it.
+        DataError: for a log without clicks in those roles or valid, embeddings that do not belong to it, or a ranker
+            to begin with that cannot be gone on from.
         InfrastructureError: when workers died more than `settings.retries` times.
     """
     reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
@@ -153,6 +157,11 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         "sizes": asdict(sizes),
         "settings": job.settings.model_dump(),
         "items": items,
+        "starts": {
+            spec.name: _start(spec.start_uri, job, intent_ids, MODELS[spec.kind](sizes, job.settings))
+            for spec in job.rankers
+            if spec.start_uri
+        },
     }
     if job.local:
         results = _train_all(_tables(job, catalogue, embeddings), worker_config)
@@ -177,6 +186,20 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         trained[spec.name] = TrainedRanker(spec.out_uri, version, result["figures"])
     storage.delete(storage.join(job.storage_uri, job.run_name))
     return trained
+
+
+def _start(uri: str, job: RankerJob, intent_ids: list[str], model: Ranker) -> bytes:
+    """The weights that `model` begins with, packed."""
+    found = load(uri)
+    found.require(space_version=FeatureSpace.from_dict(job.space).version, intent_ids=intent_ids)
+    weights = found.model.state_dict()
+    shapes, wanted = ({name: tensor.shape for name, tensor in it.items()} for it in (weights, model.state_dict()))
+    if shapes != wanted:
+        raise DataError(
+            f"{uri}: its weights ({found.meta.kind}) have other shapes than those of the {model.kind} that would begin "
+            "with them; train that one anew, or with the settings of this one."
+        )
+    return pack(weights)
 
 
 def _fit(job: RankerJob, dataset: ray.data.Dataset, worker_config: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +285,8 @@ def _train_all(
                 continue
             own = reading(rows, spec.shuffled, spec.without)
             try:
-                fit = Fit(spec.kind, sizes, settings, own, worker_config["items"], spec.seed, group, device)
+                start = unpack(worker_config["starts"][spec.name]) if spec.start_uri else None
+                fit = Fit(spec.kind, sizes, settings, own, worker_config["items"], spec.seed, group, device, start)
             except DataError as error:  # from summed counts, hence the same in all workers
                 return {"data_error": str(error)}
             if checkpoint.get("name") == spec.name:

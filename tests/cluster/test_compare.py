@@ -18,10 +18,14 @@ READ_OTHERWISE = (
     "qe_rec_query",
     "gradient_query",
     "qe_rec_other",
+    "qe_rec_warm",
+    "rgalign_warm",
+    "rgalign_warm_other",
     "judge",
     "rgalign_not_retrained_query",
     "rgalign_shift",
 )
+WARM = ("row_qe_rec_warm", "aligned_full/row_rgalign_warm")
 ALIGNMENTS = ("title", "gradient", "full", "leak")
 ROWS = ["popularity", "lr", "din_sentence", "qe_rec", "qe_rec_shuffled"]
 
@@ -80,11 +84,15 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
-    read = [f"row_rgalign{how}" for how in ("", "_not_retrained", "_not_retrained_query", "_shift", "_shuffled")]
+    ways = ("", "_not_retrained", "_not_retrained_query", "_shift", "_shuffled", "_warm", "_warm_other")
+    read = [f"row_rgalign{how}" for how in ways]
     assert taught == {f"{row}{again}" for row in read for again in ("", "-1")}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
     assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
+    warm = [storage.read_json(str(seed / place / "manifest.json"))["figures"] for place in WARM]
+    assert warm[0]["losses"] != warm[1]["losses"], "of different reasoners"
+    assert all(it["losses"][0] < trained[0]["figures"]["losses"][0] for it in warm), "the judge has learned before"
     assert not list(seed.glob("**/row_*_query*/ranker")), "the rankers are another row's"
     assert not (seed / "row_judge/ranker").exists(), "it teaches"
     own, through_query, other = (
@@ -99,7 +107,7 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     assert (judge != shifted).any() and (shifted != aligned).any()
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
-    diagnosed = [compare.ROWS[name].title for name in ALIGNED if not compare.ROWS[name].shuffled]
+    diagnosed = [compare.ROWS[name].title for name in (*ALIGNED, "rgalign_warm") if not compare.ROWS[name].shuffled]
     assert [it.name for it in made.diagnoses] == diagnosed, "what reads others' queries has none of its own to lose"
     assert any(it.read for it in made.diagnoses)
     assert {name for it in made.written for name in it.queries} == {

@@ -17,6 +17,7 @@ OBJECTIVES = ["sft", "grpo", "gradient"]
 OVERRIDES = [
     "world.sessions=900",
     "rounds=2",
+    "retrain.start=previous",
     "roles.rank=0.25",
     "roles.align=0.25",
     "roles.audit=0.15",
@@ -56,6 +57,9 @@ def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
         assert version.startswith(f"tiny+{round_}.{settings.align[-1]}@"), "a name is of one stage of one run"
         ranker = storage.read_json(str(tmp_path / f"rankers_{round_}/qe_rec/ranker.json"))
         assert ranker["reasoner_version"] == version, "each ranker reads the reasoner of its round"
+    for name in ("qe_rec", "shuffled"):
+        figures = [storage.read_json(str(tmp_path / f"rankers_{r}/{name}/ranker.json"))["figures"] for r in range(3)]
+        assert figures[0]["losses"][0] > max(it["losses"][0] for it in figures[1:]), "each goes on from the one before"
     shown = subprocess.run(
         [sys.executable, "-m", "rgalign_ray.cli", "lineage", str(tmp_path)], capture_output=True, text=True, timeout=120
     )

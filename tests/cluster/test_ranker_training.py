@@ -16,6 +16,7 @@ import ray
 from safetensors.numpy import load_file
 
 from rgalign_ray import config, schema, storage
+from rgalign_ray.errors import DataError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
@@ -150,6 +151,21 @@ def test_rankers_of_one_job_come_out_as_each_would_alone(ray_cluster: object, lo
     alone = _train(log, tmp_path / "a", local=True)
     second = training.train(_job(log, tmp_path / "b", shuffled=(True, False), local=True))["ranker1"]
     assert second.version == alone.version
+
+
+def test_a_ranker_begins_with_the_weights_of_another(ray_cluster: object, log: Path, tmp_path: Path) -> None:
+    start = _train(log, tmp_path / "a", local=True)
+    job = _job(log, tmp_path / "b", SETTINGS.model_copy(update={"workers": 1, "epochs": 1}))
+    warm = replace(job, rankers=(replace(job.rankers[0], start_uri=start.uri),))
+    on = training.train(warm)["ranker0"]
+    assert on.figures["losses"][0] < start.figures["losses"][-1]
+    assert scoring.load(on.uri).meta.settings.epochs == 1
+    wider = replace(warm, settings=SETTINGS.model_copy(update={"dim": 2 * SETTINGS.dim}))
+    with pytest.raises(DataError, match=r"ranker0: its weights \(qe_rec\) have other shapes than those of the qe_rec"):
+        training.train(wider)
+    other_space = replace(warm, space=FeatureSpace.fit(FeatureSpec(), [pa.table({"ts": []})]).to_dict())
+    with pytest.raises(DataError, match="features are of space"):
+        training.train(other_space)
 
 
 def test_a_ranker_without_a_fold_is_that_of_a_log_without_its_users(

@@ -128,6 +128,7 @@ def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
         (CROSSFIT, "gradient", "does not go with gradient"),
         (CROSSFIT, "rgalign_leak", "set crossfit to 0"),
         ({}, "rg_sft_query", "rg_sft_query takes the rankers of rg_sft; name that row as well"),
+        ({}, "qe_rec_warm", "qe_rec_warm goes on from the ranker that teaches; name a row whose reasoner it teaches"),
         ({}, "judge", "judge is the ranker that teaches; name a row whose reasoner it teaches"),
         ({}, "gradient_other", "gradient_other takes the rankers of gradient"),
         ({}, "qe_rec_query", "set encode.test_queries to true"),
@@ -267,6 +268,18 @@ def test_a_shift_of_one_readout_is_no_control_of_another() -> None:
     check(rows, config.validate({}))
     with pytest.raises(ConfigError, match=r"gradient_shift moves e\(x\) alone; set evaluate\.readout to prompt"):
         check(rows, config.validate({"evaluate": {"readout": "query"}}))
+
+
+def test_rankers_of_a_later_round_go_on_from_those_of_the_round_before_where_asked() -> None:
+    anew = config.validate({"rounds": 2})
+    warm = config.changed(anew, {"retrain.start": "previous"})
+    for round_, before in ((0, None), (1, "rankers_0"), (2, "rankers_1")):
+        stages = [rank_stages.rankers_stage(settings, round_) for settings in (anew, warm)]
+        assert [set(stage.inputs) & {"rankers_0", "rankers_1"} for stage in stages] == [set(), {before} - {None}]
+        assert [stage.settings.count("retrain") for stage in stages] == [0, int(before is not None)]
+    names = [{spec.name for spec in rank_stages.ranker_specs(warm, round_, "")} for round_ in range(3)]
+    assert names[2] <= names[1] <= names[0], "each finds its own among those of the round before"
+    assert rank_stages.warm_settings(warm).lr == warm.retrain.lr_scale * warm.ranker.lr
 
 
 def test_with_crossfit_a_fold_is_judged_by_rankers_that_have_not_learned_from_it() -> None:

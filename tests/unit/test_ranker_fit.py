@@ -46,6 +46,51 @@ def test_qe_rec_reads_the_embedding_and_the_shuffled_control_cannot() -> None:
     assert true["gate"] > 0.01
 
 
+def _warm(start: Fit, data: dict, **changes: object) -> Fit:
+    settings = SETTINGS.model_copy(update=changes)
+    return Fit("qe_rec", SIZES, settings, data, None, seed=2, group=Group(), start=start.model.state_dict())
+
+
+def test_a_warm_start_goes_on_where_the_ranker_before_stopped() -> None:
+    data = rows(SIZES, 400)
+    start = _fit(data)
+    anew = start.run()
+    on = _warm(start, data, epochs=2)
+    assert on.validation_gauc("prompt") == anew["best_gauc"]
+    figures = on.run()
+    assert figures["losses"][0] < anew["losses"][1] < anew["losses"][0]
+    assert figures["best_gauc"] >= anew["best_gauc"]
+
+
+def test_a_warm_start_keeps_the_ranker_that_no_epoch_betters_and_reads_other_embeddings_as_that_does() -> None:
+    data = rows(SIZES, 400)
+    start = _fit(data)
+    start.run()
+    spoilt = _warm(start, data, epochs=2, lr=10.0)
+    figures = spoilt.run()
+    assert figures["best_epoch"] == 0 and figures["gaucs"][0] < figures["best_gauc"]
+    assert _equal(spoilt, start)
+    moved = data | {"prompt": data["prompt"] + np.float16(1.0)}
+    assert torch.equal(_warm(start, moved).model.query_tower.whitening.mean, start.model.query_tower.whitening.mean)
+    assert not torch.equal(_fit(moved).model.query_tower.whitening.mean, start.model.query_tower.whitening.mean)
+
+
+def test_a_warm_start_is_resumed_as_it_was() -> None:
+    data = rows(SIZES)
+    start = _fit(data)
+    whole, states = _warm(start, data, epochs=3), []
+    expected = whole.run(lambda fit: states.append(pack(fit.state())))
+    resumed = _warm(start, data, epochs=3)
+    resumed.resume(unpack(states[0]))
+    assert resumed.run() == expected
+    assert _equal(whole, resumed)
+
+
+def _equal(one: Fit, other: Fit) -> bool:
+    states = one.model.state_dict(), other.model.state_dict()
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def _read_where_clicked() -> dict:
     """Sessions without a click have no query."""
     data = rows(SIZES)
