@@ -1,5 +1,6 @@
 # make demo   the closed loop on the simulated shop: environment, run, table, report
 # make test   lint and every test that takes seconds;  make test-slow   the rest
+# make test-faults every test that kills or stops a process, three times
 # make test-soak   ten minutes of the loop while its processes are killed at random
 # make test-vllm   the vLLM engine on CPUs, in an environment of its own
 # make test-mlflow   runs told to a real MLflow server, which has an environment of its own
@@ -24,10 +25,10 @@ PIP := $(BIN)/python -m pip install --quiet
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # A Ray of the tests listens on every interface: it asks for a token that only this run knows.
-test test-slow test-soak test-vllm: export RAY_AUTH_MODE ?= token
-test test-slow test-soak test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+test test-slow test-faults test-soak test-vllm: export RAY_AUTH_MODE ?= token
+test test-slow test-faults test-soak test-vllm: export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
-.PHONY: demo test test-slow test-soak test-vllm test-mlflow lint environment clean
+.PHONY: demo test test-slow test-faults test-soak test-vllm test-mlflow lint environment clean
 .DEFAULT_GOAL := demo
 
 demo: environment
@@ -40,6 +41,12 @@ test: lint
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m slow --exitfirst --durations 10
+
+test-faults: environment
+	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
+	for time in first second third; do \
+		echo "$$time time"; $(BIN)/python -m pytest -m fault --exitfirst --durations 30 || exit 1; \
+	done
 
 test-soak: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test

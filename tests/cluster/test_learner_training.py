@@ -34,6 +34,7 @@ def test_two_workers_learn_and_export_one_adapter(quiet: tuple[dict, bytes]) -> 
     assert figures["loss"][-1] < figures["loss"][0] - 0.5
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_rank_that_is_killed_costs_nothing_that_is_learned(quiet: tuple[dict, bytes], tmp_path: Path) -> None:
     killed: list[int] = []
@@ -44,6 +45,7 @@ def test_a_rank_that_is_killed_costs_nothing_that_is_learned(quiet: tuple[dict, 
     assert (figures, (tmp_path / "out/adapter_model.safetensors").read_bytes()) == quiet
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_by_the_same_call(quiet: tuple[dict, bytes], tmp_path: Path) -> None:
     first = start(tmp_path)

@@ -105,6 +105,7 @@ def soon(so: Callable[[], bool]) -> bool:
     return so()
 
 
+@pytest.mark.fault
 def test_a_sampler_that_hangs_is_replaced_and_what_it_was_at_is_told(
     made: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_sampler_that_hangs_is_replaced_and_what_it_was_at_is_told(
     assert sentence in capfd.readouterr().err
 
 
+@pytest.mark.fault
 def test_samplers_that_hang_too_often_end_with_a_sentence(made: Callable[..., Any]) -> None:
     keeper, _ = made("hang once", deadline_s=2.0, retries=0)
     with keeper:

@@ -63,6 +63,7 @@ def test_over_actors_as_in_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(other.get_parameter(name), value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault
 def test_a_step_ahead_and_whoever_is_killed_changes_nothing_that_is_learned(tmp_path: Path) -> None:
     write_round(tmp_path)
     write_writer(tmp_path, REASONER)

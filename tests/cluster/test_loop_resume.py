@@ -49,6 +49,7 @@ def loop(folder: Path, *, killed: bool) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.fault
 def test_killed_at_every_boundary_equals_uninterrupted(quiet_run: QuietRun, tmp_path: Path) -> None:
     quiet = quiet_run.folder
     names = [stage.name for stage in stages(load("smoke"))]

@@ -28,6 +28,7 @@ def run(folder: Path, fate: str) -> tuple[dict[str, bytes], int]:
     return {uri.removeprefix(root): Path(uri).read_bytes() for uri in storage.list_files(root)}, told["deaths"]
 
 
+@pytest.mark.fault
 def test_a_node_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     quiet, deaths = run(tmp_path / "quiet", "lives")
     assert deaths == 0 and len(quiet) >= 16

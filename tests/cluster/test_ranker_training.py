@@ -190,6 +190,7 @@ def test_a_ranker_without_a_fold_is_that_of_a_log_without_its_users(
     assert sum(learned) == _train(log, tmp_path / "c", local=True).figures["sessions"]
 
 
+@pytest.mark.fault
 def test_a_worker_that_dies_resumes_from_the_checkpoint(
     ray_cluster: object, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

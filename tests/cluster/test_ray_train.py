@@ -107,6 +107,7 @@ def run(
     )
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_path: Path) -> None:
     with pytest.raises(
@@ -116,6 +117,7 @@ def test_workers_that_die_too_often_are_one_sentence(ray_cluster: object, tmp_pa
     assert (tmp_path / "tries").read_text() == "..", "deaths of both kinds count"
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path) -> None:
     assert run(dies, tmp_path, retries=2, at_start=1, later=1) == 2.0
@@ -124,6 +126,7 @@ def test_workers_that_die_are_started_again(ray_cluster: object, tmp_path: Path)
     assert not held, "what died has left its CPUs"
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_process_that_hangs_is_started_again_and_what_it_was_at_is_kept(
     ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]

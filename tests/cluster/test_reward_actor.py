@@ -55,6 +55,7 @@ def write(
     return said
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("workers", "in_flight"), [(1, 1), (1, 4), (2, 2)])
 def test_a_reward_model_that_is_killed_between_two_units_says_the_same(
     place: Path, tmp_path: Path, workers: int, in_flight: int

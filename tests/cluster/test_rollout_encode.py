@@ -145,6 +145,7 @@ def test_a_pass_repeats_resumes_and_cleans_up(encoded: Path, log: Path, tmp_path
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == written
 
 
+@pytest.mark.fault
 def test_an_encoder_that_dies_every_time_ends_the_pass(log: Path, tmp_path: Path) -> None:
     engine = Troubled(str(tmp_path / "notes"), "die")
     with pytest.raises(
@@ -154,6 +155,7 @@ def test_an_encoder_that_dies_every_time_ends_the_pass(log: Path, tmp_path: Path
     assert (tmp_path / "notes").read_text() == "..", "what it had in hand is tried once more"
 
 
+@pytest.mark.fault
 def test_an_encoder_that_hangs_ends_the_pass_and_leaves_what_it_was_at(log: Path, tmp_path: Path) -> None:
     engine = Troubled(str(tmp_path / "notes"), "hang")
     with pytest.raises(

@@ -165,6 +165,7 @@ def test_a_second_run_samples_nothing_and_another_context_everything(quiet: Path
     assert contents(quiet) == wholes
 
 
+@pytest.mark.fault
 def test_a_worker_killed_in_the_middle_costs_no_unit_and_doubles_none(quiet: Path, tmp_path: Path) -> None:
     with pool(tmp_path, trouble="die once") as made:
         finished = list(made.run(UNITS, "context"))
@@ -175,6 +176,7 @@ def test_a_worker_killed_in_the_middle_costs_no_unit_and_doubles_none(quiet: Pat
     assert calls(tmp_path).total() <= len(UNITS) + 2, "only what the dead one had in hand"
 
 
+@pytest.mark.fault
 def test_a_worker_that_the_memory_monitor_kills_has_died(
     quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def test_a_worker_that_the_memory_monitor_kills_has_died(
     assert "died (1 worker(s) were killed due to the node running low on memory.)" in row["reason"]
 
 
+@pytest.mark.fault
 def test_a_worker_that_hangs_past_its_deadline_is_replaced(quiet: Path, tmp_path: Path) -> None:
     with pool(tmp_path, trouble="hang once", deadline_s=20.0) as made:
         finished = list(made.run(UNITS, "context"))
@@ -206,6 +209,7 @@ def test_a_worker_that_hangs_past_its_deadline_is_replaced(quiet: Path, tmp_path
     assert found == contents(quiet)
 
 
+@pytest.mark.fault
 def test_workers_that_die_one_after_the_other_as_they_start_are_one_loss(quiet: Path, tmp_path: Path) -> None:
     """As on a node that has died, until Ray has noticed."""
     with pool(tmp_path, trouble="four starts fail", retries=1) as made:
@@ -214,6 +218,7 @@ def test_workers_that_die_one_after_the_other_as_they_start_are_one_loss(quiet: 
     assert contents(tmp_path) == contents(quiet)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("nodes", "losses"), [("aaaa", 1), ("abab", 4), ("a aa", 1), ("ab b", 2)])
 def test_what_a_node_takes_with_it_is_one_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: str, losses: int
@@ -228,6 +233,7 @@ def test_what_a_node_takes_with_it_is_one_loss(
         assert not made._with_its_node(lost[-1]), "another minute, another loss"
 
 
+@pytest.mark.fault
 def test_more_losses_than_retries_end_the_run_which_then_resumes(quiet: Path, tmp_path: Path) -> None:
     with pool(tmp_path, trouble="die everywhere", retries=1) as made:
         run = made.run(UNITS, "context")

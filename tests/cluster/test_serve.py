@@ -206,6 +206,7 @@ def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.fault
 def test_versions_change_and_replicas_die_without_a_failed_request(address: str, run: Config, log: pa.Table) -> None:
     folder = Path(run.run_dir)
     (before,) = call(f"{address}/v1/models")["variants"]

@@ -22,6 +22,7 @@ AS_IT_STARTS = ControllerError(KILLED)
 STOPPED = WorkerGroupError("rank 0", {0: WorkerHealthCheckTimeoutError("no answer")})
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("error", [AT_WORK, AS_IT_STARTS, STOPPED], ids=["killed", "killed as it starts", "stopped"])
 def test_a_process_that_is_killed_or_stopped_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -88,6 +88,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("moment", ["half written", "before the rename"])
 def test_a_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path, moment: str) -> None:
     target = tmp_path / "file.parquet"
