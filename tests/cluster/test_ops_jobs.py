@@ -103,6 +103,7 @@ def node_labels() -> list[dict[str, str]]:
     return [node["labels"] for node in json.loads(told.stdout)]
 
 
+@pytest.mark.fault
 def test_a_run_survives_its_cluster(ray_cluster: object, quiet_run: QuietRun, store: None, tmp_path: Path) -> None:
     """Beside another Ray of the same machine, which has the ports that Ray takes by itself."""
     told = done("cluster", "up")

@@ -162,6 +162,7 @@ while True:
 """
 
 
+@pytest.mark.fault
 def test_killed_at_any_moment_it_loses_nothing_acknowledged(tmp_path: Path) -> None:
     for attempt in range(3):
         folder = tmp_path / str(attempt)

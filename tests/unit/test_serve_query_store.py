@@ -125,6 +125,7 @@ def _dies(folder: str) -> None:
     query_store.write(folder, "r1", rows())
 
 
+@pytest.mark.fault
 def test_a_job_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     query_store.write(str(tmp_path), "r1", [kept("a", 1, 1)])
     job = multiprocessing.get_context("spawn").Process(target=_dies, args=(str(tmp_path),))
