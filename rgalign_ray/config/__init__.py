@@ -25,10 +25,11 @@ from rgalign_ray.config.ranking import Baseline, Model, QueryInput, Ranker, Rewa
 from rgalign_ray.config.reasoning import Encode, Endpoint, Lora, Prompt, Reasoner, Rollout, Teacher, Vllm
 from rgalign_ray.config.root import Config, available, changed, load, validate, with_setting
 from rgalign_ray.config.service import Cluster, Folder, Serve, Tracking, Variant
-from rgalign_ray.config.study import Compare, Evaluate, RowName
+from rgalign_ray.config.study import ROW_NAMES, Compare, Evaluate, RowName
 
 __all__ = [
     "DATA_CPUS",
+    "ROW_NAMES",
     "AlignName",
     "Baseline",
     "Cluster",

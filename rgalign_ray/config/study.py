@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rgalign_ray.config.base import Count, Distinct, Positive, Settings, sentence
 from rgalign_ray.config.ranking import Model, Ranker
@@ -29,94 +30,54 @@ class Evaluate(Settings):
     """Intent whose session is shown first: one whose true need it is, or that clicked it."""
 
 
-RowName = Literal[
-    "popularity",
-    "lr",
-    "deepfm",
-    "dcn_v2",
-    "two_tower",
-    "din",
-    "sasrec",
-    "bst",
-    "din_text",
-    "din_sentence",
-    "two_tower_more",
-    "din_more",
-    "din_sentence_more",
-    "cosine",
-    "template",
-    "qe_rec",
-    "qe_rec_shuffled",
-    "sft_title",
-    "rg_sft_random",
-    "rg_sft_2",
-    "rg_sft_4",
-    "rg_sft_8",
-    "rg_sft",
-    "rg_dpo",
-    "rg_grpo",
-    "rg_cl",
-    "latent",
-    "gradient",
-    "rga_paper",
-    "rgalign",
-    "rgalign_shuffled",
-    "rgalign_leak",
-    "gradient_shuffled",
-    "true_need",
-    "qe_rec_warm",
-    "sft_title_warm",
-    "rg_sft_random_warm",
-    "rg_sft_warm",
-    "rg_cl_warm",
-    "gradient_warm",
-    "gradient_warm_shuffled",
-    "rga_paper_warm",
-    "rgalign_warm",
-    "rgalign_warm_shuffled",
-    "qe_rec_query",
-    "sft_title_query",
-    "rg_sft_random_query",
-    "rg_sft_query",
-    "gradient_query",
-    "rgalign_query",
-    "qe_rec_other",
-    "gradient_other",
-    "rgalign_other",
-    "qe_rec_warm_other",
-    "gradient_warm_other",
-    "rgalign_warm_other",
-    "judge",
-    "judge_query",
-    "rg_sft_not_retrained",
-    "rg_sft_not_retrained_query",
-    "rg_sft_random_not_retrained",
-    "rg_sft_random_not_retrained_query",
-    "sft_title_not_retrained",
-    "sft_title_not_retrained_query",
-    "rg_cl_not_retrained",
-    "rg_cl_not_retrained_query",
-    "gradient_not_retrained",
-    "gradient_not_retrained_query",
-    "rga_paper_not_retrained",
-    "rga_paper_not_retrained_query",
-    "rgalign_not_retrained",
-    "rgalign_not_retrained_query",
-    "rg_sft_shift",
-    "rg_sft_random_shift",
-    "sft_title_shift",
-    "rg_cl_shift",
-    "gradient_shift",
-    "rga_paper_shift",
-    "rgalign_shift",
-]
+FROZEN_ROWS = (
+    *("popularity", "lr", "deepfm", "dcn_v2", "two_tower", "din", "sasrec", "bst", "din_text", "din_sentence"),
+    *(
+        "two_tower_more",
+        "din_more",
+        "din_sentence_more",
+        "cosine",
+        "template",
+        "qe_rec",
+        "qe_rec_shuffled",
+        "true_need",
+    ),
+)
+"""Rows of the ladder that read no aligned reasoner,"""
+ALIGNED_ROWS = (
+    *("sft_title", "rg_sft_random", "rg_sft_2", "rg_sft_4", "rg_sft_8", "rg_sft", "rg_dpo", "rg_grpo", "rg_cl"),
+    *("latent", "gradient", "rga_paper", "rgalign", "rgalign_leak"),
+)
+"""those that do,"""
+SHUFFLED_ROWS = ("rgalign_shuffled", "gradient_shuffled")
+"""their controls on other users' queries,"""
+READ_OTHERWISE = ("", "_query", "_other")
+ROW_NAMES = (
+    *(*FROZEN_ROWS, *ALIGNED_ROWS, *SHUFFLED_ROWS),
+    *(f"{row}{reads}" for row in ("qe_rec", *ALIGNED_ROWS) for reads in READ_OTHERWISE if reads),
+    *(f"{row}_warm{reads}" for row in ("qe_rec", *ALIGNED_ROWS) for reads in READ_OTHERWISE),
+    *(f"{row}_warm" for row in SHUFFLED_ROWS),
+    *(f"judge{reads}" for reads in READ_OTHERWISE),
+    *(f"{row}_not_retrained{reads}" for row in ALIGNED_ROWS for reads in READ_OTHERWISE),
+    *(f"{row}_shift" for row in ALIGNED_ROWS),
+)
+"""and those that differ from one of them in what their names end with (`loop/ladder_rows.py` says how)."""
+
+
+def _row(name: str) -> str:
+    if name not in ROW_NAMES:
+        raise ValueError(f"no such row as '{name}'; the nearest is {get_close_matches(name, ROW_NAMES, 1, 0.0)[0]}")
+    return name
+
+
+RowName = Annotated[str, AfterValidator(_row)]
 
 
 class Compare(Settings):
     """`rgalign compare` and `rgalign tune`: rankers side by side, over several seeds."""
 
     rows: Annotated[list[RowName], Field(min_length=1), Distinct] | None = None
-    """None: every row that the log allows and that needs no alignment."""
+    """Of the ladder (docs/the-ladder.md). None: every row that the log allows and that needs no alignment."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0

@@ -12,7 +12,7 @@ from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
-from rgalign_ray.loop.ladder_rows import JUDGED, NOT_RETRAINED, OTHERS_QUERY, ROWS, SHIFTED, THROUGH_QUERY, WARM
+from rgalign_ray.loop.ladder_rows import ROWS
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
@@ -20,6 +20,9 @@ TEXT_RIVAL: RowName = "din_sentence"
 """Reads the same text as the reasoner: whatever validation GAUC says, a reasoner must beat it."""
 ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient", "rga_paper")
 """Rows whose reasoner one objective has aligned, or the published two."""
+SFT_CONTROLS: tuple[RowName, ...] = ("rg_sft_random", "sft_title")
+WAYS = ("_query", "_warm", "_not_retrained", "_not_retrained_query")
+"""Endings of rows that are held against each other as those without one are."""
 BY_REGION = ("GAUC", "true CTR")
 """Metrics that are shown by region, where the log has them."""
 
@@ -139,36 +142,33 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("rgalign", TEXT_RIVAL),
         ("rgalign", "rgalign_shuffled"),
         ("rgalign", "gradient"),
-        ("rg_sft", "rg_sft_random"),
-        ("rg_sft", "sft_title"),
+        *(("rg_sft", control) for control in SFT_CONTROLS),
         *((row, "qe_rec") for row in ALONE),
         ("rgalign", "rga_paper"),
         ("gradient", "gradient_shuffled"),
-        *((row, "qe_rec_warm") for row in WARM),
-        ("gradient_warm", "gradient_warm_shuffled"),
-        ("rgalign_warm", "rgalign_warm_shuffled"),
-        ("rgalign_warm", "gradient_warm"),
-        ("rg_sft_warm", "rg_sft_random_warm"),
-        ("rg_sft_warm", "sft_title_warm"),
+        *(pair for name in names for pair in _variant_claims(name)),
+        *((f"rg_sft{way}", f"{control}{way}") for way in WAYS for control in SFT_CONTROLS),
+        *((f"rgalign{way}", f"gradient{way}") for way in WAYS),
+        *((f"{row}_warm", f"{row}_shuffled_warm") for row in ("rgalign", "gradient")),
+        *((f"{row}_query", "qe_rec_query") for row in ("rgalign", "rg_sft")),
         ("qe_rec_warm", "judge"),
-        *((row, "qe_rec") for row in WARM),
-        *((row, TEXT_RIVAL) for row in ("gradient_warm", "rgalign_warm")),
-        *((row, name) for name, row in OTHERS_QUERY.items()),
-        *THROUGH_QUERY.items(),
-        ("rgalign_query", "qe_rec_query"),
-        ("rgalign_query", "gradient_query"),
-        ("rg_sft_query", "qe_rec_query"),
-        ("rg_sft_query", "rg_sft_random_query"),
-        ("rg_sft_query", "sft_title_query"),
-        *((row, "judge_query" if readout else "judge") for row, (_, readout) in JUDGED.items()),
-        *((row, shifted) for shifted, row in SHIFTED.items()),
-        ("rg_sft_not_retrained_query", "rg_sft_random_not_retrained_query"),
-        ("rg_sft_not_retrained_query", "sft_title_not_retrained_query"),
-        *((row, name) for name, row in NOT_RETRAINED.items()),
+        *((f"{row}_warm", TEXT_RIVAL) for row in ("rgalign", "gradient")),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]
     return list(dict.fromkeys(there))
+
+
+def _variant_claims(name: RowName) -> list[tuple[RowName, RowName]]:
+    """What a row that differs from another in one thing is held against: that one, and its like on a frozen LLM."""
+    row = ROWS[name]
+    if row.variant_of is None:
+        return []
+    if row.readout in ("other", "shift"):
+        return [(row.variant_of, name)]
+    frozen = {"qe_rec_warm": row.warm, "judge": not row.retrained}
+    like = [f"{other}{'_query' if row.readout else ''}" for other, is_like in frozen.items() if is_like]
+    return [*((name, other) for other in like), (name, row.variant_of), *([(name, "qe_rec")] if row.warm else [])]
 
 
 def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -> report.Comparison:

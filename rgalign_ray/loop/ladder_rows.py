@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
@@ -26,7 +27,7 @@ class LadderRow:
         retrained: on the reasoner it reads; else it is the frozen ranker that teaches.
         warm: trained on from the ranker that teaches, instead of anew.
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
-        ranker_of: the row whose rankers it takes, to read the test sessions otherwise than that row does.
+        variant_of: the row that it differs from in one thing.
         readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query), what
             the reasoner says of another user's session (other), or what the frozen reasoner says, moved by the aligned
             one's mean way from there, the same for every session (shift).
@@ -42,8 +43,13 @@ class LadderRow:
     retrained: bool = True
     warm: bool = False
     more: bool = False
-    ranker_of: config.RowName | None = None
+    variant_of: config.RowName | None = None
     readout: Literal["query", "other", "shift"] | None = None
+
+    @property
+    def ranker_of(self) -> config.RowName | None:
+        """The row whose rankers it takes, to read the test sessions otherwise than that row does."""
+        return self.variant_of if self.retrained and self.readout else None
 
     @property
     def rival(self) -> bool:
@@ -71,7 +77,6 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
 on sessions that the ranker learns from."""
 
 
-TAUGHT = "the ranker that taught the reasoner reads it"
 MORE = "learns from the sessions of role align as well"
 
 
@@ -154,113 +159,70 @@ ROWS: dict[config.RowName, LadderRow] = {
     ),
 }
 
-WARM: dict[config.RowName, config.RowName] = {
-    "qe_rec_warm": "qe_rec",
-    "sft_title_warm": "sft_title",
-    "rg_sft_random_warm": "rg_sft_random",
-    "rg_sft_warm": "rg_sft",
-    "rg_cl_warm": "rg_cl",
-    "gradient_warm": "gradient",
-    "gradient_warm_shuffled": "gradient_shuffled",
-    "rga_paper_warm": "rga_paper",
-    "rgalign_warm": "rgalign",
-    "rgalign_warm_shuffled": "rgalign_shuffled",
-}
-"""Rows whose rankers begin with the weights of the one that teaches, by name, with those that begin anew. As all go on
-from the same ranker, they differ by what they read and not by what a training draws.
-"""
-ROWS |= {
-    name: replace(
-        ROWS[row],
-        title=f"{ROWS[row].title}, warm start",
-        note="; ".join(filter(None, [ROWS[row].note, "trained on from the ranker that teaches"])),
-        control=ROWS[row].control or not ROWS[row].aligned,
-        warm=True,
-    )
-    for name, row in WARM.items()
-}
 
-THROUGH_QUERY: dict[config.RowName, config.RowName] = {
-    "qe_rec_query": "qe_rec",
-    "sft_title_query": "sft_title",
-    "rg_sft_random_query": "rg_sft_random",
-    "rg_sft_query": "rg_sft",
-    "gradient_query": "gradient",
-    "rgalign_query": "rgalign",
+def _variant(of: config.RowName, what: str, note: str, **changes: Any) -> LadderRow:
+    return replace(ROWS[of], title=f"{ROWS[of].title}, {what}", note=note, variant_of=of, **changes)
+
+
+def _through_query(of: config.RowName) -> LadderRow:
+    return _variant(of, "through its query", "the same ranker reads e(x,q)", readout="query")
+
+
+def _other(of: config.RowName) -> LadderRow:
+    """What is gained over it, what the reasoner says of this session brings. The null query would not do: where
+    sessions without a click are not read (`encode.unclicked`), rankers have learned that it goes with no click.
+    """
+    note = "the same ranker, told of another user's session"
+    return _variant(of, "another's query", note, readout="other", control=True)
+
+
+def _warm(of: config.RowName) -> LadderRow:
+    """As all go on from the same ranker, they differ by what they read and not by what a training draws."""
+    note = "; ".join(filter(None, [ROWS[of].note, "trained on from the ranker that teaches"]))
+    return _variant(of, "warm start", note, warm=True, control=ROWS[of].control or not ROWS[of].aligned)
+
+
+def _not_retrained(of: config.RowName) -> LadderRow:
+    note = "the ranker that taught the reasoner reads it"
+    return _variant(of, "not retrained", note, retrained=False, control=True)
+
+
+def _shift(of: config.RowName) -> LadderRow:
+    """Control of a row that is not retrained: the share of what that gains that one vector brings, added to what the
+    frozen reasoner says of every session, as a shift towards what is popular would.
+    """
+    row = _not_retrained(of)
+    note = "the same, reading the frozen reasoner moved by one vector"
+    title = f"{ROWS[of].title}, its mean movement alone"
+    return replace(row, title=title, note=note, variant_of=f"{of}_not_retrained", readout="shift")
+
+
+ENDINGS: dict[str, Callable[[config.RowName], LadderRow]] = {
+    "_query": _through_query,
+    "_other": _other,
+    "_warm": _warm,
+    "_not_retrained": _not_retrained,
+    "_shift": _shift,
 }
-"""Rows that read the test sessions through a latent query, by name, with the rows whose rankers they take."""
-OTHERS_QUERY: dict[config.RowName, config.RowName] = {
-    "qe_rec_other": "qe_rec",
-    "gradient_other": "gradient",
-    "rgalign_other": "rgalign",
-    "qe_rec_warm_other": "qe_rec_warm",
-    "gradient_warm_other": "gradient_warm",
-    "rgalign_warm_other": "rgalign_warm",
-}
-"""Likewise, of rows whose rankers are told of another user's session: what is gained over them, what the reasoner says
-of this session brings. The null query would not do: where sessions without a click are not read (`encode.unclicked`),
-rankers have learned that it goes with no click.
-"""
-OTHERWISE: tuple[tuple[dict[config.RowName, config.RowName], Literal["query", "other"], str, str], ...] = (
-    (THROUGH_QUERY, "query", "through its query", "the same rankers read e(x,q)"),
-    (OTHERS_QUERY, "other", "another's query", "the same rankers, told of another user's session"),
+"""What a row does otherwise than the one whose name stands before the ending."""
+ROWS["judge"] = replace(
+    ROWS["qe_rec"],
+    title="the judge",
+    note="the ranker that teaches reads the frozen reasoner",
+    control=True,
+    retrained=False,
+    variant_of="qe_rec",
 )
-ROWS |= {
-    name: replace(
-        ROWS[row],
-        title=f"{ROWS[row].title}, {what}",
-        note=note,
-        control=ROWS[row].control or readout == "other",
-        ranker_of=row,
-        readout=readout,
-    )
-    for taking, readout, what, note in OTHERWISE
-    for name, row in taking.items()
-}
 
-NOT_RETRAINED: dict[config.RowName, config.RowName] = {
-    "rg_sft_not_retrained": "rg_sft",
-    "rg_sft_random_not_retrained": "rg_sft_random",
-    "sft_title_not_retrained": "sft_title",
-    "rg_cl_not_retrained": "rg_cl",
-    "gradient_not_retrained": "gradient",
-    "rga_paper_not_retrained": "rga_paper",
-    "rgalign_not_retrained": "rgalign",
-}
-"""Rows in which the ranker that taught a reasoner, frozen, reads it as it is now; by name, with those that retrain."""
-JUDGED: dict[config.RowName, tuple[config.RowName, Literal["query"] | None]] = {
-    cast(config.RowName, f"{name}_query" if readout else name): (row, readout)
-    for name, row in {"judge": "qe_rec", **NOT_RETRAINED}.items()
-    for readout in (None, "query")
-}
-"""Rows of the frozen ranker that teaches, by name: whose reasoner it reads, and through what."""
-SHIFTED: dict[config.RowName, config.RowName] = {
-    cast(config.RowName, f"{row}_shift"): name for name, row in NOT_RETRAINED.items()
-}
-"""Controls of rows that are not retrained, by name: the share of what such a row gains that one vector brings, added to
-what the frozen reasoner says of every session, as a shift towards what is popular would.
-"""
-ROWS |= {
-    name: replace(
-        ROWS[row],
-        title=("the judge" if row == "qe_rec" else f"{ROWS[row].title}, not retrained")
-        + (", through its query" if readout else ""),
-        note="the ranker that teaches reads the frozen reasoner" if row == "qe_rec" else TAUGHT,
-        control=True,
-        retrained=False,
-        readout=readout,
-    )
-    for name, (row, readout) in JUDGED.items()
-}
-ROWS |= {
-    shifted: replace(
-        ROWS[row],
-        title=f"{ROWS[NOT_RETRAINED[row]].title}, its mean movement alone",
-        note="the same, reading the frozen reasoner moved by one vector",
-        readout="shift",
-    )
-    for shifted, row in SHIFTED.items()
-}
+
+def _ends(name: config.RowName) -> LadderRow:
+    ending = next(ending for ending in ENDINGS if name.endswith(ending))
+    return ENDINGS[ending](name.removesuffix(ending))
+
+
+for _name in config.ROW_NAMES:
+    if _name not in ROWS:
+        ROWS[_name] = _ends(_name)
 
 
 def slice_name(name: config.RowName, number: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -44,10 +43,24 @@ CROSSFIT = {"crossfit": 3, "roles": {"align": 0.0, "rank": 0.75}}
 
 
 def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
-    assert get_args(config.RowName) == tuple(ROWS)
+    assert set(config.ROW_NAMES) == set(ROWS) and len(set(config.ROW_NAMES)) == len(config.ROW_NAMES)
     for row in ROWS.values():
         assert MODELS[row.kind].reads_queries == (row.reads is not None)
     assert len({row.title for row in ROWS.values()}) == len(ROWS)
+
+
+def test_a_row_is_what_the_endings_of_its_name_say() -> None:
+    row = ROWS["rg_dpo_not_retrained_other"]
+    assert (row.aligned, row.retrained, row.warm, row.readout, row.ranker_of) == ("dpo", False, False, "other", None)
+    assert row.control and row.title == "RG-DPO, not retrained, another's query"
+    row = ROWS["gradient_warm_query"]
+    assert (row.retrained, row.warm, row.readout, row.ranker_of) == (True, True, "query", "gradient_warm")
+    assert not row.control and ROWS["qe_rec_warm"].control and ROWS["gradient_shuffled_warm"].shuffled
+    assert ROWS["rg_sft_shift"].variant_of == "rg_sft_not_retrained" and not ROWS["rg_sft_shift"].retrained
+    with pytest.raises(
+        ConfigError, match=r"compare\.rows\.1: no such row as 'gradient_warn'; the nearest is gradient_wa"
+    ):
+        config.validate({"compare": {"rows": ["qe_rec", "gradient_warn"]}})
 
 
 @pytest.mark.parametrize("rows", [["lr"], ["lr", "qe_rec"], list(ROWS)])
@@ -227,6 +240,9 @@ def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
     assert ladder_report.claims(["popularity", "qe_rec"], validation) == []
     assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs
     assert ("gradient", "gradient_other") in pairs and ("gradient_not_retrained", "gradient_shift") in pairs
+    assert ("gradient_warm", "qe_rec_warm") in pairs and ("gradient_warm_query", "qe_rec_warm_query") in pairs
+    assert ("gradient_shift", "judge") not in pairs, "it stands beside the row whose control it is"
+    assert ("rgalign_warm", "gradient_warm") in pairs and ("rg_sft_warm", "rg_sft_random_warm") in pairs
     assert ("gradient_not_retrained", "judge") in pairs and ("gradient_not_retrained_query", "judge_query") in pairs
 
 
