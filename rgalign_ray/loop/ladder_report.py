@@ -166,9 +166,11 @@ def _variant_claims(name: RowName) -> list[tuple[RowName, RowName]]:
         return []
     if row.readout in ("other", "shift"):
         return [(row.variant_of, name)]
-    frozen = {"qe_rec_warm": row.warm, "judge": not row.retrained}
-    like = [f"{other}{'_query' if row.readout else ''}" for other, is_like in frozen.items() if is_like]
-    return [*((name, other) for other in like), (name, row.variant_of), *([(name, "qe_rec")] if row.warm else [])]
+    ending = "_query" if row.readout == "query" else ""
+    pairs = [(name, row.variant_of)] if row.retrained or ending else [(row.variant_of, name)]
+    if row.warm:
+        return [(name, f"qe_rec_warm{ending}"), *pairs, (name, "qe_rec")]
+    return pairs if row.retrained else [(name, f"judge{ending}"), *pairs]
 
 
 def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -> report.Comparison:
