@@ -8,6 +8,7 @@ its content, so that a killed pass redoes only the units in flight, and nothing 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
 from rgalign_ray import __version__, config, ray_stacks, storage
 from rgalign_ray.errors import InfrastructureError, UserError, first_line
@@ -205,14 +207,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
         batch_format="pyarrow",
         num_cpus=0.25,
     )
-    units = texts.map_batches(
-        SessionEncoder,
-        fn_constructor_kwargs={"engine": engine, "plan": plan, "out_uri": out_uri},
-        batch_size=plan.encode.unit_sessions,
-        batch_format="pyarrow",
-        **actors(plan.encode),
-    )
-    units.context.execution_no_progress_timeout_s = plan.encode.deadline_s
+    units = by_encoders(texts, SessionEncoder, plan.encode, engine=engine, plan=plan, out_uri=out_uri)
     counts = {"sessions": 0, "sampled": 0, "valid": 0}
     keys = set()
     with as_user_errors("encode", plan.encode):
@@ -226,16 +221,32 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
     return counts
 
 
-def actors(settings: config.Encode) -> dict[str, Any]:
-    """How many encoders Ray Data runs and where, and how often they may die: without a limit, if left to itself."""
-    return {
-        "compute": ActorPoolStrategy(min_size=1, max_size=settings.workers, max_tasks_in_flight_per_actor=2),
-        "num_cpus": settings.cpus_per_worker,
-        "num_gpus": settings.gpus_per_worker,
-        "label_selector": settings.node_labels,
-        "max_restarts": settings.retries,
-        "max_task_retries": settings.retries,
-    }
+def by_encoders(
+    sessions: ray.data.Dataset, encoder: type, settings: config.Encode, **arguments: Any
+) -> ray.data.Dataset:
+    """Sessions through a pool of encoders, so many at once, which may die so often and must come on by a deadline.
+
+    Args:
+        encoder: from a unit of sessions to what it makes of them, both as tables; made anew in each worker.
+        arguments: of its constructor.
+    """
+    with warnings.catch_warnings():
+        # Of restarts, which have no limit otherwise, Ray Data is told in no other way than the one that it warns of.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        read = sessions.map_batches(
+            encoder,
+            fn_constructor_kwargs=arguments,
+            batch_size=settings.unit_sessions,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=1, max_size=settings.workers, max_tasks_in_flight_per_actor=2),
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=settings.gpus_per_worker,
+            label_selector=settings.node_labels,
+            max_restarts=settings.retries,
+            max_task_retries=settings.retries,
+        )
+    read.context.execution_no_progress_timeout_s = settings.deadline_s
+    return read
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rgalign_ray import config, progress, ray_stacks
 from rgalign_ray.logs import stream
-from rgalign_ray.rollout.encode import actors, as_user_errors, room
+from rgalign_ray.rollout.encode import as_user_errors, by_encoders, room
 from rgalign_ray.serve import query_store
 from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
 from rgalign_ray.serve.query_store import Kept
@@ -60,14 +60,7 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
     columns = sorted({*spec.reader().template.columns, "user_id", "ts"})
     situations = stream.sessions(log_uri, columns=columns, start=start)
     total = situations.count()
-    read = situations.map_batches(
-        Reader,
-        fn_constructor_kwargs={"spec": spec, "encode": encode},
-        batch_size=encode.unit_sessions,
-        batch_format="pyarrow",
-        **actors(encode),
-    )
-    read.context.execution_no_progress_timeout_s = encode.deadline_s
+    read = by_encoders(situations, Reader, encode, spec=spec, encode=encode)
 
     def kept() -> Iterator[Kept]:
         with progress.track("read ahead", total, "sessions", idle=partial(room, encode)) as advance:

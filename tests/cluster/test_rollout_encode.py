@@ -130,6 +130,7 @@ def test_a_vector_is_that_of_the_session_alone(encoded: Path) -> None:
         np.testing.assert_allclose(rows[f"s{number}"]["embedding"], alone, atol=4e-3)
 
 
+@pytest.mark.filterwarnings("error::ray.util.annotations.RayDeprecationWarning")
 def test_a_pass_repeats_resumes_and_cleans_up(encoded: Path, log: Path, tmp_path: Path) -> None:
     """Into a half-filled folder: what is there stays untouched, what is missing comes back, what is stale goes."""
     whole = contents(encoded)

@@ -80,7 +80,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     rgalign("cluster", "down")
 
 
-@pytest.mark.fault
 def test_two_runs_share_nodes_that_come_and_go(cluster: None, tmp_path: Path) -> None:
     quiet = [sys.executable, "-m", "rgalign_ray.cli", "loop", *LONGER, "--run-dir", str(tmp_path / "quiet")]
     subprocess.run(quiet, check=True, capture_output=True, env={**os.environ, "RAY_ADDRESS": ""})
