@@ -6,6 +6,7 @@ import datetime
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,9 +82,9 @@ def _embeddings(ids: list[str], readout: str, vectors: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=schema.embeddings(DIM))
 
 
-def _space() -> FeatureSpace:
+def _space(tiers: Sequence[str] = ("t0", "t1", "t2")) -> FeatureSpace:
     spec = FeatureSpec.model_validate({"fields": [{"name": "tier", "kind": "categorical"}], "history": {"length": 4}})
-    table = pa.table({"tier": ["t0", "t1", "t2"] * 20, "ts": pa.array([None] * 60, schema.TIMESTAMP)})
+    table = pa.table({"tier": [*tiers] * 20, "ts": pa.array([None] * 60, schema.TIMESTAMP)})
     table = table.append_column("history", pa.array([[]] * 60, pa.list_(schema.EVENT)))
     return FeatureSpace.fit(spec, [table])
 
@@ -158,14 +159,14 @@ def test_a_ranker_begins_with_the_weights_of_another(ray_cluster: object, log: P
     job = _job(log, tmp_path / "b", SETTINGS.model_copy(update={"workers": 1, "epochs": 1}))
     warm = replace(job, rankers=(replace(job.rankers[0], start_uri=start.uri),))
     on = training.train(warm)["ranker0"]
-    assert on.figures["losses"][0] < start.figures["losses"][-1]
+    assert on.figures["losses"][0] < start.figures["losses"][1]
+    assert on.figures["best_gauc"] >= start.figures["best_gauc"]
     assert scoring.load(on.uri).meta.settings.epochs == 1
     wider = replace(warm, settings=SETTINGS.model_copy(update={"dim": 2 * SETTINGS.dim}))
     with pytest.raises(DataError, match=r"ranker0: its weights \(qe_rec\) have other shapes than those of the qe_rec"):
         training.train(wider)
-    other_space = replace(warm, space=FeatureSpace.fit(FeatureSpec(), [pa.table({"ts": []})]).to_dict())
     with pytest.raises(DataError, match="features are of space"):
-        training.train(other_space)
+        training.train(replace(warm, space=_space("abc").to_dict()))
 
 
 def test_a_ranker_without_a_fold_is_that_of_a_log_without_its_users(
