@@ -220,16 +220,10 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
     config = run.config
     seed = config.seed * 1000 + number
     items, *embeddings = texts_of(row)
+    start = run.uri("rankers_0", "qe_rec") if row.warm else None
     job = training.RankerJob(
         rankers=(
-            training.RankerSpec(
-                RANKER,
-                row.kind,
-                storage.join(out, RANKER),
-                seed,
-                row.shuffled,
-                start_uri=run.uri("rankers_0", "qe_rec") if row.warm else None,
-            ),
+            training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), seed, row.shuffled, start_uri=start),
         ),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
