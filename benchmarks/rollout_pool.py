@@ -3,7 +3,8 @@
     python -m benchmarks.rollout_pool --out runs/pool
 
     busy      share of the time between a worker's first unit and its last that it spends sampling, at each size of
-              the pool: what is missing went into handing out, reading and writing units
+              the pool: what is missing went into handing out, reading and writing units, and into waiting for a CPU
+              while others start; beside it, the same from the moment on when all have started
     recovery  from the death of a worker to the first unit of the one in its place, beside what a worker takes to start
               where nothing has died
     memory    most that the driver held over a log, and over one ten times as long
@@ -42,6 +43,7 @@ SIZES = (1, 4, 16, 64)
 UNITS_PER_WORKER = 8
 UNIT_SESSIONS = 16
 CPUS_PER_WORKER = 0.01
+BUSY = ("busy", "busy_when_all_have_started")
 LOG_UNITS = 200
 """Work units of the shorter log."""
 
@@ -139,7 +141,8 @@ def one(what: str, *words: str) -> None:
     seen = notes(folder)
     figures: dict[str, Any] = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if what == "busy":
-        figures["busy"] = busy(seen)
+        full = max(at for _, at, what in seen if what == "start")
+        figures |= dict(zip(BUSY, (busy(seen), busy([note for note in seen if note[1] > full])), strict=True))
     if killed is not None:
         figures |= {"deaths": pool.deaths, **recovery(seen, began, killed)}
     (folder / "figures.json").write_text(json.dumps(figures))
@@ -163,10 +166,14 @@ def notes(folder: Path) -> list[Note]:
 
 
 def busy(seen: Sequence[Note]) -> list[float]:
-    """Of each worker that had at least two units, the share of its time from its first unit to its last."""
+    """Of each worker that had at least two units, the share of its time from its first unit to its last.
+
+    A unit that had begun before the first note is left out.
+    """
     shares = []
     for worker in sorted({pid for pid, _, _ in seen}):
         begins, ends = ([at for pid, at, what in seen if (pid, what) == (worker, name)] for name in ("begin", "end"))
+        ends = [at for at in ends if begins and at > begins[0]]
         if len(ends) > 1:
             shares.append(sum(end - begin for begin, end in zip(begins, ends, strict=True)) / (ends[-1] - begins[0]))
     return shares
@@ -183,10 +190,11 @@ def _show(found: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Workers whose engines only wait")
     table.add_column("workers", justify="right")
     table.add_column("busy, mean (least)", justify="right")
+    table.add_column("when all have started", justify="right")
     for row in found:
         if row["what"] == "busy":
-            shares = row["busy"]
-            table.add_row(str(row["workers"]), f"{statistics.mean(shares):.1%} ({min(shares):.1%})")
+            shares = [f"{statistics.mean(row[name]):.1%} ({min(row[name]):.1%})" for name in BUSY]
+            table.add_row(str(row["workers"]), *shares)
     Console().print(table)
     [back] = [row for row in found if row["what"] == "recovery"]
     print(

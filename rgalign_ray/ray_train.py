@@ -71,46 +71,17 @@ def run(
         KeyboardInterrupt: at Ctrl-C, when the processes have ended.
         ray.train.TrainingFailedError: when the worker raised.
     """
-    fs, path = storage.filesystem(storage_uri)
     stacks = storage.join(storage_uri, f"{name}.{ray_stacks.STACKS}")
-    backend = "cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo"  # figures are summed on CPUs in either case
-    resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
-
-    def attempt() -> Any:
-        return _Trainer(
-            partial(_watched, worker, settings.deadline_s),
-            train_loop_config=argument,
-            # longer than a process may take, so that a peer that waits for it is not the one to raise
-            torch_config=TorchConfig(backend=backend, timeout_s=2 * math.ceil(settings.deadline_s)),
-            scaling_config=ScalingConfig(
-                num_workers=settings.workers,
-                use_gpu=settings.use_gpu,
-                label_selector=settings.node_labels or None,
-                resources_per_worker=resources,
-            ),
-            run_config=RunConfig(
-                logging_config=LoggingConfig(log_level="ERROR"),
-                name=name,
-                storage_path=path,
-                storage_filesystem=fs,
-                # deaths are counted here: Ray Train counts none of those that happen while the workers start
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[_Placement(), _Stacks(stacks)],
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-            ),
-            **trainer,
-        ).fit()
-
     storage.delete(stacks)
     deaths = told = 0
     while True:
         try:
             with _interruptible():
-                return attempt().return_value
+                return _trainer(worker, argument, settings, storage_uri, name, stacks, **trainer).fit().return_value
         except (ControllerError, WorkerGroupError) as error:
             met = [error.controller_failure] if isinstance(error, ControllerError) else error.worker_failures.values()
             if any(isinstance(each, WorkerGroupStartupTimeoutError) for each in met):
-                needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+                needs = " and ".join(f"{amount:g} {resource}" for resource, amount in _resources(settings).items())
                 progress.note(f"{section}: waits for {settings.workers} processes' room on the cluster, {needs} each")
                 while_waiting()
                 continue
@@ -130,6 +101,48 @@ def run(
                     f"{section}: a training process died, or hung, {deaths} times, with {section}.retries = "
                     f"{settings.retries}; the same command goes on from the last checkpoint."
                 ) from error
+
+
+def _resources(settings: config.Trained) -> dict[str, float]:
+    """Of one process."""
+    return {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})}
+
+
+def _trainer(
+    worker: Callable[[dict[str, Any], Alive], Any],
+    argument: dict[str, Any],
+    settings: config.Trained,
+    storage_uri: str,
+    name: str,
+    stacks: str,
+    **more: Any,
+) -> TorchTrainer:
+    """One attempt of `run`; what processes that hang were at goes to folder `stacks`."""
+    fs, path = storage.filesystem(storage_uri)
+    backend = "cpu:gloo,cuda:nccl" if settings.use_gpu else "gloo"  # figures are summed on CPUs in either case
+    return _Trainer(
+        partial(_watched, worker, settings.deadline_s),
+        train_loop_config=argument,
+        # longer than a process may take, so that a peer that waits for it is not the one to raise
+        torch_config=TorchConfig(backend=backend, timeout_s=2 * math.ceil(settings.deadline_s)),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.use_gpu,
+            label_selector=settings.node_labels or None,
+            resources_per_worker=_resources(settings),
+        ),
+        run_config=RunConfig(
+            logging_config=LoggingConfig(log_level="ERROR"),
+            name=name,
+            storage_path=path,
+            storage_filesystem=fs,
+            # deaths are counted in `run`: Ray Train counts none of those that happen while the workers start
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            callbacks=[_Placement(), _Stacks(stacks)],
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+        **more,
+    )
 
 
 def _died(failure: BaseException) -> bool:

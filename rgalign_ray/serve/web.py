@@ -111,6 +111,16 @@ def build(
     app.add_middleware(BodyLimit, limit=gateway.settings.max_body_bytes)
     app.add_middleware(Guard, access=access)  # added last, it is asked first
 
+    _refusals(app)
+    _answers(app, gateway)
+    _told_of(app, gateway, refused, offered)
+    _health(app, gateway, ready)
+    return app
+
+
+def _refusals(app: FastAPI) -> None:
+    """Whatever is refused is told as a list of fields and what is wrong with them."""
+
     @app.exception_handler(RefusedError)
     async def _(_: Request, error: RefusedError) -> JSONResponse:
         return _told(error)
@@ -133,6 +143,10 @@ def build(
                 for fault in error.errors()
             ]
         )
+
+
+def _answers(app: FastAPI, gateway: Gateway) -> None:
+    """What a shop asks and reports."""
 
     @app.post("/v1/rank", responses=ANSWERED)
     async def rank(request: api.RankRequest) -> api.RankResponse:
@@ -159,6 +173,10 @@ def build(
         """Removes what is kept of a user."""
         return await gateway.forget(user_id)
 
+
+def _told_of(app: FastAPI, gateway: Gateway, refused: Callable[[], str | None], offered: Sequence[api.Example]) -> None:
+    """What people look at."""
+
     @app.get("/v1/models", responses=ASKED)
     async def models() -> api.Served:
         """What is served."""
@@ -179,6 +197,10 @@ def build(
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
 
+
+def _health(app: FastAPI, gateway: Gateway, ready: Healthy) -> None:
+    """What a load balancer asks."""
+
     def check() -> None:
         try:
             gateway.check()
@@ -198,8 +220,6 @@ def build(
         if not await ready():
             raise RefusedError(503, "a model does not answer")
         return {"status": "ready"}
-
-    return app
 
 
 def _told(error: RefusedError) -> JSONResponse:
