@@ -64,7 +64,7 @@ def _settings(name: str, scale: float, epochs: int) -> config.Config:
             "roles={test_days: 4, rank: 0.15, align: 0.01, valid: 0.05, audit: 0.0, test: 0.79}",
             "ranker={batch_sessions: 32}",
         ]
-    both = [f"ranker.dropout={DROPOUT}", f"ranker.epochs={epochs}"]
+    both = [f"ranker.dropout={DROPOUT}", f"ranker.epochs={epochs}", "ranker.average=null"]
     return config.load({"movielens": "movielens", "shop": "demo"}[name], [*own, *both])
 
 

@@ -59,9 +59,10 @@ class Ranker(Trained):
     batch_sessions: Count = 128
     """Sessions of one optimiser step, over all workers."""
     epochs: Count = 20
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Above 0, the ranker is the exponential moving average of the weights, by so much a step: what validation judges
-    and what is kept. It evens out what single steps do to few clicks."""
+    average: Annotated[float, Field(ge=0.0)] | None = 3.0
+    """The ranker is the average of the weights after each step, the t-th of T by about (t / T) to this power: what
+    validation judges and what is kept. 0 averages all steps alike, null takes the last. (Polynomial-decay averaging,
+    Shamir & Zhang 2013, arXiv:1212.1824.)"""
     patience: Count = 4
     """Epochs without a better validation GAUC before training stops."""
 

@@ -61,7 +61,7 @@ def _versions(run: Run, stage: str) -> list[str]:
         return []
     lines = []
     for place in storage.list_files(uri, scoring.META):
-        meta = scoring.Meta.model_validate(storage.read_json(place))
         name = storage.pure_path(place).parent.name
+        meta = scoring.load_meta(storage.join(uri, name))
         lines.append(f"{name} {meta.version[:KEY_LETTERS]}, reads {meta.reasoner_version or 'no reasoner'}")
     return lines

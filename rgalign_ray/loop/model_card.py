@@ -43,9 +43,7 @@ def write(
         figures: of its training; of those that are a value a step the first and the last are told.
     """
     config = run.config
-    judge = scoring.Meta.model_validate(
-        storage.read_json(storage.join(run.uri(f"rankers_{round_ - 1}", "qe_rec"), scoring.META))
-    )
+    judge = scoring.load_meta(run.uri(f"rankers_{round_ - 1}", "qe_rec"))
     inputs = [f"selected_{round_}", f"rankers_{round_ - 1}", *([weights] if weights else [])]
     shown = {
         name: (_number(values[0]), _number(values[-1]))

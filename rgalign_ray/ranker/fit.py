@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
@@ -132,7 +132,7 @@ class Fit:
         self.model.to(device)
         self.gradients = _flat_gradients(self.model)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, settings))
-        self.average = _moving_average(self.model, settings.ema_decay)
+        self.average = _averaged(self.model, settings.average)
         self.progress = Progress()
         self.best = _copy(self.model)
         self.after_step: Callable[[], None] = lambda: None
@@ -159,7 +159,7 @@ class Fit:
 
     @property
     def judged(self) -> Ranker:
-        """What validation judges: the moving average where there is one, else the model in training."""
+        """What validation judges: the average where there is one, else the model in training."""
         return self.average.module if self.average else self.model
 
     @property
@@ -298,10 +298,15 @@ class Fit:
         return figures
 
 
-def _moving_average(model: Ranker, decay: float) -> AveragedModel | None:
-    if not decay:
+def _averaged(model: Ranker, power: float | None) -> AveragedModel | None:
+    """Averages as `config.Ranker.average` says."""
+    if power is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(mean: list[Tensor], new: list[Tensor], steps: Tensor | int) -> None:
+        torch._foreach_lerp_(mean, new, (power + 1) / (float(steps) + 1 + power))
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 def score_rows(model: Ranker, rows: Rows, readout: str, device: str = "cpu", batch: int = SCORE_BATCH) -> np.ndarray:

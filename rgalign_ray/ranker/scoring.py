@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from rgalign_ray import config, storage
+from rgalign_ray.config.base import sentence
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.ranker.base import Ranker
@@ -100,11 +101,14 @@ def load_meta(uri: str) -> Meta:
     """What the ranker of an artefact is, without its weights.
 
     Raises:
-        DataError: where there is no ranker.
+        DataError: where there is no ranker, or one that another version of this package made with other settings.
     """
     if not storage.exists(storage.join(uri, META)):
         raise DataError(f"{uri}: no {META} here, so this is not a ranker.")
-    return Meta.model_validate(storage.read_json(storage.join(uri, META)))
+    try:
+        return Meta.model_validate(storage.read_json(storage.join(uri, META)))
+    except ValidationError as error:
+        raise DataError(f"{uri}: made by another version; train the ranker again. {sentence(error, Meta)}") from None
 
 
 def load(uri: str) -> LoadedRanker:

@@ -93,5 +93,6 @@ def variant(reader: SessionReader, models: Models, name: str = "default", weight
 
 
 def gateway(reader: SessionReader, models: Models, store: Any = None, feedback: Any = None, **settings: Any) -> Gateway:
-    it = config.Serve.model_validate(settings)
+    """With time enough, unless told otherwise, for models that answer at once on a machine with much else to do."""
+    it = config.Serve.model_validate({"budget_ms": 30_000.0} | settings)
     return Gateway(it, Variants([variant(reader, models, store=store)]), feedback)

@@ -111,6 +111,12 @@ def test_other_versions_are_refused(tmp_path: Path, space: FeatureSpace) -> None
         ranker.require(intent_ids=["a"])
     with pytest.raises(DataError, match="not a ranker"):
         scoring.load(str(tmp_path / "nowhere"))
+    place = str(tmp_path / "ranker")
+    meta = storage.read_json(storage.join(place, scoring.META))
+    meta["settings"]["of_old"] = 1
+    storage.write_json(storage.join(place, scoring.META), meta)
+    with pytest.raises(DataError, match=r"made by another version; .* settings\.of_old: no such setting"):
+        scoring.load(place)
 
 
 def test_files_of_two_rankers_in_one_folder_are_refused(tmp_path: Path, space: FeatureSpace) -> None:
