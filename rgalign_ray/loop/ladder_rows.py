@@ -132,8 +132,8 @@ ROWS: dict[config.RowName, LadderRow] = {
     "rg_cl": _aligned("RG-CL", "contrastive"),
     "latent": _aligned("RL on the embedding", "latent"),
     "gradient": _aligned("ranking gradient", "gradient", "the loss itself through the frozen ranker"),
-    "rga_paper": _aligned("RG-SFT, RG-CL", "paper", "the published objectives, one after the other"),
-    "rgalign": _aligned("RGAlign-Rec", "full", "all objectives as configured, ranker retrained"),
+    "rga_paper": _aligned("RGAlign-Rec as published", "paper", "RG-SFT, then RG-CL"),
+    "rgalign": _aligned("RGAlign-Rec", "full", "the objectives of `align`, one after the other"),
     "rgalign_shuffled": _aligned(
         "RGAlign-Rec shuffled",
         "full",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.loop import compare, gather
 
+DOCS = Path(__file__).parents[2] / "docs"
 ROWS: list[config.RowName] = ["two_tower", "din"]
 SESSIONS = 40
 
@@ -119,3 +123,16 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert told(tmp_path, [tmp_path / "here"], ["two_tower"]).facts["seeds"] == "1"
     with pytest.raises(ConfigError, match=r"nowhere: no folder seed_0 or the like"):
         told(tmp_path, [tmp_path / "nowhere"])
+
+
+def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
+    text = (DOCS / "alignment-study.md").read_text().replace("\\\n", "")
+    commands = [shlex.split(line) for line in re.findall(r"^rgalign compare .*--from docs/.*", text, re.MULTILINE)]
+    assert len(commands) == 2
+    for command in commands:
+        after = dict(pairwise(command))
+        sets = [value for word, value in pairwise(command) if word == "--set"]
+        settings = config.load(after["--config"], sets)
+        rows = gather.rows_of(settings)
+        place = str(DOCS.parent / after["--from"])
+        assert gather.runs_in(settings, place, gather.seeds_of(place), rows)
