@@ -13,7 +13,7 @@ class Select(Settings):
     method: Literal["best", "soft", "random", "title"] = "best"
     """title: no query at all but the clicked intent's own title, the control that needs no ranker."""
     margin: Annotated[float, Field(ge=0.0)] = 0.0
-    """best: how far the best reward must stand above the session's mean."""
+    """How far a session's best reward must stand above its mean, for any of its queries to teach."""
     beta: Positive = 0.1
     """soft: temperature of the resampling weights exp((r − max)/β)."""
     n: Count | None = None

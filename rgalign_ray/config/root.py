@@ -54,7 +54,8 @@ class Config(Settings):
     crossfit: Annotated[int, Field(ge=0)] = 0
     """For small logs: align on the sessions of role rank, each judged by one of so many rankers, the one that has not
     learned from its user; no user is set aside then. 0 aligns on users of their own (`roles.align`). 1 is no way to
-    align: the ranker judges what it has learned from, and the ladder shows what that is worth."""
+    align: the ranker judges what it has learned from, and the ladder shows what that is worth. In rounds after the
+    first, the reasoner that the judges read with has learned from all of these sessions."""
     rounds: Count = 1
     """Alignments, each on a slice of its own (`roles.align` is split evenly) and judged by the ranker before it."""
     early_stop: bool = False
@@ -128,11 +129,11 @@ class Config(Settings):
             raise ValueError("roles.rank must be above 0, and so must roles.align unless crossfit is")
         if self.crossfit > 1 and self.roles.align:
             raise ValueError("crossfit needs no users of role align; set roles.align to 0, and give its share to rank")
-        asking = [name for name in self.align if name in ("grpo", "gradient", "latent")]
+        asking = [name for name in self.align if name not in ("sft", "dpo")]
         if self.crossfit > 1 and asking:
             raise ValueError(
-                f"crossfit does not go with {asking[0]}, which asks one ranker about every session as it learns; "
-                "give align some users of their own"
+                f"crossfit does not go with {asking[0]}, which asks one ranker about every session as it learns, and "
+                "sft and dpo do not: set align to those, or give align some users of their own"
             )
         return self
 

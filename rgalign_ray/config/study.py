@@ -32,7 +32,7 @@ class Evaluate(Settings):
 
 FROZEN_ROWS = (
     *("popularity", "lr", "deepfm", "dcn_v2", "two_tower", "din", "sasrec", "bst", "din_text", "din_sentence"),
-    *("two_tower_more", "din_more", "din_sentence_more"),
+    *("two_tower_more", "din_more", "din_sentence_more", "qe_rec_more"),
     *("cosine", "template", "qe_rec", "qe_rec_shuffled", "true_need"),
 )
 """Rows of the ladder that read no aligned reasoner,"""

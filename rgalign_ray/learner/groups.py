@@ -166,7 +166,8 @@ class OwnSource:
     def __init__(self, task: LearnerTask, steps: Sequence[Sequence[str]]) -> None:
         self.task, self.steps = task, steps
         self.judge = Judge(task)
-        policy = copy.copy(self.judge.encoder)  # of the same tokenizer and settings; its weights are the trainer's
+        policy = copy.copy(self.judge.encoder)  # of the same tokenizer and settings; its weights are the trainer's,
+        policy.device = task.device  # and lie where it learns
         self.sampler = Sampler(task, steps, policy)
 
     def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[JudgedGroup]:

@@ -4,10 +4,11 @@
      ▲                                                                                          │
      └──────────────────────── one optimiser step of TRL's GRPOTrainer ◀────────────────────────┘
 
-Group-relative policy optimisation (Shao et al., 2024). Rewards are not divided by the group's deviation: where
-all queries rank alike, that would blow up rounding errors. A query that must not be judged counts as the worst of
-its group's others: left out, it would be neither wanted nor unwanted, and nothing would keep the policy writing
-valid ones. A group without any teaches nothing.
+Group-relative policy optimisation (Shao et al., 2024), with the loss averaged over all tokens of a step, not query by
+query (DAPO, Yu et al., 2025). Rewards are not divided by the group's deviation: where all queries rank alike, that
+would blow up rounding errors. A query that must not be judged counts as worse than its group's others: left out, it
+would be neither wanted nor unwanted, and nothing would keep the policy writing valid ones. A group without any teaches
+nothing.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _train(task: LearnerTask, settings: config.Grpo, host: Host, source: Source 
                 beta=settings.kl_weight,
                 epsilon=settings.clip,
                 scale_rewards="none",
+                loss_type="dapo",
                 disable_dropout=True,  # samplers have none, and ratios to their probabilities would be noise
             ),
             train_dataset=Dataset.from_dict({"prompt": keys(steps)}),
@@ -106,10 +108,15 @@ def reward(judged: list[list[float]], log_metric: Any, **rest: Any) -> list[floa
     return [pair[1] for pair in judged]
 
 
-def at_worst(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards [B, n] with the lowest of its row in place of each nan; a row of nothing else stays so."""
+INVALID_BELOW = 0.1
+"""How far below the worst valid query of its group an invalid one counts, in units of the reward: below it even where
+the valid ones are equal, as they often are by NDCG."""
+
+
+def below_worst(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards [B, n] with less than the lowest of its row in place of each nan; a row of nothing else stays so."""
     lowest = rewards.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(rewards.isnan() & lowest.isfinite(), lowest, rewards)
+    return torch.where(rewards.isnan() & lowest.isfinite(), lowest - INVALID_BELOW, rewards)
 
 
 def keys(steps: list[list[str]]) -> list[str]:
@@ -138,5 +145,5 @@ class Rollouts:
             "prompt_ids": [group.prompt_ids for group in groups for _ in group.rewards],
             "completion_ids": [ids for group in groups for ids in group.completion_ids],
             "logprobs": [values for group in groups for values in group.logprobs],
-            "judged": torch.stack([rewards, at_worst(rewards)], dim=-1).flatten(0, 1).tolist(),
+            "judged": torch.stack([rewards, below_worst(rewards)], dim=-1).flatten(0, 1).tolist(),
         }

@@ -198,7 +198,7 @@ def train(run: Run, out: str) -> Outcome:
         settings=run.config.ranker,
         storage_uri=run.records,
         run_name=AUDITOR,
-        embeddings_uri=run.uri("embeddings_audit"),
+        embeddings_uris=(run.uri("embeddings_audit"),),
         item_embeddings_uri=run.uri("items_sentence"),
         train_roles=(ROLE,),
     )

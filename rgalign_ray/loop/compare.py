@@ -134,6 +134,8 @@ def preparation(config: Config, rows: list[RowName]) -> list[Stage]:
         sequence.append(Stage("embeddings_need", "look up the true needs", embed_needs, (), inputs))
     if "reasoner" in reads:
         sequence += rank_stages.reading_stages(config, 0)
+    if any("embeddings_more" in texts_of(ROWS[name]) for name in rows):
+        sequence.append(rank_stages.more_stage())
     if alignments.read_by(rows) and not config.align:
         raise ConfigError("compare.rows: a row reads an aligned reasoner, but align names no objective.")
     for name in alignments.read_by(rows):
@@ -174,8 +176,9 @@ def texts_of(row: LadderRow) -> list[str]:
     """The artefacts that hold the intents' texts for a row and, where it reads them, the sessions'."""
     if row.aligned:
         return ["items", "embeddings_1"]
-    items = "items" if row.reads == "reasoner" else "items_sentence"
-    return [items, *([SESSION_TEXTS[row.reads]] if row.reads else [])]
+    if row.reads == "reasoner":
+        return ["items", "embeddings_0", *(["embeddings_more"] if row.more else [])]
+    return ["items_sentence", *([SESSION_TEXTS[row.reads]] if row.reads else [])]
 
 
 def taught_by(row: LadderRow, number: int) -> list[str]:
@@ -218,19 +221,25 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
     from rgalign_ray.ranker import training
 
     config = run.config
-    seed = config.seed * 1000 + number
     items, *embeddings = texts_of(row)
     start = run.uri("rankers_0", "qe_rec") if row.warm else None
     job = training.RankerJob(
         rankers=(
-            training.RankerSpec(RANKER, row.kind, storage.join(out, RANKER), seed, row.shuffled, start_uri=start),
+            training.RankerSpec(
+                RANKER,
+                row.kind,
+                storage.join(out, RANKER),
+                rank_stages.ranker_seed(config, 1, number),
+                row.shuffled,
+                start_uri=start,
+            ),
         ),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
         settings=rank_stages.warm_settings(config) if row.warm else config.ranker,
         storage_uri=run.records,
         run_name=RANKER,
-        embeddings_uri=run.uri(*embeddings) if embeddings else None,
+        embeddings_uris=tuple(run.uri(name) for name in embeddings),
         item_embeddings_uri=run.uri(items),
         shuffle_seed=config.seed,
         local=True,
@@ -254,7 +263,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     rung = Rung(
         row.title,
         uri,
-        run.uri(*embeddings) if embeddings else None,
+        run.uri(embeddings[0]) if embeddings else None,
         query="shuffled" if row.shuffled or row.readout == "other" else "own",
         readout=row.readout if row.readout == "query" else None,
         any_version=not row.retrained,

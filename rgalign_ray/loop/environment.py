@@ -16,7 +16,9 @@ from rgalign_ray.config import Config
 PASSED_ON = ("RGALIGN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 """What the user's environment says and every worker must hear."""
 
-QUIET = {
+WORKERS = {
+    # who asked for no GPU sees none, as the plan says; Ray lets such workers see all of a machine's
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -42,7 +44,7 @@ def prepare(config: Config) -> None:
     token, readable by all, into the home folder; a token in the environment reaches Ray's own processes
     and leaves nothing behind. With an address given, the cluster decides.
     """
-    defaults = dict(QUIET)
+    defaults = dict(WORKERS)
     if config.cluster.address is None:
         defaults |= LOCAL
         defaults["RAY_DATA_LOGGING_CONFIG"] = str(resources.files("rgalign_ray") / "configs/logging/ray_data.yaml")
@@ -85,4 +87,4 @@ def _token_path() -> Path:
 
 def for_workers() -> dict[str, str]:
     """Environment variables of the workers of a cluster that somebody else started."""
-    return QUIET | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return WORKERS | {name: os.environ[name] for name in PASSED_ON if name in os.environ}

@@ -138,6 +138,7 @@ def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple
         ("qe_rec", "template"),
         ("qe_rec", "qe_rec_shuffled"),
         ("rgalign", "qe_rec"),
+        *((row, "qe_rec_more") for row in ("rgalign", "gradient")),
         *(("rgalign", rival) for rival in dict.fromkeys([*best, *rivals[-1:]])),
         ("rgalign", TEXT_RIVAL),
         ("rgalign", "rgalign_shuffled"),

@@ -113,6 +113,7 @@ ROWS: dict[config.RowName, LadderRow] = {
         control=True,
     ),
     "qe_rec": LadderRow("QE-Rec", "qe_rec", "frozen reasoner", "reasoner"),
+    "qe_rec_more": LadderRow("QE-Rec, more sessions", "qe_rec", f"frozen reasoner; {MORE}", "reasoner", more=True),
     "qe_rec_shuffled": LadderRow(
         "QE-Rec shuffled",
         "qe_rec",

@@ -56,6 +56,19 @@ def reading_stages(config: Config, round_: int) -> list[Stage]:
     return [items, embeddings]
 
 
+def more_stage() -> Stage:
+    """What the frozen reasoner says of role align, for a ranker that learns from what reasoners are aligned on."""
+    return Stage(
+        "embeddings_more",
+        "read role align with the frozen reasoner",
+        partial(encode_sessions, round_=0, roles=tuple(align_roles(1))),
+        ("prompt", "reasoner", "encode", *HOW_QUERIED),
+        ("sessions",),
+        ray=True,
+        units=True,
+    )
+
+
 def rankers_stage(config: Config, round_: int) -> Stage:
     """rankers_r, trained on embeddings_r."""
     before = [f"rankers_{round_ - 1}"] if _warm(config, round_) else []
@@ -105,7 +118,7 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
         shuffled: bool = False,
         without: int | None = None,
     ) -> RankerSpec:
-        return RankerSpec(name, kind, storage.join(out, name), config.seed * 1000 + seed, shuffled, without)
+        return RankerSpec(name, kind, storage.join(out, name), ranker_seed(config, round_, seed), shuffled, without)
 
     judges = [
         spec(name, "qe_rec", seed, without=fold if len(folds) > 1 else None)
@@ -119,6 +132,13 @@ def ranker_specs(config: Config, round_: int, out: str) -> list[RankerSpec]:
         *judges,
         spec("shuffled", "qe_rec", shuffled=True),
     ]
+
+
+def ranker_seed(config: Config, round_: int, number: int) -> int:
+    """Of the initial weights, order and dropout of a round's ranker; no ranker of a round has those of one that taught
+    before, or an alignment to that one's accidents would look like one to the clicks.
+    """
+    return config.seed * 1000 + round_ * 100 + number
 
 
 def judge_names(config: Config) -> list[list[str]]:
@@ -194,12 +214,12 @@ def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
     return Outcome(rows={"intents": catalogue.size})
 
 
-def encode_sessions(run: Run, out: str, round_: int) -> Outcome:
+def encode_sessions(run: Run, out: str, round_: int, roles: tuple[str, ...] = ENCODED) -> Outcome:
     config = run.config
     plan = encode.EncodePlan(
         log_uri=run.uri("sessions"),
         template=Template.load(config.prompt.template),
-        roles=ENCODED,
+        roles=roles,
         queries_for=queried(config),
         query_sessions=(
             *example_sessions(run.uri("sessions"), run.truth, config.evaluate),
@@ -248,7 +268,7 @@ def encode_pass(run: Run, out: str, plan: encode.EncodePlan, engine: EngineSpec)
     ingested = run.manifest("sessions").figures
     roles = ingested["roles"]
     if not plan.encode.unclicked:
-        roles = roles | {role: ingested["clicked"].get(role, 0) for role in encode.TRAINING}
+        roles = roles | {role: ingested["clicked"].get(role, 0) for role in roles if role not in encode.JUDGING}
     if engine.weights is None:  # an aligned reasoner's name says nothing outside its run
         plan = replace(plan, kept_uri=run.config.encode.kept)
     sessions = sum(roles.get(role, 0) for role in plan.roles)
@@ -271,7 +291,7 @@ def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -
         settings=warm_settings(run.config) if warm else run.config.ranker,
         storage_uri=run.records,
         run_name=f"rankers_{round_}",
-        embeddings_uri=run.uri(f"embeddings_{round_}"),
+        embeddings_uris=(run.uri(f"embeddings_{round_}"),),
         item_embeddings_uri=run.uri("items"),
         shuffle_seed=run.config.seed,
         folds=run.config.crossfit,

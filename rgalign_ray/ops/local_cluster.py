@@ -176,7 +176,7 @@ def _node(cluster: Cluster, cpus: int, arguments: list[str]) -> None:
 
 def _start(arguments: list[str], log: Path) -> psutil.Process:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-    variables = environment.QUIET | environment.LOCAL | os.environ
+    variables = environment.WORKERS | environment.LOCAL | os.environ
     # a job is run by the `python` that is found first: the one that has this package
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
     with log.open("wb") as out:

@@ -31,16 +31,17 @@ class Embeddings:
     readouts: dict[str, Vectors]
 
     @classmethod
-    def load(cls, uri: str) -> Embeddings:
-        """Reads every Parquet file of an embeddings artefact; of several samples of an id, the first counts.
+    def load(cls, *uris: str) -> Embeddings:
+        """Reads every Parquet file of embeddings artefacts; of several samples of an id, the first counts.
 
         Raises:
             DataError: when there is no such table, it has other columns, or mixes reasoner versions.
         """
-        files = storage.list_files(uri, ".parquet")
-        if not files:
-            raise DataError(f"{uri}: no embeddings here; run the encode stage first.")
-        return cls.of(pa.concat_tables([_read(file) for file in files]), uri)
+        files = {uri: storage.list_files(uri, ".parquet") for uri in uris}
+        for uri in uris:
+            if not files[uri]:
+                raise DataError(f"{uri}: no embeddings here; run the encode stage first.")
+        return cls.of(pa.concat_tables([_read(file) for uri in uris for file in files[uri]]), uris[0])
 
     @classmethod
     def of(cls, table: pa.Table, where: str = "embeddings") -> Embeddings:

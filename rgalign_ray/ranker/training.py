@@ -97,7 +97,7 @@ class RankerJob:
         settings: the rankers' part of the configuration.
         storage_uri: folder for Ray Train's own checkpoints; what this run leaves there is removed at its end.
         run_name: a job that died is resumed by the same name.
-        embeddings_uri: e(x) and e(x,q) of the sessions; required by qe_rec.
+        embeddings_uris: e(x) and e(x,q) of the sessions, by one version of a reasoner; required by qe_rec.
         item_embeddings_uri: text embeddings of the intents (readout item).
         shuffle_seed: of the control's permutation.
         local: train in this process, without workers and without Ray.
@@ -111,7 +111,7 @@ class RankerJob:
     settings: config.Ranker
     storage_uri: str
     run_name: str
-    embeddings_uri: str | None = None
+    embeddings_uris: tuple[str, ...] = ()
     item_embeddings_uri: str | None = None
     shuffle_seed: int = 0
     local: bool = False
@@ -139,11 +139,11 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         InfrastructureError: when workers died more than `settings.retries` times.
     """
     reading = [spec for spec in job.rankers if MODELS[spec.kind].reads_queries]
-    if reading and job.embeddings_uri is None:
+    if reading and not job.embeddings_uris:
         raise ConfigError("ranker: qe_rec reads query embeddings; encode the sessions first.")
     catalogue = _catalogue(job.log_uri)
     intent_ids = Catalogue(*catalogue).ids
-    embeddings = Embeddings.load(job.embeddings_uri) if reading and job.embeddings_uri else None
+    embeddings = Embeddings.load(*job.embeddings_uris) if reading else None
     items = Embeddings.load(job.item_embeddings_uri).items(intent_ids) if job.item_embeddings_uri else None
     item_dim = min(job.settings.whitened_dim, items.shape[1], len(intent_ids) - 1) if items is not None else 0
     sizes = Sizes.of(

@@ -17,14 +17,18 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         seeds: uint64 [S]; one per session, so that a draw depends on no order.
 
     Returns:
-        int64 [S]: the sample's number, -1 for a session that teaches nothing (no valid query; with
-        `best`, no reward more than the margin above the session's mean; with `require_uplift`, no query
-        better than none).
+        int64 [S]: the sample's number, -1 for a session that teaches nothing (no reward more than the margin above
+        the session's mean; with `require_uplift`, no query better than none). Which sessions teach does not depend on
+        the method: what is chosen at random is a control of the choice, not of the sessions.
     """
     chosen = np.full(len(reward), -1, dtype=np.int64)
     for i, values in enumerate(reward):
         valid = np.flatnonzero(np.isfinite(values))
-        if not len(valid) or (settings.require_uplift and not (uplift[i, valid] > 0).any()):
+        if (
+            not len(valid) or not (values[valid].max() - values[valid]).mean() > settings.margin
+        ):  # 0 where all are equal
+            continue
+        if settings.require_uplift and not (uplift[i, valid] > 0).any():
             continue
         generator = np.random.Generator(np.random.Philox(int(seeds[i])))
         if settings.method == "random":
@@ -32,7 +36,7 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         elif settings.method == "soft":
             weights = np.exp((values[valid] - values[valid].max()) / settings.beta)
             chosen[i] = generator.choice(valid, p=weights / weights.sum())
-        elif (values[valid].max() - values[valid]).mean() > settings.margin:  # exactly 0 where all are equal
+        else:
             chosen[i] = valid[values[valid].argmax()]
     return chosen
 

@@ -34,10 +34,10 @@ from rgalign_ray.reasoner.sentence_encoder import joined
 from rgalign_ray.reward.functions import fault
 from rgalign_ray.rollout.worker import Instruction, embedding_table, vectors_table
 
-TRAINING = ("rank", "audit")
-"""Roles that rankers learn from."""
+JUDGING = ("valid", "test")
+"""Roles that rankers are judged by; from all others they learn."""
 HASHES = 1 << 20
-"""Resolution of the hash that decides which rank sessions get a query."""
+"""Resolution of the hash that decides which sessions that rankers learn from get a query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class EncodePlan:
 def session_texts(batch: pa.Table, template: Template, unclicked: bool = True) -> pa.Table:
     """`session_id`, `role` and the session's text; `unclicked` keeps those without a click that rankers learn from."""
     if not unclicked:
-        judges = ~np.isin(batch["role"].to_pylist(), TRAINING)
+        judges = np.isin(batch["role"].to_pylist(), JUDGING)
         batch = batch.filter(pa.array(judges | lists.any_true(batch["clicks"])))
     return pa.table(
         {
@@ -121,7 +121,7 @@ class SessionEncoder:
             return np.array([i in self.written for i in ids])
         named = np.isin(roles, self.plan.queries_for) | np.isin(ids, self.plan.query_sessions)
         share = session_keys(ids) % HASHES < self.plan.encode.query_share * HASHES
-        return named | (share & (np.array(roles) == "rank"))
+        return named | (share & ~np.isin(roles, (*JUDGING, "audit")))
 
     def _read(self, ids: list[str], texts: list[str], wants_query: np.ndarray) -> list[Group]:
         """Groups in the order of `ids`; rows of like length are read together, so that little is padding."""

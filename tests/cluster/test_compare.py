@@ -59,7 +59,7 @@ def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp
 
 @pytest.mark.slow
 def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, tmp_path: Path) -> None:
-    rows = ["din_more", "qe_rec", "rgalign_not_retrained", *ALIGNED, *READ_OTHERWISE]
+    rows = ["din_more", "qe_rec", "qe_rec_more", "rgalign_not_retrained", *ALIGNED, *READ_OTHERWISE]
     overrides = [
         "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
         "world.sessions=900", "gradient.batch_sessions=8", "align=[sft]",
@@ -90,6 +90,11 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
     trained = [storage.read_json(str(seed / name / "manifest.json")) for name in ("row_qe_rec", "row_qe_rec-1")]
     assert trained[0]["figures"]["gaucs"] != trained[1]["figures"]["gaucs"], "of different initial weights"
+    fresh = storage.read_json(str(seed / "row_qe_rec_more/manifest.json"))["figures"]
+    for what in ("sessions", "sessions_with_click", "sessions_with_prompt", "sessions_with_query"):
+        assert fresh[what] > trained[0]["figures"][what], "it learns from role align as well"
+    judge = storage.read_json(str(seed / "rankers_0/manifest.json"))["figures"]["qe_rec"]
+    assert judge["gaucs"] != trained[0]["figures"]["gaucs"], "no row has the initial weights of the ranker that taught"
     warm = [storage.read_json(str(seed / place / "manifest.json"))["figures"] for place in WARM]
     assert warm[0]["losses"] != warm[1]["losses"], "of different reasoners"
     assert all(it["losses"][0] < trained[0]["figures"]["losses"][0] for it in warm), "the judge has learned before"

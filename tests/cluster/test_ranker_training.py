@@ -103,7 +103,7 @@ def _job(
         settings=settings,
         storage_uri=str(out / "train"),
         run_name="run",
-        embeddings_uri=str(log / "embeddings"),
+        embeddings_uris=(str(log / "embeddings"),),
         item_embeddings_uri=str(log / "items"),
         local=local,
     )

@@ -80,6 +80,7 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("roles.cold_share=0.2", "world.cold_share"),
         ("select.n=5", "more than the 4 queries"),
         ("crossfit=3 align=[gradient] roles.align=0 roles.rank=0.75", "does not go with gradient"),
+        ("crossfit=3 roles.align=0 roles.rank=0.75", "does not go with contrastive"),
         ("crossfit=3 align=[sft]", "set roles.align to 0"),
         ("early_stop=true", "roles.audit is 0"),
         ("rounds=3 roles.slices=2", "cuts align into 2"),

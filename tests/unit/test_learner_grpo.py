@@ -149,11 +149,11 @@ def test_a_session_that_comes_again_is_sampled_anew() -> None:
     assert not {seed for row in groups.seeds(step, 3, range(4), n=3, seed=1) for seed in row} & set(drawn[0])
 
 
-def test_what_must_not_be_judged_counts_as_the_worst_of_its_group() -> None:
-    nan = float("nan")
-    rewards = torch.tensor([[-1.0, nan, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0]])
-    expected = torch.tensor([[-1.0, -3.0, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0]])
-    torch.testing.assert_close(grpo.at_worst(rewards), expected, equal_nan=True)
+def test_what_must_not_be_judged_counts_as_worse_than_its_group() -> None:
+    nan, below = float("nan"), grpo.INVALID_BELOW
+    rewards = torch.tensor([[-1.0, nan, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0], [0.0, 0.0, nan]])
+    expected = torch.tensor([[-1.0, -3.0 - below, -3.0], [nan, nan, nan], [-2.0, -2.0, -1.0], [0.0, 0.0, -below]])
+    torch.testing.assert_close(grpo.below_worst(rewards), expected, equal_nan=True)
 
 
 def test_a_query_that_must_not_be_judged_has_no_reward(start: LearnerTask) -> None:

@@ -39,7 +39,7 @@ def test_an_engine_that_is_not_installed_stops_the_run_before_it_starts(tmp_path
     assert controller.settle(config.validate(elsewhere)).reasoner.engine == "vllm"
 
 
-CROSSFIT = {"crossfit": 3, "roles": {"align": 0.0, "rank": 0.75}}
+CROSSFIT = {"crossfit": 3, "align": ["sft"], "roles": {"align": 0.0, "rank": 0.75}}
 
 
 def test_every_row_of_the_configuration_stands_on_the_ladder() -> None:
@@ -293,13 +293,16 @@ def test_rankers_of_a_later_round_go_on_from_those_of_the_round_before_where_ask
         stages = [rank_stages.rankers_stage(settings, round_) for settings in (anew, warm)]
         assert [set(stage.inputs) & {"rankers_0", "rankers_1"} for stage in stages] == [set(), {before} - {None}]
         assert [stage.settings.count("retrain") for stage in stages] == [0, int(before is not None)]
-    names = [{spec.name for spec in rank_stages.ranker_specs(warm, round_, "")} for round_ in range(3)]
+    specs = [rank_stages.ranker_specs(warm, round_, "") for round_ in range(3)]
+    names = [{spec.name for spec in of_round} for of_round in specs]
     assert names[2] <= names[1] <= names[0], "each finds its own among those of the round before"
+    seeds = [{spec.seed for spec in of_round} for of_round in specs]
+    assert not (seeds[0] & seeds[1] or seeds[1] & seeds[2]), "none draws what one drew that taught"
     assert rank_stages.warm_settings(warm).lr == warm.retrain.lr_scale * warm.ranker.lr
 
 
 def test_with_crossfit_a_fold_is_judged_by_rankers_that_have_not_learned_from_it() -> None:
-    crossed = config.validate({"crossfit": 3, "roles": {"align": 0.0, "rank": 0.75}})
+    crossed = config.validate(CROSSFIT)
     assert rank_stages.judge_names(crossed) == [[f"judge_{seed}_fold_{fold}" for fold in range(3)] for seed in range(2)]
     specs = {spec.name: spec for spec in rank_stages.ranker_specs(crossed, 0, "out")}
     for seed, folds in enumerate(rank_stages.judge_names(crossed)):

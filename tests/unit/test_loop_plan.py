@@ -206,7 +206,7 @@ def test_the_users_own_settings_stand(monkeypatch: pytest.MonkeyPatch, mine: dic
 
 def test_a_cluster_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     found = prepared(monkeypatch, {}, cluster={"address": "auto"})
-    assert found == environment.QUIET
+    assert found == environment.WORKERS
 
 
 @pytest.mark.parametrize(("use_gpu", "accelerator"), [(False, "cpu"), (True, "cuda")])
@@ -217,4 +217,4 @@ def test_deepspeed_is_told_what_to_run_on(monkeypatch: pytest.MonkeyPatch, use_g
 def test_workers_of_a_cluster_hear_where_models_lie_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"RGALIGN_CACHE": "/c", "HF_HUB_OFFLINE": "1", "RAY_AUTH_TOKEN": "secret", "HOME": "/h"}
     monkeypatch.setattr(os, "environ", mine)
-    assert environment.for_workers() == environment.QUIET | {"RGALIGN_CACHE": "/c", "HF_HUB_OFFLINE": "1"}
+    assert environment.for_workers() == environment.WORKERS | {"RGALIGN_CACHE": "/c", "HF_HUB_OFFLINE": "1"}

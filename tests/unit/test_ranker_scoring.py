@@ -139,6 +139,8 @@ def test_lookup_finds_each_id_and_the_first_sample(tmp_path: Path) -> None:
     storage.write_table(str(tmp_path / "part-00001.parquet"), table.slice(3))
     storage.write_json(str(tmp_path / "manifest.json"), {})
     embeddings = Embeddings.load(str(tmp_path))
+    storage.write_table(str(tmp_path / "more/part.parquet"), _table(["d"], "prompt"))
+    assert Embeddings.load(str(tmp_path), str(tmp_path / "more")).lookup(session_keys(["a", "d"]), "prompt")[1].all()
     vectors = np.array(table["embedding"].to_pylist(), np.float16)
     found, has = embeddings.lookup(session_keys(["a", "x", "b"]), "prompt")
     assert has.tolist() == [True, False, True]

@@ -130,15 +130,14 @@ def test_a_written_query_is_read_with_its_session(written: str, tmp_path: Path) 
 
 
 def test_sessions_that_clicked_nothing_can_be_left_unread() -> None:
-    clicks = [[False, True], [False, False], [False, False], [True, False]]
-    table = pa.table(
-        {"session_id": list("abcd"), "role": ["rank", "audit", "valid", "test"], "clicks": clicks, "ts": [None] * 4}
-    )
+    clicks = [[False, True], [False, False], [False, False], [True, False], [False, False]]
+    roles = ["rank", "audit", "valid", "test", "align_1"]
+    table = pa.table({"session_id": list("abcde"), "role": roles, "clicks": clicks, "ts": [None] * 5})
     template = Template(version="t", prefix="", session="hello", suffix="", item="{{ title }}")
-    table = table.set_column(3, "ts", pa.nulls(4, schema.TIMESTAMP)).append_column(
-        "history", pa.array([[]] * 4, pa.list_(schema.EVENT))
+    table = table.set_column(3, "ts", pa.nulls(5, schema.TIMESTAMP)).append_column(
+        "history", pa.array([[]] * 5, pa.list_(schema.EVENT))
     )
-    assert session_texts(table, template)["session_id"].to_pylist() == list("abcd")
+    assert session_texts(table, template)["session_id"].to_pylist() == list("abcde")
     assert session_texts(table, template, unclicked=False)["session_id"].to_pylist() == list("acd")
 
 
