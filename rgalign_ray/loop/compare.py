@@ -273,7 +273,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
     figures = figures | {"calibration": test.calibration(judged.scores)}
     if row.reads == "reasoner":
-        figures["wrote"] = alignments.examples(run, test, run.uri(*embeddings))
+        figures["wrote"] = alignments.examples(run, test, run.uri(embeddings[0]))
     if alignments.has_diagnosis(row):
         found = evaluate_stages.diagnosis_of(run, 1, test, rung, judged, row.title)
         figures["diagnosis"] = found.model_dump()
