@@ -108,7 +108,7 @@ class Learner(Trained):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shares out among learners: optimiser states (1), gradients as well (2), weights as well (3)."""
     bf16: bool | Literal["auto"] = "auto"
-    """auto: where `reasoner.dtype` comes out as bfloat16. Master weights and optimiser are float32 either way; gradients
-    are summed in bfloat16 then."""
+    """auto: where `reasoner.dtype` comes out as bfloat16. Master weights and optimiser are float32 either way;
+    gradients are summed in bfloat16 then."""
     micro_batch: Count = 4
     """Sessions of one forward pass on one worker."""
