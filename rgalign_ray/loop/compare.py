@@ -176,9 +176,11 @@ def texts_of(row: LadderRow) -> list[str]:
     """The artefacts that hold the intents' texts for a row and, where it reads them, the sessions'."""
     if row.aligned:
         return ["items", "embeddings_1"]
-    if row.reads == "reasoner":
-        return ["items", "embeddings_0", *(["embeddings_more"] if row.more else [])]
-    return ["items_sentence", *([SESSION_TEXTS[row.reads]] if row.reads else [])]
+    if row.reads is None:
+        return ["items_sentence"]
+    by_reasoner = row.reads == "reasoner"
+    more = ["embeddings_more"] if row.more and by_reasoner else []
+    return ["items" if by_reasoner else "items_sentence", SESSION_TEXTS[row.reads], *more]
 
 
 def taught_by(row: LadderRow, number: int) -> list[str]:

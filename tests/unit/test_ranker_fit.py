@@ -208,13 +208,13 @@ def test_a_baseline_reads_the_fields(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_baseline_reads_the_history(kind: str) -> None:
-    """The newest event tells the need in one log and is noise in the other."""
-    settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2})
+    """The newest event tells the need in one log and is noise in the other. In so few steps an average lags behind."""
+    settings = SETTINGS.model_copy(update={"epochs": 6, "lr": 1e-2, "average": None})
     untold = rows(SIZES, 300)
     told = {**untold, "history": untold["history"].copy()}
     clicked = (untold["clicks"] * (untold["candidates"] + 1)).max(axis=1)  # 1, 4, 7 … 22, or 0 without a click
     told["history"][:, -1] = np.where(clicked > 0, clicked // 3 + 2, told["history"][:, -1])
-    assert _fit(told, kind, settings).run()["best_gauc"] > _fit(untold, kind, settings).run()["best_gauc"] + 0.02
+    assert _fit(told, kind, settings).run()["best_gauc"] > _fit(untold, kind, settings).run()["best_gauc"] + 0.03
 
 
 def test_popularity_has_nothing_to_train_and_scores_the_base_rate() -> None:

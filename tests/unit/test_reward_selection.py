@@ -11,6 +11,7 @@ from rgalign_ray import config
 from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 REWARD = st.floats(-4, 0, width=32) | st.sampled_from([-1.0, -0.5])
+METHODS = ["best", "soft", "random"]
 ROW = st.lists(REWARD | st.just(float("nan")), min_size=2, max_size=6)
 
 
@@ -31,9 +32,6 @@ def test_best_takes_the_first_greatest_that_stands_above_the_mean(row: list[floa
     gap = max(valid) - float(np.mean(np.array(valid, np.float64)))
     if abs(gap - margin) > 1e-5:
         assert chosen == (row.index(max(valid)) if gap > margin else -1)
-
-
-METHODS = ["best", "soft", "random"]
 
 
 @pytest.mark.parametrize("value", [0.7, -0.7, -2.3, 0.1])
