@@ -17,7 +17,7 @@ from rgalign_ray.evaluate.report import Comparison, Diagnosis, Estimate, Example
 from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.hashing import session_keys
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.loop.rank_stages import SENTENCE_READER
+from rgalign_ray.loop import rank_stages
 from rgalign_ray.loop.readers import sentence_engine
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker.embeddings import Embeddings
@@ -27,6 +27,7 @@ from rgalign_ray.rollout.encode import written_queries
 TOP_SHOWN = 3
 NO_QUERY = "(no valid query)"
 ALIGNED = "RGAlign-Rec"
+TRAINED_ON = "QE-Rec trained on"
 
 Queries = dict[int, dict[str, str]]
 """By round, the valid latent query of each session that has one."""
@@ -36,13 +37,14 @@ def stages(config: Config) -> list[Stage]:
     inputs = ["sessions", "features"]
     inputs += [f"{kind}_{r}" for r in range(config.rounds + 1) for kind in ("embeddings", "rankers")]
     inputs += [f"rewards_{r}" for r in range(1, config.rounds + 1)]
+    inputs += [stage.name for stage in rank_stages.control_stages(config, config.rounds)]
     inputs += truth_inputs(config)
     return [
         Stage(
             "evaluation",
             "judge every ranker on the test sessions",
             evaluate,
-            ("evaluate", *SENTENCE_READER),
+            ("evaluate", *rank_stages.SENTENCE_READER),
             tuple(inputs),
         ),
     ]
@@ -67,6 +69,9 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
         Rung("RGAlign shuffled", rankers[last]("shuffled"), embeddings[last], "shuffled", control=True, note=trained),
         Rung("RGAlign mean query", rankers[last]("qe_rec"), embeddings[last], "mean", control=True, note=mean),
     ]
+    for stage in rank_stages.control_stages(run.config, last):
+        on = "trained on, as RGAlign-Rec, with the frozen reasoner"
+        controls.append(Rung(TRAINED_ON, run.uri(stage.name, "qe_rec"), embeddings[0], control=True, note=on))
     return ladder, controls
 
 
@@ -82,6 +87,8 @@ def evaluate(run: Run, out: str) -> Outcome:
     if run.config.rounds > 1:
         pairs.append((named[ALIGNED], named["QE-Rec"]))
     pairs += [(named["QE-Rec"], named["QE-Rec shuffled"]), (named[ALIGNED], named["RGAlign shuffled"])]
+    if TRAINED_ON in named:
+        pairs.append((named[ALIGNED], named[TRAINED_ON]))
     comparisons = []
     for better, worse in pairs:
         comparisons += compare(better, worse, judged[better.name], judged[worse.name], test.users, settings)

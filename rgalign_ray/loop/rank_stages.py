@@ -71,7 +71,7 @@ def more_stage() -> Stage:
 
 def rankers_stage(config: Config, round_: int) -> Stage:
     """rankers_r, trained on embeddings_r."""
-    before = [f"rankers_{round_ - 1}"] if _warm(config, round_) else []
+    before = [f"rankers_{round_ - 1}"] if is_warm(config, round_) else []
     return Stage(
         f"rankers_{round_}",
         "train " + ", ".join(spec.name for spec in ranker_specs(config, round_, "")),
@@ -82,7 +82,29 @@ def rankers_stage(config: Config, round_: int) -> Stage:
     )
 
 
-def _warm(config: Config, round_: int) -> bool:
+def control_stages(config: Config, round_: int) -> list[Stage]:
+    """trained_on_r, where rankers have a warm start: QE-Rec trained on as often on the frozen reasoner; else more
+    training would look like a gain of alignment.
+    """
+    if not is_warm(config, round_):
+        return []
+    return [
+        Stage(
+            f"trained_on_{round_}",
+            "train QE-Rec on without alignment",
+            partial(train_on, round_=round_),
+            ("ranker", "retrain"),
+            ("sessions", "features", "items", "embeddings_0", _control_before(round_)),
+            ray=True,
+        )
+    ]
+
+
+def _control_before(round_: int) -> str:
+    return f"trained_on_{round_ - 1}" if round_ > 1 else "rankers_0"
+
+
+def is_warm(config: Config, round_: int) -> bool:
     """Whether rankers of a round begin with those of the round before."""
     return round_ > 0 and config.retrain.start == "previous"
 
@@ -281,17 +303,27 @@ def train_rankers(run: Run, out: str, round_: int, judges_alone: bool = False) -
     if judges_alone:
         wanted = {"qe_rec", *(name for folds in judge_names(run.config) for name in folds)}
         specs = [spec for spec in specs if spec.name in wanted]
-    warm = _warm(run.config, round_)
-    if warm:
-        specs = [replace(spec, start_uri=run.uri(f"rankers_{round_ - 1}", spec.name)) for spec in specs]
+    before = f"rankers_{round_ - 1}" if is_warm(run.config, round_) else None
+    return _train(run, f"rankers_{round_}", specs, f"embeddings_{round_}", before)
+
+
+def train_on(run: Run, out: str, round_: int) -> Outcome:
+    specs = [spec for spec in ranker_specs(run.config, round_, out) if spec.name == "qe_rec"]
+    return _train(run, f"trained_on_{round_}", specs, "embeddings_0", _control_before(round_))
+
+
+def _train(run: Run, name: str, specs: list[RankerSpec], embeddings: str, before: str | None) -> Outcome:
+    """Trains rankers on one artefact of embeddings, each with the weights of its namesake of `before`, if named."""
+    if before:
+        specs = [replace(spec, start_uri=run.uri(before, spec.name)) for spec in specs]
     job = RankerJob(
         rankers=tuple(specs),
         log_uri=run.uri("sessions"),
         space=storage.read_json(run.uri("features", "features.json")),
-        settings=warm_settings(run.config) if warm else run.config.ranker,
+        settings=warm_settings(run.config) if before else run.config.ranker,
         storage_uri=run.records,
-        run_name=f"rankers_{round_}",
-        embeddings_uris=(run.uri(f"embeddings_{round_}"),),
+        run_name=name,
+        embeddings_uris=(run.uri(embeddings),),
         item_embeddings_uri=run.uri("items"),
         shuffle_seed=run.config.seed,
         folds=run.config.crossfit,

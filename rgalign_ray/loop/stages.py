@@ -32,5 +32,6 @@ def stages(config: Config) -> list[Stage]:
             *rank_stages.reading_stages(config, round_),
             *audit_stages.audited_stages(config, round_),
             rank_stages.rankers_stage(config, round_),
+            *rank_stages.control_stages(config, round_),
         ]
     return [*sequence, *evaluate_stages.stages(config)]

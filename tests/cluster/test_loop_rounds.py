@@ -51,6 +51,7 @@ def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
         assert rewards is not None and -1 <= rewards.figures["gate"]["audit"] <= 1
     rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]
     assert rows[:4] == ["two-tower", "QE-Rec", "RGAlign-Rec, round 1", "RGAlign-Rec"]
+    assert rows[-1] == "QE-Rec trained on"
     aligned = {round_: str(tmp_path / f"align_{round_}_{settings.align[-1]}") for round_ in (1, 2)}
     versions = {round_: models.version_of(settings.reasoner, folder) for round_, folder in aligned.items()}
     for round_, version in versions.items():
@@ -60,6 +61,10 @@ def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
     for name in ("qe_rec", "shuffled"):
         figures = [storage.read_json(str(tmp_path / f"rankers_{r}/{name}/ranker.json"))["figures"] for r in range(3)]
         assert figures[0]["losses"][0] > max(it["losses"][0] for it in figures[1:]), "each goes on from the one before"
+    places = (f"{folder}/qe_rec/ranker.json" for folder in ("rankers_0", "trained_on_1", "trained_on_2"))
+    first, *on = (storage.read_json(str(tmp_path / place)) for place in places)
+    assert first["figures"]["losses"][0] > max(it["figures"]["losses"][0] for it in on), "so does the control"
+    assert {it["reasoner_version"] for it in on} == {first["reasoner_version"]}, "on the frozen reasoner"
     shown = subprocess.run(
         [sys.executable, "-m", "rgalign_ray.cli", "lineage", str(tmp_path)], capture_output=True, text=True, timeout=120
     )

@@ -293,6 +293,10 @@ def test_rankers_of_a_later_round_go_on_from_those_of_the_round_before_where_ask
         stages = [rank_stages.rankers_stage(settings, round_) for settings in (anew, warm)]
         assert [set(stage.inputs) & {"rankers_0", "rankers_1"} for stage in stages] == [set(), {before} - {None}]
         assert [stage.settings.count("retrain") for stage in stages] == [0, int(before is not None)]
+    assert [rank_stages.control_stages(anew, round_) for round_ in range(3)] == [[], [], []]
+    controls = [stage for round_ in range(3) for stage in rank_stages.control_stages(warm, round_)]
+    assert [stage.inputs[-1] for stage in controls] == ["rankers_0", "trained_on_1"]
+    assert all("embeddings_0" in stage.inputs for stage in controls)
     specs = [rank_stages.ranker_specs(warm, round_, "") for round_ in range(3)]
     names = [{spec.name for spec in of_round} for of_round in specs]
     assert names[2] <= names[1] <= names[0], "each finds its own among those of the round before"
