@@ -105,15 +105,19 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
     names = read_by(rows)
     if not names:
         return made
+    config = jobs[0].config
     rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
     valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
     worth = worth_stages.query_worth_of(jobs, 1)
     diagnoses = [_diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
-    if jobs[0].config.roles.audit:
+    if config.roles.audit:
         lines.append(audit_stages.hearing_sentence([job.manifest(audit_stages.AUDITOR) for job in jobs]))
+    as_configured = any("align" not in ALIGNMENTS[name] for name in names)
+    objectives = {"RGAlign-Rec's objectives": " + ".join(config.align)} if as_configured else {}
     return made.model_copy(
         update={
+            "facts": made.facts | objectives,
             "reward": summary.reward_gate(rewards, valid),
             "worth": worth,
             "diagnoses": diagnoses,

@@ -110,6 +110,7 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
         for row in ("row_judge", "aligned_full/row_rgalign_shift", "aligned_full/row_rgalign_not_retrained")
     )
     assert (judge != shifted).any() and (shifted != aligned).any()
+    assert made.facts["RGAlign-Rec's objectives"] == "sft"
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
     diagnosed = [compare.ROWS[name].title for name in (*ALIGNED, "rgalign_warm") if not compare.ROWS[name].shuffled]
