@@ -94,7 +94,7 @@ class Reward(Placed):
     other, so that the auditor confirms what the clicks have in common and not those that chose the query."""
     judge_seeds: Annotated[int, Field(ge=2)] = 2
     """Rankers of different seeds that score every rollout. The last measures the noise of the reward, which is the mean
-    of the others' (an ensemble, if there are several); objectives that ask as they learn ask the first alone."""
+    of the others' (an ensemble, if there are several), and so is what objectives ask for as they learn."""
     workers: Count = 2
     """Reward models that judge units beside each other."""
     cpus: Positive = 0.5

@@ -34,17 +34,18 @@ class Contrast:
     measure = "accuracy"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        self.ranker = frozen.ranker(task)
+        self.rankers = frozen.rankers(task)
         self.clicked: list[list[int]] = table["positives"].to_pylist()
         self.device = task.device
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
-        z = self.ranker.queries(embeddings, torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=self.device))
-        logits = self.ranker.query_logits(z)
+        is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=self.device)
+        logits = torch.stack([it.query_logits(it.queries(embeddings, is_null)) for it in self.rankers])  # [J, B, P, I]
         positives = torch.zeros(len(rows), logits.shape[-1], dtype=torch.bool, device=self.device)
         for number, row in enumerate(rows):
             positives[number, self.clicked[row]] = True
-        return info_nce(logits, positives[:, None].expand(logits.shape))
+        loss, accuracy = info_nce(logits, positives[:, None].expand(logits.shape))
+        return loss.mean(dim=0), accuracy.mean(dim=0)
 
 
 def info_nce(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:

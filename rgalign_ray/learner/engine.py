@@ -26,10 +26,10 @@ SELECTED, PAIRS, POSITIVES = "selected", "pairs", "positives"
 
 @dataclass(frozen=True, slots=True)
 class FrozenPair:
-    """The reward model: a ranker and the reasoner whose embeddings it reads, over the round's sessions."""
+    """The reward model: rankers and the reasoner whose embeddings they read, over the round's sessions."""
 
-    ranker: str
-    """Ranker artefact."""
+    rankers: tuple[str, ...]
+    """Ranker artefacts; the reward is the mean of theirs."""
     encoder: str | None
     """Reasoner artefact; None is the base model."""
     sessions: str

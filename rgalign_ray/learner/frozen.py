@@ -1,8 +1,8 @@
-"""The frozen ranker as learners read it, over the sessions of a round."""
+"""The frozen rankers as learners read them, over the sessions of a round."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,14 +22,18 @@ READ = ("fields", "multi", "history", "candidates")
 """What scores read of a session."""
 
 
-def ranker(task: LearnerTask) -> QERec:
-    """The ranker of the task's frozen pair, where its learner computes."""
-    return _placed(_load(task), task)
+Read = Callable[[QERec], Tensor]
+"""Query vectors [B, N, d] as a ranker makes them of what it is told."""
 
 
-def _load(task: LearnerTask) -> scoring.LoadedRanker:
+def rankers(task: LearnerTask) -> list[QERec]:
+    """The rankers of the task's frozen pair, where its learner computes."""
+    return [_placed(loaded, task) for loaded in _load(task)]
+
+
+def _load(task: LearnerTask) -> list[scoring.LoadedRanker]:
     assert task.pair is not None
-    return scoring.load(task.pair.ranker)
+    return [scoring.load(uri) for uri in task.pair.rankers]
 
 
 def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:
@@ -37,37 +41,44 @@ def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:
     return loaded.model.to(task.device)
 
 
-class FrozenRanker:
+class FrozenRankers:
     """Scores and rewards of query vectors; rows are places in the round's sessions, sorted by id.
 
+    Several rankers are one judge, as in `reward.actor`: the reward is the mean of theirs.
+
     Raises:
-        DataError: where the ranker is of another knowledge base.
+        DataError: where a ranker is of another knowledge base, or of other features than the first.
     """
 
     def __init__(self, task: LearnerTask) -> None:
         assert task.pair is not None
         loaded = _load(task)
         catalogue = Catalogue.load(task.pair.log)
-        loaded.require(intent_ids=catalogue.ids)
+        for each in loaded:
+            each.require(space_version=loaded[0].meta.space_version, intent_ids=catalogue.ids)
         self.table = storage.read_table(task.pair.sessions).sort_by("session_id")
-        arrays = examples(self.table, loaded.space, catalogue)
+        arrays = examples(self.table, loaded[0].space, catalogue)
         self.sessions = {name: arrays[name] for name in READ}
         self.settings = task.pair.reward
         self.labels = functions.Labels.of(self.settings, self.table, arrays, catalogue)
-        self.model, self.device = _placed(loaded, task), str(task.device)
+        self.models, self.device = [_placed(each, task) for each in loaded], str(task.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Sessions as tensors, padded to the round's longest list of candidates."""
         return to_batch(take(self.sessions, np.asarray(rows)), self.device)
 
-    def scores(self, z: Tensor, batch: Batch) -> Tensor:
-        """[B, N, C] of N query vectors z [B, N, d] a session; gradients pass through."""
-        return self.model.score(self.model.users(batch), self.model.items(), batch["candidates"], z)
+    def scores(self, read: Read, batch: Batch) -> list[Tensor]:
+        """[B, N, C] of every ranker; gradients pass through."""
+        return [
+            model.score(model.users(batch), model.items(), batch["candidates"], read(model)) for model in self.models
+        ]
 
     @torch.no_grad()
-    def rewards(self, z: Tensor, rows: Sequence[int]) -> Tensor:
-        """float32 [B, N] of query vectors z [B, N, d]."""
+    def rewards(self, read: Read, rows: Sequence[int]) -> Tensor:
+        """float32 [B, N], where the learner computes."""
         batch = self.batch(rows)
-        scores, exists = self.scores(z, batch).cpu().numpy(), batch["candidates"].cpu().numpy() >= 0
-        found = functions.reward(self.settings, scores, self.labels.take(np.asarray(rows)), exists)
-        return torch.from_numpy(found.astype(np.float32)).to(z.device)
+        exists, labels = batch["candidates"].cpu().numpy() >= 0, self.labels.take(np.asarray(rows))
+        found = [
+            functions.reward(self.settings, scores.cpu().numpy(), labels, exists) for scores in self.scores(read, batch)
+        ]
+        return torch.from_numpy(np.mean(found, axis=0).astype(np.float32)).to(self.device)

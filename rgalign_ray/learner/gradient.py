@@ -2,8 +2,8 @@
 
   e ──▶ query tower ──▶ z ──▶ the whole ranker ──▶ scores ──▶ ListNet against the session's clicks
 
-Nothing is sampled, judged or selected: whatever does so must do better than this. With `reward.resolved_weight` the
-loss asks for resolved clicks in the same proportion as the reward.
+Nothing is sampled, judged or selected: whatever does so must do better than this. Of several rankers it is the mean
+loss. With `reward.resolved_weight` the loss asks for resolved clicks in the same proportion as the reward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Host, LearnerTask
-from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.learner.frozen import FrozenRankers
 from rgalign_ray.ranker.losses import masked_log_softmax
 
 
@@ -35,19 +35,23 @@ class RankingLoss:
     measure = "reward"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        self.ranker = FrozenRanker(task)
-        assert self.ranker.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
+        self.rankers = FrozenRankers(task)
+        assert self.rankers.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
-        batch = self.ranker.batch(rows)
+        batch = self.rankers.batch(rows)
         is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        scores = self.ranker.scores(self.ranker.model.queries(embeddings, is_null), batch)
-        exists, labels = batch["candidates"] >= 0, self.ranker.labels.take(np.asarray(rows))
-        reward = log_probability(scores, torch.from_numpy(labels.clicks).to(scores.device), exists)
+        scores = self.rankers.scores(lambda ranker: ranker.queries(embeddings, is_null), batch)
+        exists, labels = batch["candidates"] >= 0, self.rankers.labels.take(np.asarray(rows))
+
+        def reward_of(relevant: np.ndarray) -> Tensor:
+            wanted = torch.from_numpy(relevant).to(embeddings.device)
+            return torch.stack([log_probability(each, wanted, exists) for each in scores]).mean(dim=0)
+
+        reward = reward_of(labels.clicks)
         if labels.resolved is not None:
-            weight = self.ranker.settings.resolved_weight
-            resolved = log_probability(scores, torch.from_numpy(labels.resolved).to(scores.device), exists)
-            reward = (1 - weight) * reward + weight * resolved
+            weight = self.rankers.settings.resolved_weight
+            reward = (1 - weight) * reward + weight * reward_of(labels.resolved)
         return -reward, reward.detach()
 
 

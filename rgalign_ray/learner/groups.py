@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import LearnerTask
-from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.learner.frozen import FrozenRankers
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -99,8 +99,8 @@ class Judge:
             task = replace(task, learner=task.learner.model_copy(update={"use_gpu": on_gpu}))
         self.task = task
         self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, pair.encoder)
-        self.ranker = FrozenRanker(task)
-        self.sessions = Sessions(task, self.ranker.table)
+        self.rankers = FrozenRankers(task)
+        self.sessions = Sessions(task, self.rankers.table)
 
     def judge(self, session_ids: Sequence[str], groups: Sequence[Group]) -> list[JudgedGroup]:
         """The groups of sessions, judged."""
@@ -109,8 +109,9 @@ class Judge:
         vectors = self.encoder.embed(self.sessions.prompts([i for i in session_ids for _ in range(n)]), completions)
         embeddings = torch.from_numpy(vectors.astype(np.float32)).view(len(groups), n, -1)
         invalid = torch.tensor([[fault(sample) is not None for sample in group.samples] for group in groups])
-        z = self.ranker.model.queries(embeddings.to(self.task.device), invalid.to(self.task.device))
-        rewards = self.ranker.rewards(z, [self.sessions.row[i] for i in session_ids]).cpu()
+        told, is_null = embeddings.to(self.task.device), invalid.to(self.task.device)
+        rows = [self.sessions.row[i] for i in session_ids]
+        rewards = self.rankers.rewards(lambda ranker: ranker.queries(told, is_null), rows).cpu()
         rewards = rewards.masked_fill(invalid, torch.nan)
         return [
             JudgedGroup(

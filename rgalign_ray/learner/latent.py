@@ -22,7 +22,7 @@ from torch import Tensor
 from rgalign_ray import config
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Host, LearnerTask
-from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.learner.frozen import FrozenRankers
 
 
 def train(task: LearnerTask, host: Host) -> dict[str, Any]:
@@ -37,16 +37,16 @@ class NoisyCopies:
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
         assert isinstance(task.optimisation, config.Latent)
-        self.ranker = FrozenRanker(task)
-        assert self.ranker.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
+        self.rankers = FrozenRankers(task)
+        assert self.rankers.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
         self.settings, self.seed = task.optimisation, task.seed
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
-        tower = self.ranker.model.query_tower
-        centre = tower.whitening(embeddings)[:, :, None]  # [B, P, 1, k]
+        # every ranker of a judge has the same whitening, which follows from what it has read alone
+        centre = self.rankers.models[0].query_tower.whitening(embeddings)[:, :, None]  # [B, P, 1, k]
         noise = self._noise(rows, step, centre)  # [B, P, K, k]
-        copies = tower.read(centre.detach() + self.settings.noise * noise)
-        rewards = self.ranker.rewards(copies.flatten(1, 2), rows).view(noise.shape[:-1])
+        copies = (centre.detach() + self.settings.noise * noise).flatten(1, 2)
+        rewards = self.rankers.rewards(lambda ranker: ranker.query_tower.read(copies), rows).view(noise.shape[:-1])
         rewards = rewards.nan_to_num(0.0)  # where a session has nothing that the reward asks for, nothing is learned
         advantage = rewards - rewards.mean(dim=-1, keepdim=True)
         distance = (centre.detach() + self.settings.noise * noise - centre).square().sum(dim=-1)

@@ -20,6 +20,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import SCORED
+from rgalign_ray.loop.rank_stages import reward_names
 from rgalign_ray.loop.readers import engine_spec, reasoner_stage
 from rgalign_ray.loop.stage import KEY_LETTERS, Outcome, Run, Stage
 from rgalign_ray.reasoner import models
@@ -278,7 +279,7 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
         weights=run.uri(weights) if weights else None,
         data=run.uri(f"selected_{round_}"),
         pair=FrozenPair(
-            ranker=run.uri(f"rankers_{round_ - 1}", "qe_rec"),
+            rankers=tuple(run.uri(f"rankers_{round_ - 1}", name) for name in reward_names(config)),
             encoder=engine_spec(run, round_ - 1).weights,
             sessions=run.uri(f"rollouts_{round_}", round_sessions.FOLDER),
             log=run.uri("sessions"),

@@ -9,6 +9,7 @@ import jinja2
 import yaml
 
 from rgalign_ray import __version__, storage
+from rgalign_ray.loop import rank_stages
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker import scoring
 from rgalign_ray.reasoner import models
@@ -43,7 +44,8 @@ def write(
         figures: of its training; of those that are a value a step the first and the last are told.
     """
     config = run.config
-    judge = scoring.load_meta(run.uri(f"rankers_{round_ - 1}", "qe_rec"))
+    names = [name for folds in rank_stages.judge_names(config)[:-1] for name in folds]
+    judges = [scoring.load_meta(run.uri(f"rankers_{round_ - 1}", name)) for name in names]
     inputs = [f"selected_{round_}", f"rankers_{round_ - 1}", *([weights] if weights else [])]
     shown = {
         name: (_number(values[0]), _number(values[-1]))
@@ -70,8 +72,8 @@ def write(
         sessions=f"{figures['sessions']:,}",
         crossfit=bool(config.crossfit),
         starts_from=models.version_of(config.reasoner, run.uri(weights)) if weights else config.reasoner.model,
-        ranker=judge.version,
-        ranker_reads=judge.reasoner_version,
+        ranker=" + ".join(judge.version for judge in judges),
+        ranker_reads=judges[0].reasoner_version,
         settings=yaml.safe_dump(
             getattr(config, objective).model_dump(mode="json"), default_flow_style=True, width=10**6
         ).strip(),

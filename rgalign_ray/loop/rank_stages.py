@@ -174,6 +174,13 @@ def judge_names(config: Config) -> list[list[str]]:
     return [[f"judge_{seed}" if seed else "qe_rec"] for seed in seeds]
 
 
+def reward_names(config: Config) -> list[str]:
+    """The rankers whose mean is the reward, as objectives ask for it while they learn. With `crossfit` none can: each
+    has learned from some of the sessions.
+    """
+    return [] if config.crossfit > 1 else [name for (name,) in judge_names(config)[:-1]]
+
+
 SENTENCE_READER = ("prompt", "compare.encoder", "compare.max_text_tokens")
 """What decides how a sentence encoder reads one text,"""
 SENTENCE_SETTINGS = (*SENTENCE_READER, "encode")

@@ -143,7 +143,7 @@ def task(folder: Path, out: Path, optimisation: config.Optimisation, **changes: 
         "version": "tiny+1",
         "seed": 0,
         "pair": FrozenPair(
-            ranker=str(folder / "ranker"),
+            rankers=(str(folder / "ranker"),),
             encoder=None,
             sessions=str(folder / "sessions.parquet"),
             log=str(folder / "log"),

@@ -19,7 +19,9 @@ from rgalign_ray import config, storage
 from rgalign_ray.learner import contrastive, embedding, gradient, latent, training
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
-from rgalign_ray.learner.frozen import FrozenRanker
+from rgalign_ray.learner.frozen import FrozenRankers, Read
+from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -95,12 +97,12 @@ def test_a_session_without_what_the_reward_asks_for_teaches_nothing(
     """As one without a resolved click, where the reward asks for those alone: its reward is not a number."""
     table = storage.read_table(str(folder / "data/positives/0.parquet"))
     objective = latent.NoisyCopies(task(folder, tmp_path, config.Latent()), table)
-    known = objective.ranker.rewards
+    known = objective.rankers.rewards
 
-    def rewards(z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        return known(z, rows).index_fill(0, torch.tensor([0]), torch.nan)
+    def rewards(read: Read, rows: Sequence[int]) -> torch.Tensor:
+        return known(read, rows).index_fill(0, torch.tensor([0]), torch.nan)
 
-    monkeypatch.setattr(objective.ranker, "rewards", rewards)
+    monkeypatch.setattr(objective.rankers, "rewards", rewards)
     centre = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1, 32)).astype(np.float32)).requires_grad_()
     loss, measure = objective(centre, [0, 1], 0)
     loss.sum().backward()
@@ -120,7 +122,7 @@ def test_noise_is_drawn_by_session_and_step(folder: Path, tmp_path: Path) -> Non
 
 def test_the_gradient_arm_asks_for_the_reward_of_the_rollouts(folder: Path, tmp_path: Path) -> None:
     """Its log-probability is the `logprob` reward."""
-    ranker = FrozenRanker(task(folder, tmp_path, config.Gradient()))
+    ranker = FrozenRankers(task(folder, tmp_path, config.Gradient()))
     rows = np.arange(3)
     exists = ranker.batch(rows)["candidates"] >= 0
     exists[0, 8:] = False  # padding, also where something was clicked
@@ -145,9 +147,42 @@ def test_the_gradient_arm_asks_for_resolved_clicks_as_the_reward_does(
     embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0))
     rows = [0, 1, 2, 3]  # every other one's click resolved the need
     _, reward = objective(embeddings, rows, 0)
-    z = objective.ranker.model.queries(embeddings, torch.zeros(4, 2, dtype=torch.bool))
-    expected = objective.ranker.rewards(z, rows).nan_to_num()
+    null = torch.zeros(4, 2, dtype=torch.bool)
+    expected = objective.rankers.rewards(lambda ranker: ranker.queries(embeddings, null), rows).nan_to_num()
     torch.testing.assert_close(reward, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimisation"),
+    [
+        (contrastive.Contrast, config.Contrastive()),
+        (gradient.RankingLoss, config.Gradient()),
+        (latent.NoisyCopies, config.Latent()),
+    ],
+)
+def test_several_rankers_are_one_judge(
+    folder: Path, tmp_path: Path, objective: type[embedding.Objective], optimisation: config.Embedding
+) -> None:
+    """What is asked for is the mean of what each asks for."""
+    first, other = str(folder / "ranker"), str(tmp_path / "other")
+    loaded = scoring.load(first)
+    assert isinstance(loaded.model, QERec)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for weights in loaded.model.parameters():
+            weights += 0.2 * torch.randn_like(weights)
+    scoring.save(loaded.model, other, loaded.meta)
+    work = task(folder, tmp_path, optimisation)
+    table = storage.read_table(str(folder / "data/positives/0.parquet"))
+    embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for rankers in ((first,), (other,), (first, other)):
+        assert work.pair is not None
+        asked = objective(replace(work, pair=replace(work.pair, rankers=rankers)), table)
+        found.append(torch.stack(asked(embeddings, [0, 1, 2, 3], 0)))
+    one, another, both = found
+    assert not torch.allclose(one, another, rtol=1e-2)
+    torch.testing.assert_close(both, (one + another) / 2, rtol=1e-4, atol=1e-5)
 
 
 @given(seed=st.integers(0, 2**32), width=st.integers(3, 12))

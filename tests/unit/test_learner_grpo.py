@@ -167,8 +167,8 @@ def test_a_query_that_must_not_be_judged_has_no_reward(start: LearnerTask) -> No
     ]
     (judged,) = judge.judge(["s001"], [Group([1], vector, samples)])
     assert np.isnan(judged.rewards).tolist() == [True, True, False]
-    ranker, catalogue = scoring.load(start.pair.ranker), Catalogue.load(start.pair.log)
-    table = judge.ranker.table.take(pa.array([judge.sessions.row["s001"]]))
+    ranker, catalogue = scoring.load(start.pair.rankers[0]), Catalogue.load(start.pair.log)
+    table = judge.rankers.table.take(pa.array([judge.sessions.row["s001"]]))
     arrays = examples(table, ranker.space, catalogue)
     labels = Labels.of(start.pair.reward, table, arrays, catalogue)
     read = judge.encoder.embed(judge.sessions.prompts(["s001"]), [ids])[None]

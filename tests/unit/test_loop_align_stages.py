@@ -48,7 +48,11 @@ def test_an_objective_goes_on_from_the_one_before_and_asks_the_pair_of_the_round
         align_stages.training, "fit", lambda task, *_: tasks.append(task) or {"sessions": 1, "steps": 1}
     )
     monkeypatch.setattr(align_stages.model_card, "write", lambda *_: None)
-    run = Run(config.validate({"run_dir": str(tmp_path), "rounds": 2, "align": ["sft", "gradient"]}))
+    run = Run(
+        config.validate(
+            {"run_dir": str(tmp_path), "rounds": 2, "align": ["sft", "gradient"], "reward": {"judge_seeds": 3}}
+        )
+    )
     for table in (align_stages.SELECTED, align_stages.POSITIVES):
         storage.write_table(run.uri(f"selected_{round_}", table, "0.parquet"), pa.table({"session_id": ["s"]}))
     align_stages.align(run, str(tmp_path / "out"), objective, round_, before)
@@ -56,6 +60,6 @@ def test_an_objective_goes_on_from_the_one_before_and_asks_the_pair_of_the_round
     assert task.weights == (run.uri(before) if before else None)
     assert task.data == run.uri(f"selected_{round_}")
     assert task.pair is not None
-    assert task.pair.ranker == run.uri(f"rankers_{round_ - 1}", "qe_rec")
+    assert task.pair.rankers == tuple(run.uri(f"rankers_{round_ - 1}", name) for name in ("qe_rec", "judge_1"))
     assert task.pair.encoder == (run.uri(encoder) if encoder else None)
     assert task.pair.sessions == run.uri(f"rollouts_{round_}", "sessions")
