@@ -1,6 +1,7 @@
 """The loop of the objectives that move the reasoner's embedding through the frozen ranker.
 
   prompt (+ latent query) ──▶ LLM ──▶ e(x), e(x,q) ──▶ the ranker's frozen query tower ──▶ an objective's loss
+                               └────▶ log p(query | prompt) ──▶ RG-SFT's loss, by `text_weight`
 
 The reading through the ranker's own tower is the point: a free projection would absorb the loss and
 leave the LLM where it was.
@@ -44,18 +45,30 @@ class Objective(Protocol):
         ...
 
 
-class EmbeddingReader(nn.Module):
-    """The LLM without its output head: token rows in, hidden states at chosen places out."""
+class Reader(nn.Module):
+    """The LLM: token rows in, hidden states at chosen places and what its text costs out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        """Hidden states [B, P, H] at places [B, P] of right-padded rows [B, T]."""
+    def forward(
+        self, input_ids: Tensor, mask: Tensor, places: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, P, H] at places [B, P] of right-padded rows [B, T]; and [B], the mean loss of the tokens of
+        labels [B, T] (nats), 0 where there are none.
+        """
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         hidden = causal.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).float()
+        embeddings = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).float()
+        text = embeddings.new_zeros(len(embeddings))
+        if labels is None:
+            return embeddings, text
+        asked = labels[:, 1:] != engine.IGNORE
+        logits = causal.get_output_embeddings()(hidden[:, :-1][asked])
+        losses = nn.functional.cross_entropy(logits.float(), labels[:, 1:][asked], reduction="none")
+        count = asked.sum(dim=1)
+        return embeddings, text.index_add(0, asked.nonzero()[:, 0], losses) / count.clamp(min=1)
 
 
 def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
@@ -69,17 +82,17 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
         objective: makes the objective from the task and the round's table.
 
     Returns:
-        figures: `sessions`, `steps`, and per optimiser step `loss` and the objective's measure, as means
-        over sessions.
+        figures: `sessions`, `steps`, and per optimiser step `loss` and the objective's measure, as means over sessions;
+        with `text_weight`, `text_loss` over those with a selected query as well (nats a token).
     """
     settings = task.optimisation
     assert isinstance(settings, config.Embedding)
     import deepspeed
 
     engine.forbid_compilation()
-    rows = Rows(task, settings.readouts)
+    rows = Rows(task, settings)
     asked = objective(task, rows.table)
-    reader = EmbeddingReader(engine.trainable(task))
+    reader = Reader(engine.trainable(task))
     parameters = [p for p in reader.parameters() if p.requires_grad]
     steps = math.ceil(len(rows) / settings.batch_sessions) * settings.epochs
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
@@ -91,7 +104,7 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
         config=engine.deepspeed_config(task),
         dist_init_required=False,
     )
-    curve: list[tuple[float, float]] = []
+    curve: list[tuple[float, float, float]] = []
     if host.resume_from is not None:
         _, kept = learner.load_checkpoint(host.resume_from, load_module_strict=False)  # frozen weights are not in it
         curve = kept["curve"]
@@ -103,40 +116,40 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
                 learner.save_checkpoint(folder, client_state={"curve": curve}, exclude_frozen_parameters=True)
                 host.keep(folder, step + 1)
     engine.export(reader.model, task)
-    return {
-        "sessions": len(rows),
-        "steps": steps,
-        "loss": [loss for loss, _ in curve],
-        asked.measure: [measure for _, measure in curve],
-    }
+    names = ["loss", asked.measure, *(["text_loss"] if settings.text_weight else [])]
+    curves = {name: [values[column] for values in curve] for column, name in enumerate(names)}
+    return {"sessions": len(rows), "steps": steps, **curves}
 
 
-def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int) -> tuple[float, float]:
-    """One optimiser step; its global mean loss and measure."""
+def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, step: int) -> tuple[float, float, float]:
+    """One optimiser step; its global mean loss, measure, and loss of the text."""
     # dropout follows from the step and the rank, for a run that goes on to equal one that was not disturbed
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step, dist.get_rank()]).generate_state(1)[0]))
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for micro in range(task.micro_steps):
         chosen = rows.batch(step, micro, task, dist.get_rank())
         batch = rows.tensors(chosen, learner.device)
-        embeddings = learner(batch["input_ids"], batch["mask"], batch["places"])
+        embeddings, text = learner(batch["input_ids"], batch["mask"], batch["places"], batch.get("labels"))
         loss, measure = objective(embeddings, [max(row, 0) for row in chosen], step)
-        weight = batch["weight"]
+        weight, written = batch["weight"], batch["written"]
         # every session counts the same, in a short last batch and behind a missing readout too
-        learner.backward((loss * weight).sum() / task.learner.micro_batch)
+        sums = torch.stack([(loss * weight).sum(), (measure * weight).sum(), (text * written).sum()])
+        learner.backward((sums[0] + rows.text_weight * sums[2]) / task.learner.micro_batch)
         learner.step()
-        totals += torch.stack([(loss * weight).sum(), (measure * weight).sum(), weight.sum()]).detach().cpu().double()
+        totals += sums.detach().cpu().double()
+        counts += torch.stack([weight.sum(), written.sum()]).cpu().double()
     dist.all_reduce(totals)
-    mean = totals[:2] / totals[2]
-    return float(mean[0]), float(mean[1])
+    dist.all_reduce(counts)
+    loss, measure, text = (totals / counts[[0, 0, 1]].clamp(min=1)).tolist()
+    return loss, measure, text
 
 
 class Rows:
     """The training sessions; a batch is a pure function of step and rank."""
 
-    def __init__(self, task: LearnerTask, readouts: Sequence[str]) -> None:
+    def __init__(self, task: LearnerTask, settings: config.Embedding) -> None:
         self.table = storage.read_table(storage.join(task.data, engine.POSITIVES)).sort_by("session_id")
-        self.readouts = readouts
+        self.readouts, self.text_weight = settings.readouts, settings.text_weight
         tokenizer = models.load_tokenizer(task.reasoner.model)
         self.stops = stop_tokens(tokenizer)
         self.pad = tokenizer.pad_token_id
@@ -154,21 +167,33 @@ class Rows:
         return order[start : start + task.learner.micro_batch].tolist()
 
     def tensors(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
-        """input_ids, mask [B, T]; places, weight [B, readouts]. Empty places weigh nothing."""
+        """input_ids, mask [B, T]; places, weight [B, readouts]; written [B]; labels [B, T] where the text is asked for.
+
+        Empty places weigh nothing, nor does the text of a session without a selected query.
+        """
         sessions = self.table.take(pa.array([max(row, 0) for row in rows])).to_pylist()
-        tokens, places, weights = [], [], []
+        tokens, labels, places, weights, written = [], [], [], [], []
         for row, session in zip(rows, sessions, strict=True):
-            prompt = session["prompt_ids"]
-            query = [token for token in session["completion_ids"] or [] if token not in self.stops]
+            prompt, completion = session["prompt_ids"], session["completion_ids"] or []
+            query = [token for token in completion if token not in self.stops]
             read = {"prompt": len(prompt) - 1, "query": len(prompt) + len(query) - 1}
-            tokens.append(prompt + (query if "query" in self.readouts else []))
+            after = completion if self.text_weight else query if "query" in self.readouts else []
+            tokens.append(prompt + after)
+            labels.append([engine.IGNORE] * len(prompt) + after)
+            written.append(float(row >= 0 and bool(completion)))
             places.append([read[readout] for readout in self.readouts])
             present = [readout == "prompt" or bool(query) for readout in self.readouts]
             weights.append([(row >= 0) * here / max(sum(present), 1) for here in present])
         width = max(len(row) for row in tokens)
+
+        def padded(table: list[list[int]], filler: int) -> Tensor:
+            return torch.tensor([row + [filler] * (width - len(row)) for row in table], device=device)
+
         return {
-            "input_ids": torch.tensor([row + [self.pad] * (width - len(row)) for row in tokens], device=device),
-            "mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens], device=device),
+            "input_ids": padded(tokens, self.pad),
+            "mask": padded([[1] * len(row) for row in tokens], 0),
             "places": torch.tensor(places, device=device),
             "weight": torch.tensor(weights, device=device),
+            "written": torch.tensor(written, device=device),
+            **({"labels": padded(labels, engine.IGNORE)} if self.text_weight else {}),
         }

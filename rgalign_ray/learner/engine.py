@@ -22,6 +22,8 @@ from rgalign_ray.reasoner import models
 
 SELECTED, PAIRS, POSITIVES = "selected", "pairs", "positives"
 """Folders of what objectives learn from: RG-SFT, RG-DPO, and those of the embedding."""
+IGNORE = -100
+"""Label of a token without loss: all of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

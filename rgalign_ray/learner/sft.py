@@ -15,9 +15,6 @@ from rgalign_ray.learner import engine, trl_trainer
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 
-IGNORE = -100
-"""Label of a token without loss: all of the prompt."""
-
 
 class _Queries(trl_trainer.Scheduled, SFTTrainer):
     pass
@@ -39,7 +36,7 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
     rows = [
         {
             "input_ids": row["prompt_ids"] + row["completion_ids"],
-            "labels": [IGNORE] * len(row["prompt_ids"]) + row["completion_ids"],
+            "labels": [engine.IGNORE] * len(row["prompt_ids"]) + row["completion_ids"],
         }
         for row in selected.to_pylist()
     ]

@@ -60,17 +60,48 @@ def test_each_objective_turns_embeddings_towards_what_was_clicked(
 
 
 def test_embeddings_are_read_where_rankers_read_them(folder: Path, tmp_path: Path) -> None:
-    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), ["prompt", "query"])
-    reader, engine = embedding.EmbeddingReader(models.load_base(REASONER)), TransformersEngine(REASONER, 64)
+    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), config.Gradient())
+    reader, engine = embedding.Reader(models.load_base(REASONER)), TransformersEngine(REASONER, 64)
     batch = rows.tensors([0, 1, 2, 3], torch.device("cpu"))
     assert not batch["mask"].all(), "words are of unlike lengths"
     with torch.inference_mode():
-        found = reader(batch["input_ids"], batch["mask"], batch["places"]).numpy()
+        found, text = (it.numpy() for it in reader(batch["input_ids"], batch["mask"], batch["places"]))
+    assert not text.any(), "of text that is not asked for"
     prompts = Prompts("Q: ", WORDS, "\nA:")
     np.testing.assert_allclose(found[:, 0], engine.embed(prompts), atol=2e-3)
     queried = engine.embed(prompts, [ids or [] for ids in rows.table["completion_ids"].to_pylist()[:4]])
     np.testing.assert_allclose(found[1::2, 1], queried[1::2], atol=2e-3)  # the others have no query
     assert np.abs(found[1::2, 1] - found[1::2, 0]).max() > 0.1
+
+
+def test_what_the_text_costs_is_the_loss_of_the_selected_query(folder: Path, tmp_path: Path) -> None:
+    settings = config.Gradient(text_weight=0.5)
+    rows, model = embedding.Rows(task(folder, tmp_path, settings), settings), models.load_base(REASONER)
+    batch = rows.tensors([0, 1, 2, -1], torch.device("cpu"))
+    with torch.inference_mode():
+        embeddings, text = embedding.Reader(model)(batch["input_ids"], batch["mask"], batch["places"], batch["labels"])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["mask"]).logits.log_softmax(dim=-1)
+    without = embedding.Rows(task(folder, tmp_path, settings), config.Gradient()).tensors(
+        [0, 1, 2], torch.device("cpu")
+    )
+    assert torch.equal(without["places"], batch["places"][:3]), "read where it is read without"
+    sessions = rows.table.to_pylist()
+    for row in range(3):
+        prompt, query = sessions[row]["prompt_ids"], sessions[row]["completion_ids"] or []
+        said = [-float(logits[row, len(prompt) + i - 1, token]) for i, token in enumerate(query)]
+        assert float(text[row]) == pytest.approx(np.mean(said) if said else 0.0, rel=1e-4)
+    assert batch["written"].tolist() == [float(bool(session["completion_ids"])) for session in sessions[:3]] + [0.0]
+    assert {0.0, 1.0} == set(batch["written"].tolist()) and embeddings.shape[:2] == (4, 2)
+
+
+def test_an_embedding_may_be_taught_with_its_text(folder: Path, tmp_path: Path) -> None:
+    """Both are learned; the ranking gradient alone does not learn to write the selected query."""
+    settings = config.Gradient(lr=2e-2, epochs=12, batch_sessions=8, text_weight=1.0)
+    figures = gradient.train(task(folder, tmp_path / "out", settings), Host())
+    assert np.mean(figures["reward"][-4:]) > np.mean(figures["reward"][:4]) + 0.5
+    assert np.mean(figures["text_loss"][-4:]) < np.mean(figures["text_loss"][:4]) - 0.5
+    alone = gradient.train(task(folder, tmp_path / "alone", settings.model_copy(update={"text_weight": 1e-9})), Host())
+    assert figures["text_loss"][-1] < alone["text_loss"][-1] - 0.5
 
 
 def test_the_latent_objective_estimates_the_gradient_of_its_reward(folder: Path, tmp_path: Path) -> None:

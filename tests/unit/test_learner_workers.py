@@ -38,6 +38,7 @@ def work(rank: int, tasks: list[LearnerTask], port: int) -> None:
 
 CASES = {name: (name, settings, REASONER) for name, settings in OBJECTIVES.items()} | {
     "dpo of all weights": ("dpo", OBJECTIVES["dpo"], REASONER.model_copy(update={"lora": None})),
+    "gradient with its text": ("gradient", OBJECTIVES["gradient"].model_copy(update={"text_weight": 0.5}), REASONER),
 }
 """Objectives, what they learn with, and of which weights."""
 LAYOUTS = {"alone": (1, 2), "two": (2, 2), "sharded": (2, 3)}
