@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
@@ -87,14 +89,18 @@ def _begun(job: Run, name: str) -> dict[str, str]:
     What learns from the same choice by the same objectives is the same, so that RG-SFT, say, is run once for the row of
     its own and for all that go on from it.
     """
-    own = {"align": job.config.align} | ALIGNMENTS[name]
-    for other, changes in ALIGNMENTS.items():
+
+    def settles(changes: Mapping[str, Any], setting: str) -> Any:
+        return changes.get(setting, reduce(getattr, setting.split("."), job.config))
+
+    own = ALIGNMENTS[name]
+    for other, theirs in ALIGNMENTS.items():
         if other == name:
             break
-        theirs = {"align": job.config.align} | changes
-        both = zip(own["align"], theirs["align"], strict=False)
+        both = zip(settles(own, "align"), settles(theirs, "align"), strict=False)
         common = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
-        if common and own | {"align": None} == theirs | {"align": None}:
+        apart = (own.keys() | theirs.keys()) - {"align"}
+        if common and all(settles(own, setting) == settles(theirs, setting) for setting in apart):
             stages = align_stages.stages(settings_of(job.config, name), 1)
             return {stage.name: other for stage in stages[: 1 + common]}
     return {}

@@ -125,6 +125,10 @@ def test_an_alignment_that_goes_on_from_another_begins_with_it() -> None:
     assert runs["full"].uri("embeddings_1") != runs["sft"].uri("embeddings_1")
     other = Run(compare.of_seed(config.validate(begun | {"align": ["gradient"]}), 0))
     assert alignments.run_of(other, "full").uri("selected_1") == alignments.run_of(other, "gradient").uri("selected_1")
+    texts = begun | {"align": ["gradient"], "gradient": {"text_weight": 0.5}}
+    asked = {name: alignments.run_of(Run(config.validate(texts)), name) for name in ("full", "gradient")}
+    assert asked["full"].uri("align_1_gradient") != asked["gradient"].uri("align_1_gradient")
+    assert asked["gradient"].config.gradient.text_weight == 0, "the row is of the ranking loss and nothing else"
 
 
 def test_rows_with_an_aligned_reasoner_are_asked_for_by_name() -> None:
