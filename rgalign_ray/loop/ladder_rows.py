@@ -69,12 +69,13 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "contrastive": {"align": ["contrastive"]},
     "latent": {"align": ["latent"]},
     "gradient": {"align": ["gradient"], "gradient.text_weight": 0.0},
-    "paper": {"align": ["sft", "contrastive"]},
+    "paper": {"align": ["sft", "contrastive"], "contrastive.text_weight": 0.0},
     "full": {},
     "leak": {"crossfit": 1},
 }
 """Settings that make a reasoner of one round, by their full names; `full` aligns as configured, and so does `leak`, but
-on sessions that the ranker learns from. `gradient` is the ranking loss and nothing else, whatever is configured."""
+on sessions that the ranker learns from. `gradient` is the ranking loss alone and `paper` what is published, whatever is
+configured."""
 
 
 MORE = "learns from the sessions of role align as well"
