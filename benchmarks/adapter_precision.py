@@ -1,6 +1,6 @@
 """What is left in bfloat16 of what an adapter does to e(x): its sums rounded to the nearest, or at random.
 
-    rgalign loop --config demo --set align=[gradient]
+    rgalign loop --config demo
     python -m benchmarks.adapter_precision runs/demo/align_1_gradient runs/demo/sessions
 
 The movement of e(x) that the adapter makes in float32 is what is wanted. Beside it stands what bfloat16 alone does to

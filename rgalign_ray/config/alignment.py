@@ -40,6 +40,8 @@ class Optimisation(Settings):
 
 
 class Sft(Optimisation):
+    lr: Positive = 1e-3
+    """Highest learning rate, as in SmolLM2's own tuning; models of billions of parameters want a tenth of it."""
     neftune_alpha: Annotated[float, Field(ge=0.0)] = 5.0
     """Noise on the token embeddings while learning (NEFTune); 0: none."""
 
@@ -91,7 +93,12 @@ class Contrastive(Embedding):
 
 
 class Gradient(Embedding):
-    """The ranking loss through the frozen ranker."""
+    """The ranking loss through the frozen ranker. Rate and steps are those of a model of 135 million parameters and
+    some hundred sessions with a click (docs/alignment-study.md); larger models want a lower rate."""
+
+    lr: Positive = 1e-3
+    epochs: Count = 3
+    text_weight: Annotated[float, Field(ge=0.0)] = 0.1
 
 
 class Latent(Embedding):

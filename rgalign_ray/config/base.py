@@ -60,6 +60,13 @@ class Settings(BaseModel):
     """Settings that decide no result, but who computes it, where, and how often that may fail: no stage is made anew
     for their sake."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """A setting that has only another default is for what it was for."""
+        for name, field in cls.model_fields.items():
+            before = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, Settings))
+            field.description = field.description or next((it.description for it in before if it), None)
+
 
 class Placed(Settings):
     """Workers that may be bound to some of the nodes."""

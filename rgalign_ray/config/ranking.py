@@ -74,7 +74,7 @@ class Ranker(Trained):
 class Retrain(Settings):
     """How the rankers of a round after the first begin."""
 
-    start: Literal["anew", "previous"] = "anew"
+    start: Literal["anew", "previous"] = "previous"
     """anew: with initial weights of their own. previous: with the weights of the round before (a warm start), which
     stay where no epoch judges better on validation."""
     lr_scale: Positive = 0.3

@@ -42,7 +42,7 @@ class Config(Settings):
     """Rankers without an LLM that round 0 trains as well."""
     reward: Reward = Reward()
     select: Select = Select()
-    align: Annotated[list[AlignName], Distinct] = ["sft", "contrastive"]
+    align: Annotated[list[AlignName], Distinct] = ["gradient"]
     """Objectives of a round, each starting from the one before."""
     sft: Sft = Sft()
     dpo: Dpo = Dpo()

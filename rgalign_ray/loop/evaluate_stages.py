@@ -59,7 +59,8 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
     ladder.append(Rung("QE-Rec", rankers[0]("qe_rec"), embeddings[0], note="frozen reasoner"))
     for r in range(1, last + 1):
         name = ALIGNED if r == last else f"{ALIGNED}, round {r}"
-        note = "aligned reasoner, retrained" + (f", round {r}" if last > 1 else "")
+        begun = "trained on" if rank_stages.is_warm(run.config, r) else "trained anew"
+        note = f"aligned reasoner, {begun}" + (f", round {r}" if last > 1 else "")
         ladder.append(Rung(name, rankers[r]("qe_rec"), embeddings[r], note=note))
     trained = "trained and tested with queries shuffled across users"
     mean = "every session reads the mean query vector"

@@ -80,7 +80,7 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("roles.cold_share=0.2", "world.cold_share"),
         ("select.n=5", "more than the 4 queries"),
         ("crossfit=3 align=[gradient] roles.align=0 roles.rank=0.75", "does not go with gradient"),
-        ("crossfit=3 roles.align=0 roles.rank=0.75", "does not go with contrastive"),
+        ("crossfit=3 roles.align=0 roles.rank=0.75", "does not go with gradient"),
         ("crossfit=3 align=[sft]", "set roles.align to 0"),
         ("early_stop=true", "roles.audit is 0"),
         ("rounds=3 roles.slices=2", "cuts align into 2"),
@@ -170,6 +170,12 @@ def test_a_run_has_one_place_whatever_folder_a_worker_stands_in(
     assert config.validate({"name": "a"}).run_uri == str(tmp_path / "runs/a")
     assert config.validate({"run_dir": "s3://bucket/{name}", "name": "a"}).run_uri == "s3://bucket/a"
     assert config.validate({"run_dir": "s3://bucket/{x}/{name}", "name": "a"}).run_uri == "s3://bucket/{x}/a"
+
+
+def test_a_setting_with_another_default_says_what_it_said_before() -> None:
+    told = config.commented(config.Gradient())
+    assert "Highest learning rate" in told and "RG-SFT's loss on the selected query" in told
+    assert "as in SmolLM2's own tuning" in config.commented(config.Sft()), "unless it says something of its own"
 
 
 @pytest.mark.parametrize("name", config.available())

@@ -17,7 +17,7 @@ ENDS = {
     "prepare": "features",
     "train_ranker": "rankers_0",
     "rollout": "rollouts_1",
-    "align": "align_1_contrastive",
+    "align": "align_1_gradient",
     "evaluate": "evaluation",
 }
 

@@ -123,7 +123,8 @@ def test_an_alignment_that_goes_on_from_another_begins_with_it() -> None:
         assert len(set(apart.values())) == len(apart), "of another choice, by another objective or on other sessions"
     assert runs["full"].uri("align_1_contrastive") != runs["contrastive"].uri("align_1_contrastive")
     assert runs["full"].uri("embeddings_1") != runs["sft"].uri("embeddings_1")
-    other = Run(compare.of_seed(config.validate(begun | {"align": ["gradient"]}), 0))
+    ranking_alone = begun | {"align": ["gradient"], "gradient": {"text_weight": 0.0}}
+    other = Run(compare.of_seed(config.validate(ranking_alone), 0))
     assert alignments.run_of(other, "full").uri("selected_1") == alignments.run_of(other, "gradient").uri("selected_1")
     texts = begun | {"align": ["gradient"], "gradient": {"text_weight": 0.5}}
     asked = {name: alignments.run_of(Run(config.validate(texts)), name) for name in ("full", "gradient")}
@@ -291,8 +292,7 @@ def test_a_shift_of_one_readout_is_no_control_of_another() -> None:
 
 
 def test_rankers_of_a_later_round_go_on_from_those_of_the_round_before_where_asked() -> None:
-    anew = config.validate({"rounds": 2})
-    warm = config.changed(anew, {"retrain.start": "previous"})
+    anew, warm = (config.validate({"rounds": 2, "retrain": {"start": start}}) for start in ("anew", "previous"))
     for round_, before in ((0, None), (1, "rankers_0"), (2, "rankers_1")):
         stages = [rank_stages.rankers_stage(settings, round_) for settings in (anew, warm)]
         assert [set(stage.inputs) & {"rankers_0", "rankers_1"} for stage in stages] == [set(), {before} - {None}]
