@@ -94,7 +94,7 @@ class Contrastive(Embedding):
 
 class Gradient(Embedding):
     """The ranking loss through the frozen ranker. Rate and steps are those of a model of 135 million parameters and
-    some hundred sessions with a click (docs/alignment-study.md); larger models want a lower rate."""
+    some thousand sessions with a click (docs/alignment-study.md); larger models want a lower rate."""
 
     lr: Positive = 1e-3
     epochs: Count = 3
