@@ -181,9 +181,14 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 
 def list_paths(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[str]:
     """`list_files` for a folder of a filesystem: paths inside it."""
+    return [info.path for info in list_infos(fs, path, suffix)]
+
+
+def list_infos(fs: pafs.FileSystem, path: str, suffix: str = "") -> list[pafs.FileInfo]:
+    """Likewise, with their sizes, which the listing tells anyway."""
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)]
-    return sorted(file for file in files if ".tmp-" not in posixpath.basename(file))
+    files = [info for info in infos if info.type == pafs.FileType.File and info.path.endswith(suffix)]
+    return sorted((info for info in files if ".tmp-" not in info.base_name), key=lambda info: info.path)
 
 
 def stamp(uris: Sequence[str]) -> str:

@@ -14,6 +14,10 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.logs.partitions import wanted
 
 BATCH_ROWS = 4096
+BLOCK_BYTES = 2**20
+"""Of Parquet files that are read as one block, where files are smaller."""
+LEAST_BLOCKS = 8
+"""Of a log that is smaller than that, so that the workers of one machine still share it."""
 
 
 def sessions(
@@ -39,9 +43,9 @@ def sessions(
     """
     folder = storage.join(uri, "sessions")
     fs, root = storage.filesystem(folder)
-    files = [
-        file for file in storage.list_paths(fs, root, ".parquet") if wanted(file[len(root) :], start, end, regions)
-    ]
+    found = storage.list_infos(fs, root, ".parquet")
+    infos = [info for info in found if wanted(info.path[len(root) :], start, end, regions)]
+    files = [info.path for info in infos]
     if not files:
         days = f"days {start or 'first'} to {end or 'last'}"
         raise DataError(f"{folder}: holds no Parquet file of {days}, regions {regions or 'all'}.")
@@ -50,8 +54,10 @@ def sessions(
     # the other reader starts actors to read footers, which takes longer than a small log; both push filters down
     context.use_datasource_v2 = False
     hive = Partitioning("hive", base_dir=root, field_types={"dt": str, "region": str})
-    # a block a file; left to itself Ray cuts a log into two hundred blocks at least, and each costs milliseconds
-    dataset = ray.data.read_parquet(files, filesystem=fs, partitioning=hive, override_num_blocks=len(files))
+    # Left to itself Ray cuts a log into two hundred blocks at least, and each costs tens of milliseconds; so does a
+    # block a file, where days and regions make many small ones.
+    blocks = min(len(files), max(LEAST_BLOCKS, sum(info.size for info in infos) // BLOCK_BYTES))
+    dataset = ray.data.read_parquet(files, filesystem=fs, partitioning=hive, override_num_blocks=blocks)
     if roles is not None:
         dataset = dataset.filter(expr=col("role").is_in(roles))
     return dataset.select_columns(columns)

@@ -39,7 +39,8 @@ class Ask:
 
 
 def asks(config: Config) -> list[Ask]:
-    """One line per kind of worker, in the order of the stages; those of one stage run at the same time."""
+    """One line per kind of worker, in the order of the stages; those of one stage run at the same time. What the driver
+    does by itself has none."""
     rollout, ranker, learner, reward = config.rollout, config.ranker, config.learner, config.reward
 
     def trainers(stage: str, worker: str, key: str, section: Trained) -> Ask:
@@ -61,7 +62,7 @@ def asks(config: Config) -> list[Ask]:
             readers("align", "sampler", "rollout.workers", rollout, rollout.workers),
             readers("align", "judge", "encode.cpus_per_worker", config.encode, 1),
         ]
-    return found
+    return [ask for ask in found if ask.count]
 
 
 def served(config: Config) -> list[Ask]:

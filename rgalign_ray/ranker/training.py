@@ -10,6 +10,8 @@ The log is streamed once: each worker holds its part of the sessions as arrays (
 the worker with the fewest rows, in the order of the log (`preserve_order`), hence equally whenever it is
 repeated on the same machine; and whatever it deals, `fit` makes the same global batches of it. Blocks are
 not equalised, since that would drop rows.
+
+Without workers (`ranker.workers` 0) the driver reads the log and trains by itself.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class RankerJob:
         embeddings_uris: e(x) and e(x,q) of the sessions, by one version of a reasoner; required by qe_rec.
         item_embeddings_uri: text embeddings of the intents (readout item).
         shuffle_seed: of the control's permutation.
-        local: train in this process, without workers and without Ray.
+        local: train in this process whatever `settings.workers`, and show no progress: whoever calls does.
         train_roles: whose sessions are learned from.
         folds: into how many users are cut, where rankers leave one out.
     """
@@ -165,6 +167,9 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
     }
     if job.local:
         results = _train_all(_tables(job, catalogue, embeddings), worker_config)
+    elif not job.settings.workers:
+        tells = partial(_Reporter, time.monotonic())
+        results = _train_all(_tables(job, catalogue, embeddings), worker_config, reporter=tells)
     else:
         results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
     if "data_error" in results:
@@ -240,7 +245,7 @@ def _worker(worker_config: dict[str, Any], alive: ray_train.Alive) -> dict[str, 
     started = time.monotonic()
     shard = ray.train.get_dataset_shard(DATASET)
     blocks = held(shard.iter_batches(batch_size=None, batch_format="pyarrow"), alive)
-    return _train_all(blocks, worker_config, _checkpoint(), partial(_Reporter, started), alive)
+    return _train_all(blocks, worker_config, _checkpoint(), partial(_Keeper, started), alive)
 
 
 def held(batches: Iterable[pa.Table], alive: ray_train.Alive = lambda: None) -> list[pa.Table]:
@@ -298,24 +303,37 @@ def _train_all(
 
 
 class _Reporter:
-    """After each epoch: a line from rank 0, and now and then a checkpoint of all workers' common state."""
+    """After each epoch: a line from rank 0."""
 
     def __init__(self, started: float, name: str, results: dict[str, Any]) -> None:
         self.name, self.started, self.results = name, started, results
-        self.began = self.saved = time.monotonic()
+        self.began = time.monotonic()
         self.epochs = 0
 
     def __call__(self, fit: Fit) -> None:
-        progress, first, now = fit.progress, fit.group.rank == 0, time.monotonic()
+        progress, now = fit.progress, time.monotonic()
         self.epochs += 1  # of this attempt; a resumed one starts further on
-        if first:
-            left = (now - self.began) / self.epochs * (fit.settings.epochs - progress.epoch)
-            line = f"  {self.name}: epoch {progress.epoch}/{fit.settings.epochs}, loss {progress.losses[-1]:.4f}, "
-            line += f"validation GAUC {progress.gaucs[-1]:.4f} (best {progress.best_gauc:.4f}), "
-            line += f"{clock(now - self.started)}" + ("" if fit.finished else f", at most {clock(left)} more")
-            print(line, file=sys.stderr, flush=True)
-            ray_metrics.counter("ranker_epochs").inc(tags={"ranker": self.name})
-            ray_metrics.gauge("ranker_gauc").set(progress.gaucs[-1], tags={"ranker": self.name})
+        if fit.group.rank > 0:
+            return
+        left = (now - self.began) / self.epochs * (fit.settings.epochs - progress.epoch)
+        line = f"  {self.name}: epoch {progress.epoch}/{fit.settings.epochs}, loss {progress.losses[-1]:.4f}, "
+        line += f"validation GAUC {progress.gaucs[-1]:.4f} (best {progress.best_gauc:.4f}), "
+        line += f"{clock(now - self.started)}" + ("" if fit.finished else f", at most {clock(left)} more")
+        print(line, file=sys.stderr, flush=True)
+        ray_metrics.counter("ranker_epochs").inc(tags={"ranker": self.name})
+        ray_metrics.gauge("ranker_gauc").set(progress.gaucs[-1], tags={"ranker": self.name})
+
+
+class _Keeper(_Reporter):
+    """Now and then a checkpoint as well, of all workers' common state."""
+
+    def __init__(self, started: float, name: str, results: dict[str, Any]) -> None:
+        super().__init__(started, name, results)
+        self.saved = self.began
+
+    def __call__(self, fit: Fit) -> None:
+        super().__call__(fit)
+        first, now = fit.group.rank == 0, time.monotonic()
         due = first and now - self.saved >= CHECKPOINT_EVERY_S
         if not fit.group.sum(np.array([due]))[0]:
             return
@@ -325,7 +343,7 @@ class _Reporter:
                 state = {"results": self.results, "name": self.name, "fit": fit.state()}
                 Path(folder, STATE).write_bytes(pack(state))
             checkpoint = ray.train.Checkpoint.from_directory(folder) if first else None
-            ray.train.report({"gauc": progress.gaucs[-1]}, checkpoint=checkpoint)
+            ray.train.report({"gauc": fit.progress.gaucs[-1]}, checkpoint=checkpoint)
 
 
 def _checkpoint() -> dict[str, Any]:

@@ -37,7 +37,8 @@ def test_a_slice_that_fits_no_node_is_refused(ray_cluster: object) -> None:
 
 @pytest.mark.slow
 def test_rows_over_seeds_make_one_table_and_are_resumed(ray_cluster: object, tmp_path: Path) -> None:
-    overrides = ["compare.seeds=2", f"compare.rows=[{','.join(ROWS)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2"]
+    rows = f"compare.rows=[{','.join(ROWS)}]"
+    overrides = ["compare.seeds=2", rows, f"run_dir={tmp_path}", "cluster.num_cpus=2", "ranker.workers=0"]
     settings = config.load("smoke", overrides)
     made = compare.run(settings)
     assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in ROWS}
@@ -63,7 +64,7 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     overrides = [
         "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
         "world.sessions=900", "gradient.batch_sessions=8", "align=[sft]",
-        "compare.trainings=2", "encode.test_queries=true",
+        "compare.trainings=2", "encode.test_queries=true", "ranker.workers=0",
     ]  # fmt: skip
     made = compare.run(config.load("smoke", overrides))
     assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in rows}

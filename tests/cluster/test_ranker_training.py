@@ -132,6 +132,19 @@ def test_two_workers_repeat_to_the_bit_and_agree_with_one(ray_cluster: object, l
     assert not storage.exists(str(tmp_path / "a/train/run"))
 
 
+def test_the_driver_trains_where_there_are_no_workers(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Ray, as one worker would, and telling of each epoch."""
+    by_driver = _train(log, tmp_path / "a", SETTINGS.changed({"workers": 0}))
+    told = capsys.readouterr().err.splitlines()
+    alone = _train(log, tmp_path / "b", local=True)
+    assert by_driver.figures == alone.figures and capsys.readouterr().err == ""
+    for name, values in _weights(by_driver).items():
+        np.testing.assert_array_equal(values, _weights(alone)[name], err_msg=name)
+    assert len(told) == len(by_driver.figures["losses"]) and told[0].startswith("  ranker0: epoch 1/")
+
+
 def test_artefact_scores_sessions_and_the_shuffled_control_learns_less(
     ray_cluster: object, log: Path, tmp_path: Path
 ) -> None:
@@ -201,9 +214,9 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
     def dies_once(worker_config: dict, alive: Alive) -> dict:  # runs in the worker, which imports the package afresh
         from rgalign_ray.ranker import training as inside
 
-        report = inside._Reporter.__call__
+        report = inside._Keeper.__call__
 
-        def report_and_die(self: inside._Reporter, fit: inside.Fit) -> None:
+        def report_and_die(self: inside._Keeper, fit: inside.Fit) -> None:
             self.saved = -1e9  # a checkpoint after every epoch
             report(self, fit)
             if fit.progress.epoch == 2 and not flag.exists():
@@ -212,7 +225,7 @@ def test_a_worker_that_dies_resumes_from_the_checkpoint(
             if flag.exists():
                 (flag.parent / f"epoch-{fit.progress.epoch}").touch()
 
-        inside._Reporter.__call__ = report_and_die  # type: ignore[method-assign]
+        inside._Keeper.__call__ = report_and_die  # type: ignore[method-assign]
         return inside._worker(worker_config, alive)
 
     monkeypatch.setattr(training, "_worker", dies_once)

@@ -55,6 +55,7 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     controller.run(settings, until="rankers_0")
     prompt.unlink()
     serves = {"port": free_port(), "batch_wait_ms": 20.0, "watch_s": 1.0, "rankers": 2}
+    serves["budget_ms"] = 60_000.0  # how soon is not asked here: where answers come late, others are refused (429)
     serves |= {"feedback": str(folder / "feedback"), "store": str(folder / "store")}
     return config.changed(settings, {f"serve.{name}": value for name, value in serves.items()})
 

@@ -38,3 +38,23 @@ def test_the_files_of_a_region_are_read_whatever_it_is_called(
     monkeypatch.setattr(ray.data, "read_parquet", read_parquet)
     stream.sessions(uri, columns=["session_id"], regions=None if region is None else [region])
     assert sorted(read) == (sorted(REGIONS) if region is None else [region])
+
+
+@pytest.mark.parametrize(("block_bytes", "expected"), [(2**20, stream.LEAST_BLOCKS), (1, 40)])
+def test_small_files_share_a_block_and_large_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, expected: int
+) -> None:
+    for day in range(40):
+        folder = tmp_path / f"sessions/dt=2026-01-{day:02d}/region=MY"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"session_id": [str(day)]}), folder / "part-00000.parquet")
+    asked: dict[str, object] = {}
+
+    def read_parquet(paths: list[str], **others: object) -> SimpleNamespace:
+        asked.update(others, files=len(paths))
+        return SimpleNamespace(select_columns=lambda columns: None)
+
+    monkeypatch.setattr(ray.data, "read_parquet", read_parquet)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", block_bytes)
+    stream.sessions(str(tmp_path), columns=["session_id"])
+    assert (asked["files"], asked["override_num_blocks"]) == (40, expected)
