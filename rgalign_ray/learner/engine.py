@@ -9,16 +9,18 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from rgalign_ray import config, storage
 from rgalign_ray.reasoner import models
+
+if TYPE_CHECKING:  # likewise in training.py
+    from transformers import PreTrainedModel
 
 SELECTED, PAIRS, POSITIVES = "selected", "pairs", "positives"
 """Folders of what objectives learn from: RG-SFT, RG-DPO, and those of the embedding."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
@@ -21,8 +20,12 @@ from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.learner.frozen import FrozenRankers
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
-from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 from rgalign_ray.reward.functions import fault
+
+if TYPE_CHECKING:  # likewise in training.py
+    from transformers import PreTrainedModel
+
+    from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 
 HALF = "half"
 """In the place of a name: weights that did not come whole."""
@@ -93,6 +96,8 @@ class Judge:
     """
 
     def __init__(self, task: LearnerTask, on_gpu: bool | None = None) -> None:
+        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+
         pair = task.pair
         assert pair is not None
         if on_gpu is not None:
@@ -136,6 +141,8 @@ class Sampler:
     def __init__(
         self, task: LearnerTask, steps: Sequence[Sequence[str]], engine: TransformersEngine | None = None
     ) -> None:
+        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
+
         assert isinstance(task.optimisation, config.Grpo) and task.pair is not None
         self.task, self.settings, self.steps = task, task.optimisation, steps
         self.engine = engine or TransformersEngine(task.reasoner, task.prompt.max_session_tokens, task.weights)

@@ -14,18 +14,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
-from transformers import PreTrainedModel
 
 from rgalign_ray import config, progress, ray_metrics, ray_train, storage
 from rgalign_ray.learner.engine import Host, LearnerTask, save
-from rgalign_ray.learner.groups import JudgedGroup
+
+if TYPE_CHECKING:  # the driver, which starts learners, need not load what they do
+    from transformers import PreTrainedModel
+
+    from rgalign_ray.learner.groups import JudgedGroup
 
 CHECKPOINT_EVERY_S = 30.0
 """At most one checkpoint in this time,"""

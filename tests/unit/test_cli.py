@@ -65,6 +65,15 @@ def test_the_package_and_its_configuration_import_neither_torch_nor_ray() -> Non
     assert done.returncode == 0, done.stderr
 
 
+def test_a_loop_starts_without_the_libraries_of_its_workers() -> None:
+    done = python(
+        "import sys, rgalign_ray.loop.controller\n"
+        "found = {'transformers', 'trl', 'peft', 'deepspeed', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {found}' if found else 0)"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("setting", ["features.spec", "prompt.template"])
 def test_a_plan_finds_a_missing_file_that_the_settings_name(
     setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
