@@ -85,9 +85,11 @@ class Retrain(Settings):
 
     start: Literal["anew", "previous"] = "previous"
     """anew: with initial weights of their own. previous: with the weights of the round before (a warm start), which
-    stay where no epoch judges better on validation."""
+    stay unless validation prefers by `margin` what was learned since."""
     lr_scale: Positive = 0.3
     """Learning rate of a warm start, relative to `ranker.lr`."""
+    margin: Annotated[float, Field(ge=0.0)] = 2.0
+    """Standard errors of its GAUC over the same validation sessions by which a warm start must have become better."""
 
 
 class Reward(Placed):

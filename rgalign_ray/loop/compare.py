@@ -150,7 +150,7 @@ def slice_of(job: Run, name: RowName, number: int = 0) -> tuple[Run, Stage]:
         slice_name(name, number),
         f"judge {row.title}" if row.ranker_of or not row.retrained else f"train and judge {row.title}",
         partial(train_and_judge, row=row, number=number),
-        ("ranker", *(["retrain.lr_scale"] if row.warm else []), "evaluate"),
+        ("ranker", *(["retrain.lr_scale", "retrain.margin"] if row.warm else []), "evaluate"),
         ("sessions", "features", *truth_inputs(job.config), *texts_of(row), *taught_by(row, number)),
     )
     return _tuned(place_of(job, name), row.kind), stage
@@ -234,6 +234,7 @@ def train(run: Run, out: str, row: LadderRow, number: int = 0) -> TrainedRanker:
                 rank_stages.ranker_seed(config, 1, number),
                 row.shuffled,
                 start_uri=start,
+                margin=config.retrain.margin,
             ),
         ),
         log_uri=run.uri("sessions"),

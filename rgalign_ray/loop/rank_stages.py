@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -112,6 +113,22 @@ def is_warm(config: Config, round_: int) -> bool:
 def warm_settings(config: Config) -> Ranker:
     """Ranker settings of a warm start."""
     return config.ranker.changed({"lr": config.ranker.lr * config.retrain.lr_scale})
+
+
+def warm_sentence(round_: int, figures: Mapping[str, Any], margin: float) -> str:
+    """What became of the ranker of a round that began with the weights of the round before, by its figures."""
+    if "over_start" not in figures:
+        return (
+            f"QE-Rec of round {round_} is that of round {round_ - 1}: validation prefers no epoch that it learned on."
+        )
+    seen = figures["over_start"]
+    found = f"{seen['gauc']:+.4f} GAUC ± {seen['standard_error']:.4f} (standard error)"
+    if figures["best_epoch"]:
+        return f"QE-Rec of round {round_} learned on: validation prefers it to that of round {round_ - 1}, {found}."
+    return (
+        f"QE-Rec of round {round_} is that of round {round_ - 1}: validation prefers what was learned on by {found}, "
+        f"not by more than {margin:g} of them."
+    )
 
 
 def pair_stage(config: Config) -> Stage:
@@ -322,7 +339,8 @@ def train_on(run: Run, out: str, round_: int) -> Outcome:
 def _train(run: Run, name: str, specs: list[RankerSpec], embeddings: str, before: str | None) -> Outcome:
     """Trains rankers on one artefact of embeddings, each with the weights of its namesake of `before`, if named."""
     if before:
-        specs = [replace(spec, start_uri=run.uri(before, spec.name)) for spec in specs]
+        margin = run.config.retrain.margin
+        specs = [replace(spec, start_uri=run.uri(before, spec.name), margin=margin) for spec in specs]
     job = RankerJob(
         rankers=tuple(specs),
         log_uri=run.uri("sessions"),

@@ -12,7 +12,7 @@ from rgalign_ray.config import Config
 from rgalign_ray.evaluate import diagnosis, query_worth
 from rgalign_ray.evaluate.report import Comparison, Curves, Diagnosis, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
-from rgalign_ray.loop import audit_stages, worth_stages
+from rgalign_ray.loop import audit_stages, rank_stages, worth_stages
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.loop.stages import stages
 
@@ -139,6 +139,10 @@ def _summary(
                 f"Validation queries of round {round_} over those of round {round_ - 1}, as the auditor rewards them: "
                 f"{seen.mean:+.4f} ({seen.users[0]:+.4f} to {seen.users[1]:+.4f} over users)."
             )
+    for round_ in range(1, len(gates) + 1):
+        if rank_stages.is_warm(run.config, round_):
+            figures = manifests[f"rankers_{round_}"].figures["qe_rec"]
+            lines.append(rank_stages.warm_sentence(round_, figures, run.config.retrain.margin))
     first, *later = (manifests[f"embeddings_{r}"].figures["valid_rate"] for r in range(len(gates) + 1))
     lines.append(
         f"Valid latent queries: {first:.1%} before alignment, {', '.join(f'{rate:.1%}' for rate in later)} after."

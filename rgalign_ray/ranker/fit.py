@@ -16,6 +16,7 @@ dropout masks are drawn per worker (the intents whose id is hidden are drawn ali
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -30,7 +31,7 @@ from rgalign_ray import config
 from rgalign_ray.errors import DataError
 from rgalign_ray.hashing import mixed, uniform
 from rgalign_ray.logs import lists
-from rgalign_ray.metrics import group_auc
+from rgalign_ray.metrics import GroupAuc, group_auc
 from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.baselines.bst import BST
@@ -92,8 +93,10 @@ class Fit:
 
     Args:
         start: state dict of a ranker of the same kind and sizes to begin with (a warm start), its base rates and
-            whitening included, and to keep where no epoch judges better on validation; None begins with initial
+            whitening included, and to keep unless validation prefers what was learned since; None begins with initial
             weights drawn by `seed`.
+        margin: standard errors by which validation must prefer it. An epoch that is better by chance is easily found,
+            and undoes what a reasoner has learned from the ranker that it began with.
 
     Raises:
         DataError: when there is no session to learn from, or none with a click and a non-click to choose
@@ -111,6 +114,7 @@ class Fit:
         group: Group,
         device: str = "cpu",
         start: dict[str, Tensor] | None = None,
+        margin: float = 0.0,
     ) -> None:
         self.settings, self.seed, self.group, self.device = settings, seed, group, device
         rows = take(ragged(rows), np.argsort(rows["session_key"], kind="stable"))
@@ -125,7 +129,7 @@ class Fit:
             self._statistics(items)
         else:
             self.model.load_state_dict(start)
-        self.warm = start is not None
+        self.start, self.margin = start, margin
         group.same_(self.model)
         self.agrees = isinstance(self.model, QERec) and settings.kl != "off"
         self.train = self._with_a_part(self.train)
@@ -139,7 +143,7 @@ class Fit:
 
     def run(self, after_epoch: Callable[[Fit], None] = lambda fit: None) -> dict[str, Any]:
         """Trains to the end, keeps the best epoch's weights, and returns the figures."""
-        if self.warm and self.progress.epoch == 0:
+        if self.start and self.progress.epoch == 0:
             self.progress.best_gauc = self.validation_gauc("prompt")
         while not self.finished:
             loss = self._epoch(self.progress.epoch)
@@ -155,7 +159,8 @@ class Fit:
         self.model.load_state_dict(self.best)
         if not self.gradients.numel():
             self.progress.best_gauc = self.validation_gauc("prompt")
-        return self._figures()
+        defended = self._defended(self.start) if self.start and self.progress.best_epoch else {}
+        return self._figures() | defended
 
     @property
     def judged(self) -> Ranker:
@@ -188,11 +193,36 @@ class Fit:
 
     def validation_gauc(self, readout: str) -> float:
         """GAUC over all candidates of the validation sessions, the session being the group."""
+        found = self._validation_auc(readout)
+        return self._mean(found.auc, found.weight)
+
+    def _validation_auc(self, readout: str) -> GroupAuc:
+        """Of this worker's validation sessions."""
         scores = score_rows(self.judged, self.valid, readout, self.device)
         clicks = self.valid["clicks"]
-        auc = group_auc(scores, clicks.values, lists.rows(clicks.counts))
-        total = self.group.sum(np.array([(auc.auc * auc.weight).sum(), auc.weight.sum()]))
+        return group_auc(scores, clicks.values, lists.rows(clicks.counts))
+
+    def _mean(self, values: np.ndarray, weights: np.ndarray) -> float:
+        """Over all workers' sessions."""
+        total = self.group.sum(np.array([(values * weights).sum(), weights.sum()]))
         return float(total[0] / total[1])
+
+    def _defended(self, start: dict[str, Tensor]) -> dict[str, Any]:
+        """Goes back to the start unless validation prefers what was learned, and tells by how much it does, paired by
+        session.
+        """
+        learned = self._validation_auc("prompt")
+        self.model.load_state_dict(start)
+        began = self._validation_auc("prompt")
+        gain, weight = learned.auc - began.auc, began.weight
+        mean = self._mean(gain, weight)
+        squares, total = self.group.sum(np.array([((weight * (gain - mean)) ** 2).sum(), weight.sum()]))
+        error = math.sqrt(squares) / total
+        if mean > self.margin * error:
+            self.model.load_state_dict(self.best)
+        else:
+            self.progress.best_epoch, self.progress.best_gauc = 0, self._mean(began.auc, weight)
+        return {"over_start": {"gauc": mean, "standard_error": float(error)}}
 
     def _statistics(self, items: np.ndarray | None) -> None:
         """Base rates, seen intents and whitening, from the training sessions of all workers."""

@@ -77,6 +77,7 @@ class RankerSpec:
         shuffled: the control in which every session reads the embeddings of another user's session.
         without: the fold of users that it does not learn from, if any.
         start_uri: the artefact of a ranker to begin with, of the same kind and sizes (a warm start); None begins anew.
+        margin: standard errors by which validation must prefer what a warm start has learned to what it began with.
     """
 
     name: str
@@ -86,6 +87,7 @@ class RankerSpec:
     shuffled: bool = False
     without: int | None = None
     start_uri: str | None = None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,8 @@ def _train_all(
             own = reading(rows, spec.shuffled, spec.without)
             try:
                 start = unpack(worker_config["starts"][spec.name]) if spec.start_uri else None
-                fit = Fit(spec.kind, sizes, settings, own, worker_config["items"], spec.seed, group, device, start)
+                items, seed = worker_config["items"], spec.seed
+                fit = Fit(spec.kind, sizes, settings, own, items, seed, group, device, start, spec.margin)
             except DataError as error:  # from summed counts, hence the same in all workers
                 return {"data_error": str(error)}
             if checkpoint.get("name") == spec.name:

@@ -47,9 +47,9 @@ def test_qe_rec_reads_the_embedding_and_the_shuffled_control_cannot() -> None:
     assert true["gate"] > 0.01
 
 
-def _warm(start: Fit, data: dict, **changes: object) -> Fit:
-    settings = SETTINGS.model_copy(update=changes)
-    return Fit("qe_rec", SIZES, settings, data, None, seed=2, group=Group(), start=start.model.state_dict())
+def _warm(start: Fit, data: dict, margin: float = 0.0, **changes: object) -> Fit:
+    settings, weights = SETTINGS.model_copy(update=changes), start.model.state_dict()
+    return Fit("qe_rec", SIZES, settings, data, None, seed=2, group=Group(), start=weights, margin=margin)
 
 
 def test_a_warm_start_goes_on_where_the_ranker_before_stopped() -> None:
@@ -74,6 +74,29 @@ def test_a_warm_start_keeps_the_ranker_that_no_epoch_betters_and_reads_other_emb
     moved = data | {"prompt": data["prompt"] + np.float16(1.0)}
     assert torch.equal(_warm(start, moved).model.query_tower.whitening.mean, start.model.query_tower.whitening.mean)
     assert not torch.equal(_fit(moved).model.query_tower.whitening.mean, start.model.query_tower.whitening.mean)
+
+
+def test_a_warm_start_stays_unless_validation_prefers_by_its_margin_what_was_learned_since() -> None:
+    data = rows(SIZES, 400)
+    start = _fit(data, settings=SETTINGS.changed({"epochs": 1}))
+    start.run()
+    began = start._validation_auc("prompt")
+    learned = _warm(start, data)
+    seen = learned.run()
+    auc = learned._validation_auc("prompt")
+    draw = np.random.default_rng(0)
+    sampled = [draw.integers(0, len(auc.auc), len(auc.auc)) for _ in range(2000)]
+    gains = [np.average((auc.auc - began.auc)[at], weights=auc.weight[at]) for at in sampled]
+    over = seen["over_start"]
+    assert over["gauc"] == pytest.approx(seen["best_gauc"] - start.progress.best_gauc)
+    assert over["standard_error"] == pytest.approx(np.std(gains), rel=0.1), "that of a bootstrap over sessions"
+    ratio = over["gauc"] / over["standard_error"]
+    assert ratio > 2 and _warm(start, data, margin=0.9 * ratio).run() == seen
+    refused = _warm(start, data, margin=1.1 * ratio)
+    figures = refused.run()
+    assert figures["over_start"] == over and _equal(refused, start)
+    assert (figures["best_epoch"], figures["best_gauc"]) == (0, start.progress.best_gauc)
+    assert figures["gauc_by_readout"]["prompt"] == start.progress.best_gauc
 
 
 def test_a_warm_start_is_resumed_as_it_was() -> None:
