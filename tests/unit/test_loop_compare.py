@@ -25,7 +25,8 @@ def test_a_model_that_is_not_installed_stops_the_run_before_it_starts(
     run: Callable[[config.Config], object], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RGALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find, missing = importlib.util.find_spec, package.replace("-", "_")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more))
     with pytest.raises(ConfigError, match=f"pip install --no-deps {package}"):
         run(config.validate({"run_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
