@@ -128,7 +128,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
     text = (DOCS / "alignment-study.md").read_text().replace("\\\n", "")
     commands = [shlex.split(line) for line in re.findall(r"^rgalign compare .*--from docs/.*", text, re.MULTILINE)]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         after = dict(pairwise(command))
         sets = [value for word, value in pairwise(command) if word == "--set"]
