@@ -59,7 +59,7 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
     ladder.append(Rung("QE-Rec", rankers[0]("qe_rec"), embeddings[0], note="frozen reasoner"))
     for r in range(1, last + 1):
         name = ALIGNED if r == last else f"{ALIGNED}, round {r}"
-        begun = "trained on" if rank_stages.is_warm(run.config, r) else "trained anew"
+        begun = "trained on if validation prefers that" if rank_stages.is_warm(run.config, r) else "trained anew"
         note = f"aligned reasoner, {begun}" + (f", round {r}" if last > 1 else "")
         ladder.append(Rung(name, rankers[r]("qe_rec"), embeddings[r], note=note))
     trained = "trained and tested with queries shuffled across users"
@@ -71,7 +71,7 @@ def rungs(run: Run) -> tuple[list[Rung], list[Rung]]:
         Rung("RGAlign mean query", rankers[last]("qe_rec"), embeddings[last], "mean", control=True, note=mean),
     ]
     for stage in rank_stages.control_stages(run.config, last):
-        on = "trained on, as RGAlign-Rec, with the frozen reasoner"
+        on = "trained on likewise, with the frozen reasoner"
         controls.append(Rung(TRAINED_ON, run.uri(stage.name, "qe_rec"), embeddings[0], control=True, note=on))
     return ladder, controls
 
