@@ -118,9 +118,9 @@ def _summary(
 ) -> list[str]:
     """What was found, a sentence each; differences that may be chance are called so."""
     lines = []
-    told = ("GAUC", f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
+    named = ("GAUC", f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
     for comparison in comparisons:
-        if comparison.metric in told:
+        if comparison.metric in named:
             lines.append(sentence(comparison, "separated over users (one seed)"))
     for round_, gate in enumerate(gates, 1):
         which = f"Reward gate, round {round_}" if len(gates) > 1 else "Reward gate"
