@@ -28,6 +28,7 @@ def sessions(
     start: str | None = None,
     end: str | None = None,
     regions: list[str] | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> ray.data.Dataset:
     """The sessions of a prepared log, in the order of files and rows.
 
@@ -37,6 +38,8 @@ def sessions(
         roles: as ingest wrote them; None reads all.
         start, end: first and last day, YYYY-MM-DD; None has no bound.
         regions: None reads all.
+        block_bytes: of files that are read as one block, at least, where files are smaller; with 1 each is a block, for
+            what works at a block for minutes.
 
     Raises:
         DataError: when the log has no sessions, or none of these days and regions.
@@ -56,7 +59,7 @@ def sessions(
     hive = Partitioning("hive", base_dir=root, field_types={"dt": str, "region": str})
     # Left to itself Ray cuts a log into two hundred blocks at least, and each costs tens of milliseconds; so does a
     # block a file, where days and regions make many small ones.
-    blocks = min(len(files), max(LEAST_BLOCKS, sum(info.size for info in infos) // BLOCK_BYTES))
+    blocks = min(len(files), max(LEAST_BLOCKS, sum(info.size for info in infos) // block_bytes))
     dataset = ray.data.read_parquet(files, filesystem=fs, partitioning=hive, override_num_blocks=blocks)
     if roles is not None:
         dataset = dataset.filter(expr=col("role").is_in(roles))

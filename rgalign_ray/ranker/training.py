@@ -167,11 +167,9 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
             if spec.start_uri
         },
     }
-    if job.local:
-        results = _train_all(_tables(job, catalogue, embeddings), worker_config)
-    elif not job.settings.workers:
-        tells = partial(_Reporter, time.monotonic())
-        results = _train_all(_tables(job, catalogue, embeddings), worker_config, reporter=tells)
+    if job.local or not job.settings.workers:
+        reporter = _silent if job.local else partial(_Reporter, time.monotonic())
+        results = _train_all(_tables(job, catalogue, embeddings), worker_config, reporter=reporter)
     else:
         results = _fit(job, _dataset(job, catalogue, embeddings), worker_config)
     if "data_error" in results:
@@ -247,7 +245,7 @@ def _worker(worker_config: dict[str, Any], alive: ray_train.Alive) -> dict[str, 
     started = time.monotonic()
     shard = ray.train.get_dataset_shard(DATASET)
     blocks = held(shard.iter_batches(batch_size=None, batch_format="pyarrow"), alive)
-    return _train_all(blocks, worker_config, _checkpoint(), partial(_Keeper, started), alive)
+    return _train_all(blocks, worker_config, _checkpoint(), reporter=partial(_Keeper, started), alive=alive)
 
 
 def held(batches: Iterable[pa.Table], alive: ray_train.Alive = lambda: None) -> list[pa.Table]:
@@ -270,7 +268,8 @@ def _train_all(
     blocks: list[pa.Table],
     worker_config: dict[str, Any],
     checkpoint: dict[str, Any] | None = None,
-    reporter: Callable[[str, dict[str, Any]], Callable[[Fit], None]] = lambda name, results: lambda fit: None,
+    *,
+    reporter: Callable[[str, dict[str, Any]], Callable[[Fit], None]],
     alive: ray_train.Alive = lambda: None,
 ) -> dict[str, Any]:
     """Trains one ranker after another on this process's blocks.
@@ -303,6 +302,10 @@ def _train_all(
             figures = fit.run(reporter(spec.name, results))
             results[spec.name] = {"weights": pack(fit.model.cpu().state_dict()), "figures": figures}
     return results
+
+
+def _silent(name: str, results: dict[str, Any]) -> Callable[[Fit], None]:
+    return lambda fit: None
 
 
 class _Reporter:

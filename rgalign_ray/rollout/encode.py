@@ -201,7 +201,7 @@ def encode(plan: EncodePlan, engine: EngineSpec, out_uri: str, advance: Callable
     context.execution_options.preserve_order = True  # units must not depend on timing
     context.raise_original_map_exception = True  # the exception that wraps it comes back without its cause
     columns = sorted({*plan.template.columns, "session_id", "role", "clicks"})
-    texts = stream.sessions(plan.log_uri, columns=columns, roles=list(plan.roles)).map_batches(
+    texts = stream.sessions(plan.log_uri, columns=columns, roles=list(plan.roles), block_bytes=1).map_batches(
         session_texts,
         fn_kwargs={"template": plan.template, "unclicked": plan.encode.unclicked},
         batch_format="pyarrow",

@@ -58,7 +58,7 @@ def read_ahead(spec: PairSpec, log_uri: str, start: str | None, folder: str, enc
         InfrastructureError: as `rollout.encode.encode`.
     """
     columns = sorted({*spec.reader().template.columns, "user_id", "ts"})
-    situations = stream.sessions(log_uri, columns=columns, start=start)
+    situations = stream.sessions(log_uri, columns=columns, start=start, block_bytes=1)
     total = situations.count()
     read = by_encoders(situations, Reader, encode, spec=spec, encode=encode)
 

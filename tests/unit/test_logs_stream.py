@@ -55,6 +55,5 @@ def test_small_files_share_a_block_and_large_ones_do_not(
         return SimpleNamespace(select_columns=lambda columns: None)
 
     monkeypatch.setattr(ray.data, "read_parquet", read_parquet)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", block_bytes)
-    stream.sessions(str(tmp_path), columns=["session_id"])
+    stream.sessions(str(tmp_path), columns=["session_id"], block_bytes=block_bytes)
     assert (asked["files"], asked["override_num_blocks"]) == (40, expected)
