@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rgalign_ray.errors import ConfigError
 
@@ -80,7 +80,9 @@ class Placed(Settings):
 class Trained(Placed):
     """Workers that train together, as one run of Ray Train."""
 
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes. 0: the driver trains, in its own memory; what is small is spared the start of the others, and a driver
+    that dies begins the stage anew."""
     cpus_per_worker: Positive = 0.5
     use_gpu: bool = False
     """One for each worker."""
@@ -91,6 +93,17 @@ class Trained(Placed):
     kept, and it counts as a death."""
 
     ASIDE: ClassVar[tuple[str, ...]] = (*Placed.ASIDE, "retries", "deadline_s")
+
+    @model_validator(mode="after")
+    def _driver(self) -> Trained:
+        if self.use_gpu and not self.workers:
+            raise ValueError("use_gpu is of workers, and workers is 0: the driver trains on CPUs")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train, the driver among them."""
+        return max(self.workers, 1)
 
 
 def read_yaml(name_or_path: str, folder: str, where: str) -> Any:

@@ -65,15 +65,6 @@ class Ranker(Trained):
     Shamir & Zhang 2013, arXiv:1212.1824.)"""
     patience: Count = 4
     """Epochs without a better validation GAUC before training stops."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that train together, as one run of Ray Train. 0: the driver trains, in its own memory; a small log is
-    spared the start of the others, and a driver that dies begins the stage anew."""
-
-    @model_validator(mode="after")
-    def _driver(self) -> Ranker:
-        if self.use_gpu and not self.workers:
-            raise ValueError("use_gpu is of workers, and workers is 0: the driver trains on CPUs")
-        return self
 
     def changed(self, changes: dict[str, Any]) -> Ranker:
         """These settings with some of them replaced, and checked."""

@@ -109,12 +109,14 @@ class Config(Settings):
             raise ValueError(f"ranker.dim ({self.ranker.dim}) must be a multiple of ranker.heads ({self.ranker.heads})")
         if self.select.method == "title" and "dpo" in self.align:
             raise ValueError("select.method 'title' chooses no query, so that dpo has no pairs to learn from")
-        at_once = self.learner.workers * self.learner.micro_batch
+        at_once = self.learner.ranks * self.learner.micro_batch
         for name in self.align:
             if getattr(self, name).batch_sessions % at_once:
                 raise ValueError(
                     f"{name}.batch_sessions must be a multiple of learner.workers x micro_batch ({at_once})"
                 )
+        if "grpo" in self.align and self.grpo.sampler == "pool" and not self.learner.workers:
+            raise ValueError("grpo.sampler 'pool' is for learners beside the driver; set learner.workers to 1 or more")
         if self.log.end and self.log.source == "shop":
             raise ValueError("log.end is for other logs: the shop is as long as world.days, whose last are for test")
         if self.roles.cold_share and self.log.source == "shop":

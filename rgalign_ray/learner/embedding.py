@@ -163,7 +163,7 @@ class Rows:
         epoch, place = divmod(step, math.ceil(len(self) / size))
         order = np.random.Generator(np.random.Philox(key=[task.seed, epoch])).permutation(len(self))
         order = np.concatenate([order, np.full(-len(order) % size, -1)])
-        start = place * size + (micro * task.learner.workers + rank) * task.learner.micro_batch
+        start = place * size + (micro * task.learner.ranks + rank) * task.learner.micro_batch
         return order[start : start + task.learner.micro_batch].tolist()
 
     def tensors(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ class LearnerTask:
     @property
     def micro_steps(self) -> int:
         """Forward passes of one worker in one optimiser step."""
-        return self.optimisation.batch_sessions // (self.learner.workers * self.learner.micro_batch)
+        return self.optimisation.batch_sessions // (self.learner.ranks * self.learner.micro_batch)
 
 
 class Host:

@@ -3,6 +3,8 @@
 fit ──▶ rank 0 … n: objective.train(task, host) ── state, now and then ──▶ Ray Train's checkpoint
               ▲                                                                   │
               └──── a rank that died, or the same command again: from there on ───┘
+
+Without workers (`learner.workers` 0) the calling process is the one rank, and keeps no state.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -48,7 +51,7 @@ def fit(
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Runs one objective on `task.learner.workers` workers and returns the figures of rank 0.
+    """Runs one objective on `task.learner.workers` workers, or in this process, and returns the figures of rank 0.
 
     A worker that dies is started again with the others, up to `learner.retries` times; they go on from the last
     checkpoint, and so does a second call of the same name after this process has died.
@@ -65,6 +68,10 @@ def fit(
         InfrastructureError: when workers died more often than that.
     """
     learner = task.learner
+    if not learner.workers:
+        group_of_one()
+        with _progress(task, steps, 0) as advance:
+            return _objective(task).train(task, ShownHost(advance))
     if task.stream:  # a learner that waits for groups is not at fault
         patience = learner.deadline_s + TAKE * task.rollout.deadline_s
         learner = learner.model_copy(update={"deadline_s": patience})
@@ -84,13 +91,18 @@ def fit(
 def _worker(loop: dict[str, Any], alive: ray_train.Alive) -> dict[str, Any]:
     task: LearnerTask = loop["task"]
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint otherwise
-    torch.set_num_threads(task.reasoner.threads)
-    os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
-    objective = importlib.import_module(f"rgalign_ray.learner.{task.objective}")
+    objective = _objective(task)
     with _last_checkpoint() as (folder, done), _progress(task, loop["steps"], done) as advance:
         host = TrainHost(folder, done, _both(advance, alive), loop["every_s"], task.device)
         more = {"source": StreamSource(task, host)} if task.stream else {}
         return objective.train(task, host, **more)
+
+
+def _objective(task: LearnerTask) -> ModuleType:
+    """Its module, for a process that is set up as the task says."""
+    torch.set_num_threads(task.reasoner.threads)
+    os.environ["DS_ACCELERATOR"] = "cuda" if task.learner.use_gpu else "cpu"  # else DeepSpeed guesses on import
+    return importlib.import_module(f"rgalign_ray.learner.{task.objective}")
 
 
 def _both(advance: progress.Advance, alive: ray_train.Alive) -> progress.Advance:
@@ -129,7 +141,21 @@ def _progress(task: LearnerTask, steps: int, done: int) -> Iterator[progress.Adv
         yield advance
 
 
-class TrainHost(Host):
+class ShownHost(Host):
+    """Shows progress, and keeps no state.
+
+    Args:
+        advance: called after each optimiser step.
+    """
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def advance(self, steps: int) -> None:
+        self._advance(steps)
+
+
+class TrainHost(ShownHost):
     """Shows rank 0's progress, and keeps states as checkpoints of Ray Train.
 
     Args:
@@ -143,14 +169,11 @@ class TrainHost(Host):
     def __init__(
         self, folder: str | None, step: int, advance: Callable[[int], None], every_s: float, device: torch.device
     ) -> None:
+        super().__init__(advance)
         self.resume_from = folder
         self._kept = self._reported = step
-        self._advance = advance
         self.every_s, self.device = every_s, device
         self._asked = self._last = time.monotonic()
-
-    def advance(self, steps: int) -> None:
-        self._advance(steps)
 
     def due(self) -> bool:
         self._asked = time.monotonic()

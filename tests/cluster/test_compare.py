@@ -64,7 +64,7 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     overrides = [
         "compare.seeds=1", f"compare.rows=[{','.join(rows)}]", f"run_dir={tmp_path}", "cluster.num_cpus=2",
         "world.sessions=900", "gradient.batch_sessions=8", "align=[sft]",
-        "compare.trainings=2", "encode.test_queries=true", "ranker.workers=0",
+        "compare.trainings=2", "encode.test_queries=true", "ranker.workers=0", "learner.workers=0",
     ]  # fmt: skip
     made = compare.run(config.load("smoke", overrides))
     assert {row.name for row in made.rows} == {compare.ROWS[name].title for name in rows}

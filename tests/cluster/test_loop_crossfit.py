@@ -15,7 +15,7 @@ from rgalign_ray.loop.stage import Run
 
 OVERRIDES = [
     "world.sessions=900", "rounds=2", "early_stop=true", "crossfit=2", "align=[sft]", "ranker.epochs=2",
-    "ranker.workers=0", "roles.rank=0.35", "roles.align=0", "roles.audit=0.15", "roles.valid=0.2",
+    "ranker.workers=0", "learner.workers=0", "roles.rank=0.35", "roles.align=0", "roles.audit=0.15", "roles.valid=0.2",
     "roles.test=0.3",
 ]  # fmt: skip
 

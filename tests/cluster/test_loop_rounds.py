@@ -25,6 +25,7 @@ OVERRIDES = [
     "roles.test=0.25",
     "ranker.epochs=2",
     "ranker.workers=0",
+    "learner.workers=0",
     f"align=[{', '.join(OBJECTIVES)}]",
     *(f"{objective}.batch_sessions=8" for objective in OBJECTIVES),
     "grpo.n=2",

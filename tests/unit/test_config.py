@@ -87,6 +87,9 @@ def test_an_ill_typed_value_is_refused_by_its_keys_full_name(empty: str, overrid
         ("roles.align=0 roles.rank=0.75", "roles.align unless crossfit is"),
         ("log.end=2026-02-01", "the shop is as long as world.days"),
         ("align=[sft,contrastive,sft]", "align: sft stands twice"),
+        ("ranker.workers=0 ranker.use_gpu=true", "the driver trains on CPUs"),
+        ("learner.workers=0 learner.use_gpu=true", "the driver trains on CPUs"),
+        ("learner.workers=0 align=[grpo] grpo.sampler=pool", "set learner.workers to 1 or more"),
         ("compare.rows=[din,lr,din]", "compare.rows: din stands twice"),
     ],
 )
