@@ -46,6 +46,7 @@ SHOP = Sizes(
     num_intents=87,
     embedding_dim=576,
     item_dim=64,
+    match_dim=86,
 )
 """About those of the simulated shop, read by SmolLM2."""
 AGREE = 1e-5
@@ -109,7 +110,8 @@ def random_ranker(embeddings: torch.Tensor) -> QERec:
     ranker = QERec(SHOP, config.Ranker()).eval()
     for parameter in ranker.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    ranker.fit_queries(Moments.of(embeddings.flatten(0, 1).numpy()))
+    told = embeddings.flatten(0, 1).numpy()
+    ranker.fit_queries(Moments.of(told), Moments.of(told[:0]))
     return ranker
 
 

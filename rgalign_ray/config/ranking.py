@@ -43,6 +43,9 @@ class Ranker(Trained):
     dropout: Fraction = 0.1
     whitened_dim: Count = 64
     """Principal directions of the embedding that the query tower reads."""
+    text_match: bool = True
+    """Whether rankers that read a session's embedding add to each score how near the intent's text is to it, where one
+    encoder has read both."""
     gate_lr_scale: Positive = 10.0
     """Learning rate of the gates, relative to the rest: they start at zero and must be able to open."""
     tau: Positive = 1.0

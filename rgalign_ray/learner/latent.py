@@ -43,10 +43,12 @@ class NoisyCopies:
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         # every ranker of a judge has the same whitening, which follows from what it has read alone
-        centre = self.rankers.models[0].query_tower.whitening(embeddings)[:, :, None]  # [B, P, 1, k]
+        whitening = self.rankers.models[0].query_tower.whitening
+        centre = whitening(embeddings)[:, :, None]  # [B, P, 1, k]
         noise = self._noise(rows, step, centre)  # [B, P, K, k]
-        copies = (centre.detach() + self.settings.noise * noise).flatten(1, 2)
-        rewards = self.rankers.rewards(lambda ranker: ranker.query_tower.read(copies), rows).view(noise.shape[:-1])
+        copies = (embeddings.detach()[:, :, None] + self.settings.noise * noise @ whitening.steps).flatten(1, 2)
+        is_null = torch.zeros(copies.shape[:-1], dtype=torch.bool, device=copies.device)
+        rewards = self.rankers.rewards(lambda ranker: ranker.queries(copies, is_null), rows).view(noise.shape[:-1])
         rewards = rewards.nan_to_num(0.0)  # where a session has nothing that the reward asks for, nothing is learned
         advantage = rewards - rewards.mean(dim=-1, keepdim=True)
         distance = (centre.detach() + self.settings.noise * noise - centre).square().sum(dim=-1)

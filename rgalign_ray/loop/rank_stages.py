@@ -23,7 +23,7 @@ from rgalign_ray.loop.readers import engine_spec, keep_reader, reasoner_stage, s
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.ranker import training
 from rgalign_ray.ranker.training import RankerJob, RankerSpec
-from rgalign_ray.reasoner.engine import EngineSpec
+from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.rollout import encode
 
 ITEMS_DEADLINE_S = 1800.0
@@ -232,9 +232,12 @@ def sentence_stages() -> list[Stage]:
 
 
 def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
-    """Text embeddings of the intents by the base model: one version for all rankers, so that items compare."""
+    """Text embeddings of the intents by the base model: one version for all rankers, so that items compare.
+
+    An intent is read where a session's text stands, so that both lie in one space.
+    """
     catalogue = Catalogue.load(run.uri("sessions"))
-    texts = Template.load(run.config.prompt.template).items(catalogue.intents)
+    template = Template.load(run.config.prompt.template)
     settings = run.config.encode
     task = ray.remote(encode.encode_items).options(
         num_cpus=settings.cpus_per_worker,
@@ -245,7 +248,7 @@ def encode_items(run: Run, out: str, sentence: bool = False) -> Outcome:
     done = task.remote(
         sentence_engine(run.config) if sentence else engine_spec(run, 0),
         catalogue.ids,
-        texts,
+        Prompts(template.prefix, template.items(catalogue.intents), template.suffix),
         settings.batch_size,
         storage.join(out, "items.parquet"),
     )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rgalign_ray import config
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.text_match import TextMatch, near
 from rgalign_ray.ranker.whitening import Moments
 
 Batch = dict[str, Tensor]
@@ -18,7 +19,7 @@ Batch = dict[str, Tensor]
 
 
 class Ranker(nn.Module):
-    """Scores a session's candidates: score_i = relevance_i + prior_i.
+    """Scores a session's candidates: score_i = relevance_i + prior_i, and ⟨m, t_i⟩ where the session's text is read.
 
     The log of the base rate is an offset, so that training starts from it and the towers learn what a session
     changes about it; a small log would not teach them the base rate itself.
@@ -46,22 +47,28 @@ class Ranker(nn.Module):
         self.settings = settings
         self.register_buffer("prior", torch.zeros(sizes.num_intents))
         self.register_buffer("seen", torch.ones(sizes.num_intents, dtype=torch.bool))
+        compared = sizes.match_dim if settings.text_match else 0
+        self.match = TextMatch(sizes, compared) if self.reads_queries else None
 
     def users(self, batch: Batch) -> Any:
         """u, what `relevance` reads of a session: [B, d], or whatever else the model joins with a candidate."""
         raise NotImplementedError
 
     def items(self) -> Tensor:
-        """v [I, d], one row per intent of the catalogue."""
-        return self.item_tower(self.seen)
+        """v ⊕ t, [I, d + k], one row per intent of the catalogue; without t for a ranker that compares no texts."""
+        v = self.item_tower(self.seen)
+        return torch.cat([v, self.match.texts], dim=-1) if self.match else v
 
     def queries(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
-        """z [..., d] of embeddings [..., De]; the learned null vector where `is_null` [...] or without embeddings."""
-        return self.query_tower(embedding, is_null)
+        """z ⊕ m, [..., d + k] of embeddings [..., De]; the learned null vector and no match where `is_null` [...] or
+        without embeddings.
+        """
+        assert self.match is not None, "of rankers that read queries"
+        return torch.cat([self.query_tower(embedding, is_null), self.match(embedding, is_null)], dim=-1)
 
-    def fit_queries(self, moments: Moments) -> None:
-        """Fits what reads embeddings to those of the training sessions, before training starts."""
-        self.query_tower.whitening.fit(moments)
+    def fit_queries(self, prompt: Moments, query: Moments) -> None:
+        """Fits what reads embeddings to e(x) and e(x,q) of the training sessions, before training starts."""
+        self.query_tower.whitening.fit(prompt + query)
 
     def relevance(self, u: Any, v: Tensor, z: Tensor | None = None) -> Tensor:
         """[B, C] from u, v [B, C, d] and z [B, d]; [B, N, C] for N queries a session, z [B, N, d].
@@ -71,14 +78,23 @@ class Ranker(nn.Module):
         raise NotImplementedError
 
     def score(self, u: Any, items: Tensor, candidates: Tensor, z: Tensor | None = None) -> Tensor:
-        """Scores [B, C], or [B, N, C] for N queries a session, of `candidates` [B, C], rows of `items` [I, d].
+        """Scores [B, C], or [B, N, C] for N queries a session, of `candidates` [B, C], rows of `items` [I, d + k].
 
         Padding among the candidates scores as row 0 and must be masked afterwards.
         """
         rows = candidates.clamp(min=0).long()
-        relevance = self.relevance(u, F.embedding(rows, items), z)
+        v, texts = self.parted(F.embedding(rows, items))
+        if z is None:
+            relevance = self.relevance(u, v)
+        else:
+            z, match = self.parted(z)
+            relevance = self.relevance(u, v, z) + near(match, texts)
         prior = self.prior[rows]
         return relevance + (prior if relevance.dim() == 2 else prior[:, None])
+
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows of `items`, or of queries: what a tower says [..., d] and what texts are compared by [..., k]."""
+        return x.tensor_split([x.shape[-1] - (self.match.dim if self.match else 0)], dim=-1)
 
     def forward(self, batch: Batch, embedding: Tensor | None = None, is_null: Tensor | None = None) -> Tensor:
         """Scores [B, C], -inf where candidates are padded.

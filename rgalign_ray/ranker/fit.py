@@ -48,6 +48,7 @@ from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.ragged import Index, Ragged, narrow
 from rgalign_ray.ranker.rows import LISTS, Rows, ragged
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.text_match import FIT_SESSIONS, TextMatch
 from rgalign_ray.ranker.whitening import Moments
 
 MODELS: dict[str, type[Ranker]] = {
@@ -240,8 +241,31 @@ class Fit:
         if model.reads_queries:
             prompt = Moments.of(self.train["prompt"][self.train["has_prompt"]])
             query = Moments.of(self.train["query"][self.train["has_query"]])
-            total = self.group.sum((prompt + query).flat())
-            model.fit_queries(Moments.from_flat(total, model.sizes.embedding_dim))
+            prompt, query = (
+                Moments.from_flat(self.group.sum(it.flat()), model.sizes.embedding_dim) for it in (prompt, query)
+            )
+            model.fit_queries(prompt, query)
+            if model.match and model.match.dim and items is not None:
+                model.match.fit(items, prompt, query)
+                if model.trained:
+                    self._begin_match(model.match)
+
+    def _begin_match(self, match: TextMatch) -> None:
+        """Begins the weight of the texts' match where it and the base rates make this log's clicks likeliest."""
+        model = self.model
+        clicked = (self.train["clicks"].sums() > 0) & self.train["has_prompt"]
+        share = FIT_SESSIONS / max(self.group.sum(np.array([clicked.sum()]))[0], 1)
+        clicked &= uniform(self.train["session_key"], self.seed, "match") < share
+        rows = take(self.train, np.flatnonzero(clicked))
+        batch = to_batch(rows)
+        candidates = batch["candidates"].clamp(min=0).long()
+        mask = (batch["candidates"] >= 0) & model.seen[candidates]
+        clicks = batch["clicks"] & mask
+        logits = model.prior[candidates].masked_fill(~mask, -torch.inf)
+        told = clicks.any(dim=-1)
+        target = clicks / clicks.sum(dim=-1, keepdim=True).clamp(min=1)
+        embedding = torch.from_numpy(rows["prompt"])
+        match.fit_weight(embedding[told], logits[told], candidates[told], target[told], self.group)
 
     def _with_a_part(self, rows: Rows) -> Rows:
         """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown.
@@ -322,6 +346,8 @@ class Fit:
         figures["parameters"] = sum(p.numel() for p in self.model.parameters())
         figures["intents_shown"] = int(self.model.seen.sum())
         if self.model.reads_queries:
+            if self.model.match and self.model.match.dim:
+                figures["text_match"] = float(self.model.match.weight.detach())
             if self.model.trained:
                 figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}

@@ -10,6 +10,7 @@ from rgalign_ray import config
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.mutual_attention import MutualAttention
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.text_match import near
 from rgalign_ray.ranker.towers import Events, ItemTower, QueryTower, TargetAttention, UserTower
 
 User = tuple[Tensor, Tensor, Tensor]
@@ -54,7 +55,7 @@ class QERec(Ranker):
     DIN's attention reads it for that very candidate. A vector made before the candidate is known blurs events that
     point straight at an intent.
 
-    ⟨z, v_i⟩/τ + prior_i is the query tower's own opinion: with the base rate added, what is left for the
+    ⟨z, v_i⟩/τ + ⟨m, t_i⟩ + prior_i is the query tower's own opinion: with the base rate added, what is left for the
     vector to say is what distinguishes the session.
     """
 
@@ -83,10 +84,13 @@ class QERec(Ranker):
         return scores[:, 0] if z is not None and z.dim() == 2 else scores
 
     def parts(self, u: User, items: Tensor, candidates: Tensor, z: Tensor) -> Tensor:
-        """[B, C, 4], whose sum is `score` of the same: base rate, user and item, query and item, and all fused."""
+        """[B, C, 4], whose sum is `score` of the same: base rate, user and item, query and item (with the match of
+        their texts), and all fused.
+        """
         rows = candidates.clamp(min=0).long()
-        found = self.head.parts(*self._joined(u, F.embedding(rows, items), z))[:, 0]
-        return torch.cat([self.prior[rows][..., None], found], dim=-1)
+        (v, texts), (z, match) = self.parted(F.embedding(rows, items)), self.parted(z)
+        by_user, by_query, fused = self.head.parts(*self._joined(u, v, z))[:, 0].unbind(dim=-1)
+        return torch.stack([self.prior[rows], by_user, by_query + near(match, texts), fused], dim=-1)
 
     def _joined(self, u: User, v: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the head reads: attended vectors [B, N, C, 3·d], and products [B, N, C, 2·d]; N is 1 for z [B, d]."""
@@ -102,9 +106,12 @@ class QERec(Ranker):
         return torch.cat(torch.broadcast_tensors(*attended), dim=-1), products
 
     def query_logits(self, z: Tensor, items: Tensor | None = None) -> Tensor:
-        """⟨z, v_i⟩/τ + prior_i for every intent: [..., I] from z [..., d]; `items` [I, d] where already computed."""
-        return z @ (self.items() if items is None else items).T / self.settings.tau + self.prior
+        """⟨z, v_i⟩/τ + ⟨m, t_i⟩ + prior_i for every intent: [..., I] from z ⊕ m [..., d + k]; `items` [I, d + k], where
+        already computed.
+        """
+        (v, texts), (z, match) = self.parted(self.items() if items is None else items), self.parted(z)
+        return z @ v.T / self.settings.tau + match @ texts.T + self.prior
 
     def user_logits(self, u: User, items: Tensor) -> Tensor:
         """The user tower's ranking in the same form: ⟨u, v_i⟩/τ + prior_i, [B, I]."""
-        return u[0] @ items.T / self.settings.tau + self.prior
+        return u[0] @ self.parted(items)[0].T / self.settings.tau + self.prior

@@ -23,9 +23,13 @@ class Sizes:
     """De, length of a session's embedding; 0 where the ranker reads none."""
     item_dim: int
     """Numbers of an intent's (whitened) text embedding; 0 where intents have none."""
+    match_dim: int = 0
+    """Directions in which texts of sessions and intents are compared; 0 where no one encoder has read both."""
 
     @classmethod
-    def of(cls, space: FeatureSpace, *, num_intents: int, embedding_dim: int, item_dim: int) -> Sizes:
+    def of(
+        cls, space: FeatureSpace, *, num_intents: int, embedding_dim: int, item_dim: int, match_dim: int = 0
+    ) -> Sizes:
         return cls(
             field_size=space.field_size,
             num_fields=space.num_fields,
@@ -37,4 +41,5 @@ class Sizes:
             num_intents=num_intents,
             embedding_dim=embedding_dim,
             item_dim=item_dim,
+            match_dim=match_dim,
         )

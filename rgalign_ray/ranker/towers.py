@@ -256,11 +256,9 @@ class QueryTower(nn.Module):
         if embedding is None:
             return self.null.expand(*is_null.shape, -1).contiguous()  # strides choose kernels, hence bits
         readable = embedding.float().masked_fill(is_null[..., None], 0.0)
-        return torch.where(is_null[..., None], self.null, self.read(self.whitening(readable)))
-
-    def read(self, whitened: Tensor) -> Tensor:
-        """z [..., d] of whitened embeddings [..., k]."""
-        return self.null + self.gate * self.projection(whitened)
+        return torch.where(
+            is_null[..., None], self.null, self.null + self.gate * self.projection(self.whitening(readable))
+        )
 
 
 def _normal(embedding: nn.Embedding) -> None:

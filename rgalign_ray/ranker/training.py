@@ -51,6 +51,7 @@ from rgalign_ray.ranker.group import Group, pack, unpack
 from rgalign_ray.ranker.rows import from_tables, reading, training_table
 from rgalign_ray.ranker.scoring import Meta, load, meta_of, save
 from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.text_match import MAX_DIM
 
 VALID_ROLE = "valid"
 DATASET = "sessions"
@@ -150,11 +151,15 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
     embeddings = Embeddings.load(*job.embeddings_uris) if reading else None
     items = Embeddings.load(job.item_embeddings_uri).items(intent_ids) if job.item_embeddings_uri else None
     item_dim = min(job.settings.whitened_dim, items.shape[1], len(intent_ids) - 1) if items is not None else 0
+    match_dim = 0
+    if items is not None and embeddings is not None and items.shape[1] == embeddings.dim:  # one encoder has read both
+        match_dim = min(MAX_DIM, embeddings.dim, len(intent_ids) - 1)
     sizes = Sizes.of(
         FeatureSpace.from_dict(job.space),
         num_intents=len(intent_ids),
         embedding_dim=embeddings.dim if embeddings else 0,
         item_dim=item_dim,
+        match_dim=match_dim,
     )
     worker_config = {
         "rankers": [asdict(spec) for spec in job.rankers],

@@ -80,6 +80,11 @@ class Whitening(nn.Module):
         self.components.zero_()
         self.components[:, :k] = vectors * scale
 
+    @property
+    def steps(self) -> Tensor:
+        """[k, D], the moves of x that change one output by one and no other; zero for outputs that are always zero."""
+        return (self.components / self.components.square().sum(dim=0).clamp(min=torch.finfo(torch.float32).tiny)).T
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., k] from x [..., D]."""
         return (x - self.mean) @ self.components

@@ -283,12 +283,11 @@ def room(settings: config.Encode) -> str:
     )
 
 
-def encode_items(engine: EngineSpec, ids: list[str], texts: list[str], batch_size: int, uri: str) -> None:
+def encode_items(engine: EngineSpec, ids: list[str], items: Prompts, batch_size: int, uri: str) -> None:
     """Writes the intents' text embeddings (readout item) as one file."""
     reader = engine.start()
-    vectors = [
-        reader.embed(Prompts("", texts[start : start + batch_size], "")) for start in range(0, len(texts), batch_size)
-    ]
+    parts = [items.texts[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    vectors = [reader.embed(replace(items, texts=part)) for part in parts]
     count = len(ids)
     table = vectors_table(ids, ["item"] * count, [-1] * count, [None] * count, np.concatenate(vectors), reader.version)
     storage.write_table(uri, table)

@@ -168,12 +168,12 @@ def test_an_encoder_that_hangs_ends_the_pass_and_leaves_what_it_was_at(log: Path
     assert [log for log in logs.glob("worker-*.err") if "in _sample" in log.read_text()]
 
 
-def test_items_are_read_in_their_order(tmp_path: Path) -> None:
+def test_items_are_read_in_their_order_where_a_session_stands(tmp_path: Path) -> None:
     place = str(tmp_path / "items.parquet")
     texts = ["Cancel an order", "Refund", "Speed up"]
-    encode_items(ENGINE, ["a", "b", "c"], texts, 2, place)
+    encode_items(ENGINE, ["a", "b", "c"], Prompts("He asks.", texts, "\nQ:"), 2, place)
     table = storage.read_table(place)
     assert table["id"].to_pylist() == ["a", "b", "c"]
     assert table["readout"].unique().to_pylist() == ["item"]
-    expected = [ENGINE.start().embed(Prompts("", [text], ""))[0] for text in texts]
+    expected = [ENGINE.start().embed(Prompts("He asks.", [text], "\nQ:"))[0] for text in texts]
     np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=4e-3)

@@ -8,7 +8,7 @@ from rgalign_ray.hashing import session_keys
 from rgalign_ray.ranker.sizes import Sizes
 
 
-def sizes(intents: int = 24, dim: int = 24, fields: int = 4, item_dim: int = 0) -> Sizes:
+def sizes(intents: int = 24, dim: int = 24, fields: int = 4, item_dim: int = 0, match_dim: int = 0) -> Sizes:
     return Sizes(
         field_size=fields * 8,
         num_fields=fields,
@@ -20,6 +20,7 @@ def sizes(intents: int = 24, dim: int = 24, fields: int = 4, item_dim: int = 0) 
         num_intents=intents,
         embedding_dim=dim,
         item_dim=item_dim,
+        match_dim=match_dim,
     )
 
 

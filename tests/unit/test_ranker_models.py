@@ -21,7 +21,7 @@ from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.towers import QueryTower, TargetAttention
 from rgalign_ray.ranker.whitening import Moments, Whitening
 
-SIZES = sizes()
+SIZES = sizes(item_dim=6, match_dim=23)
 SETTINGS = config.Ranker(dim=16, heads=4, attention_layers=2, whitened_dim=8)
 
 
@@ -29,10 +29,13 @@ READING = [kind for kind in MODELS.values() if kind.reads_queries and kind.train
 
 
 def _listening(kind: type[Ranker]) -> Ranker:
-    """A ranker whose query tower has opened."""
+    """A ranker whose query tower has opened, and which compares texts."""
     torch.manual_seed(0)
     model = kind(SIZES, SETTINGS).eval()
     with torch.no_grad():
+        model.match.gate.fill_(0.5)
+        model.match.basis.normal_()
+        model.match.texts.normal_()
         model.query_tower.gate.fill_(1.0)
         model.query_tower.whitening.components.normal_()
         model.prior.normal_()
@@ -216,15 +219,18 @@ def test_null_query_sends_no_nan_into_the_gradient(kind: type[Ranker]) -> None:
     assert all(p.grad.isfinite().all() for p in ranker.parameters() if p.grad is not None)
 
 
-def test_the_cosine_compares_texts_as_they_are_and_null_is_close_to_nothing() -> None:
+def test_the_cosine_compares_what_texts_say_beyond_their_means_and_null_is_close_to_nothing() -> None:
     model = MODELS["cosine"](SIZES, SETTINGS).eval()
-    texts = np.random.default_rng(0).normal(size=(SIZES.num_intents, SIZES.embedding_dim))
-    model.item_tower.set_text(texts)
+    draw = np.random.default_rng(0)
+    texts = 5 + draw.normal(size=(SIZES.num_intents, SIZES.embedding_dim))
+    sessions = 3 * draw.normal(size=(50, SIZES.embedding_dim)) - 9
+    model.match.fit(texts, Moments.of(sessions), Moments.of(sessions[:0]))
+    texts, mean = torch.from_numpy(texts - texts.mean(axis=0)).float(), torch.from_numpy(sessions.mean(axis=0)).float()
     batch, embedding, _ = _input()
-    embedding[0] = 3 * torch.from_numpy(texts[2])  # the very text of intent 2, at another length
+    embedding[0] = 3 * texts[2] + mean  # says what the text of intent 2 does, at another length
     batch["candidates"] = torch.arange(SIZES.num_intents).expand(6, -1)
     scores = model(batch, embedding, torch.arange(6) == 5)
-    expected = torch.nn.functional.cosine_similarity(embedding[:, None], torch.from_numpy(texts).float()[None], dim=-1)
+    expected = torch.nn.functional.cosine_similarity((embedding - mean)[:, None], texts[None], dim=-1)
     torch.testing.assert_close(scores[:5], expected[:5])
     assert scores[0].argmax() == 2 and scores[0, 2] == pytest.approx(1.0)
     assert (scores[5] == 0).all()
@@ -253,11 +259,11 @@ def test_n_queries_at_once_score_as_one_by_one(ranker: Ranker) -> None:
         torch.testing.assert_close(together[:, n], ranker(batch, embeddings[:, n], is_null[:, n]))
 
 
-def test_query_logits_are_the_scaled_dot_product_plus_the_prior(ranker: Ranker) -> None:
-    z = torch.randn(2, 3, SETTINGS.dim)
-    logits = ranker.query_logits(z)
-    items = ranker.items()
-    expected = float((z[1, 2] @ items[5]).detach()) / SETTINGS.tau + float(ranker.prior[5])
+def test_query_logits_are_the_scaled_dot_product_plus_the_match_and_the_prior(ranker: Ranker) -> None:
+    z, match = torch.randn(2, 3, SETTINGS.dim), torch.randn(2, 3, SIZES.match_dim)
+    logits = ranker.query_logits(torch.cat([z, match], dim=-1))
+    v, texts = ranker.parted(ranker.items())
+    expected = float((z[1, 2] @ v[5]).detach()) / SETTINGS.tau + float(match[1, 2] @ texts[5]) + float(ranker.prior[5])
     assert float(logits[1, 2, 5].detach()) == pytest.approx(expected, abs=1e-4)
 
 
@@ -277,6 +283,14 @@ def test_an_intent_training_never_showed_is_ranked_by_its_text() -> None:
     assert not torch.allclose(items[2], items[0])
     tower.text[3] += 1
     assert not torch.allclose(tower(seen)[2], tower(seen)[3])
+
+
+def test_a_step_moves_one_whitened_number_by_one_and_no_other() -> None:
+    whitening = Whitening(6, 8)
+    x = np.random.default_rng(0).normal(size=(40, 6)) * [9, 3, 1, 1, 0.1, 0]
+    whitening.fit(Moments.of(x))
+    moved = whitening(torch.from_numpy(x[:1]).float() + whitening.steps) - whitening(torch.from_numpy(x[:1]).float())
+    torch.testing.assert_close(moved, torch.diag(torch.tensor([1.0] * 5 + [0.0] * 3)), atol=1e-3, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,98 @@
+"""What texts say before a click was seen, and how much a ranker begins to believe it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ranker_data import rows, sizes
+
+from rgalign_ray import config
+from rgalign_ray.ranker.fit import Fit, score_rows
+from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.text_match import MAX_WEIGHT, TextMatch, near
+from rgalign_ray.ranker.whitening import Moments
+
+SIZES = sizes(item_dim=6, match_dim=23)
+NONE = Moments.of(np.zeros((0, SIZES.embedding_dim)))
+SETTINGS = config.Ranker(dim=16, heads=2, epochs=4, batch_sessions=32, whitened_dim=12)
+
+
+def _texts(seed: int = 0) -> np.ndarray:
+    return 4 + np.random.default_rng(seed).normal(size=(SIZES.num_intents, SIZES.embedding_dim))
+
+
+def _fitted(sessions: np.ndarray, queries: np.ndarray | None = None) -> TextMatch:
+    match = TextMatch(SIZES, SIZES.match_dim)
+    match.fit(_texts(), Moments.of(sessions), NONE if queries is None else Moments.of(queries))
+    return match
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0, 9.0])
+def test_the_weight_begins_where_it_makes_the_clicks_likeliest(weight: float) -> None:
+    draw = np.random.default_rng(1)
+    sessions, n = draw.normal(size=(4000, SIZES.embedding_dim)) - 2, 4000
+    match = _fitted(sessions)
+    embedding, everyone = torch.from_numpy(sessions).float(), torch.arange(SIZES.num_intents).expand(n, -1)
+    prior = torch.from_numpy(draw.normal(size=SIZES.num_intents)).float().expand(n, -1)
+    with torch.no_grad():
+        match.gate.fill_(weight / 10)
+        logits = prior + near(match(embedding, torch.zeros(n, dtype=torch.bool)), match.texts[everyone])
+        clicked = torch.distributions.Categorical(logits=logits)
+        torch.manual_seed(0)
+        target = torch.nn.functional.one_hot(clicked.sample(), SIZES.num_intents).double()
+    match.fit_weight(embedding, prior, everyone, target, Group())
+    assert match.weight.item() == pytest.approx(weight, abs=0.4)
+
+
+def test_a_match_that_speaks_against_the_clicks_is_not_believed_and_one_that_tells_them_all_is_bounded() -> None:
+    sessions = _texts()
+    match, everyone = _fitted(sessions), torch.arange(SIZES.num_intents).expand(SIZES.num_intents, -1)
+    embedding, even, own = torch.from_numpy(sessions), torch.zeros(everyone.shape), torch.eye(SIZES.num_intents)
+    match.fit_weight(embedding, even, everyone, (1 - own) / (SIZES.num_intents - 1), Group())
+    assert match.weight.item() == 0
+    match.fit_weight(embedding, even, everyone, own, Group())
+    assert match.weight.item() == pytest.approx(MAX_WEIGHT)
+
+
+def test_what_all_written_queries_share_is_no_match() -> None:
+    draw = np.random.default_rng(2)
+    sessions = draw.normal(size=(200, SIZES.embedding_dim))
+    shared = 30 * draw.normal(size=SIZES.embedding_dim)
+    match = _fitted(sessions, sessions + shared)
+    with torch.no_grad():
+        match.gate.fill_(1.0)
+    told, nobody = (torch.from_numpy(x[:20]).float() for x in (sessions, sessions + shared)), torch.zeros(20).bool()
+    read = [match(x, nobody) for x in told]
+    torch.testing.assert_close(read[0], read[1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qe_rec", "din_sentence"])
+def test_intents_that_nobody_has_clicked_are_found_by_their_text(kind: str) -> None:
+    texts = _texts()
+    learned = _sessions(texts, range(12), 600, seed=0)
+    other = _sessions(texts, range(12, SIZES.num_intents), 300, seed=1)
+    found = {}
+    for text_match in (True, False):
+        settings = SETTINGS.changed({"text_match": text_match})
+        fit = Fit(kind, SIZES, settings, learned, texts, seed=0, group=Group())
+        figures = fit.run()
+        assert ("text_match" in figures) == text_match
+        scores = score_rows(fit.model, other, "prompt")
+        found[text_match] = (scores.argmax(axis=1) == other["clicks"].argmax(axis=1)).mean()
+    assert found[True] > 0.8 > 0.3 > found[False]
+
+
+def _sessions(texts: np.ndarray, needs: range, n: int, seed: int) -> dict:
+    """Sessions whose embedding is the needed intent's text at another length, with noise; all intents were shown."""
+    draw = np.random.default_rng(seed)
+    data, need = rows(SIZES, n, seed=seed), draw.choice(list(needs), size=n)
+    told = 2 * (texts[need] + 0.5 * draw.normal(size=(n, SIZES.embedding_dim)))
+    clicks = data["candidates"] == need[:, None]
+    return data | {"prompt": told.astype(np.float16), "clicks": clicks, "shown": np.ones_like(clicks)}
+
+
+def test_a_log_whose_clicks_have_no_text_begins_without_a_match() -> None:
+    data = rows(SIZES, 100)
+    data["has_prompt"] &= ~data["clicks"].any(axis=1)
+    assert Fit("qe_rec", SIZES, SETTINGS, data, _texts(), seed=0, group=Group()).model.match.weight.item() == 0
