@@ -50,9 +50,29 @@ def test_a_match_that_speaks_against_the_clicks_is_not_believed_and_one_that_tel
     match, everyone = _fitted(sessions), torch.arange(SIZES.num_intents).expand(SIZES.num_intents, -1)
     embedding, even, own = torch.from_numpy(sessions), torch.zeros(everyone.shape), torch.eye(SIZES.num_intents)
     match.fit_weight(embedding, even, everyone, (1 - own) / (SIZES.num_intents - 1), Group())
-    assert match.weight.item() == 0
+    assert match.weight.item() == pytest.approx(0, abs=1e-3)
     match.fit_weight(embedding, even, everyone, own, Group())
-    assert match.weight.item() == pytest.approx(MAX_WEIGHT)
+    assert match.weight.item() == pytest.approx(MAX_WEIGHT, abs=1e-3)
+
+
+@pytest.mark.parametrize("told", [0.2, 0.5, 0.9])
+def test_texts_that_are_the_needs_own_are_believed_as_far_as_clicks_follow_the_need(told: float) -> None:
+    """Of two texts that say the opposite, softmax(±κ) is `told` on the need's own: 2κ = log(told / (1 − told))."""
+    texts = np.stack([np.eye(SIZES.embedding_dim)[0], -np.eye(SIZES.embedding_dim)[0]])
+    match = TextMatch(sizes(intents=2, match_dim=1), 1)
+    match.fit(texts, Moments.of(texts), NONE)
+    target = torch.tensor([[told, 1 - told], [1 - told, told]])
+    match.fit_weight(torch.from_numpy(texts), torch.zeros(2, 2), torch.tensor([[0, 1], [0, 1]]), target, Group())
+    assert match.weight.item() == pytest.approx(max(np.log(told / (1 - told)) / 2, 0), abs=2e-3)
+
+
+def test_a_text_among_many_that_is_the_needs_own_is_believed() -> None:
+    """Where the others' texts have nothing to do with it, κ makes its share what clicks make it."""
+    n, of_need = SIZES.num_intents, 0.4
+    match, everyone = _fitted(_texts()), torch.arange(n).expand(n, -1)
+    target = torch.full((n, n), (1 - of_need) / (n - 1)).fill_diagonal_(of_need)
+    match.fit_weight(torch.from_numpy(_texts()), torch.zeros(n, n), everyone, target, Group())
+    assert match.weight.item() == pytest.approx(np.log(of_need / (1 - of_need) * (n - 1)), abs=1)
 
 
 def test_what_all_written_queries_share_is_no_match() -> None:
@@ -95,4 +115,4 @@ def _sessions(texts: np.ndarray, needs: range, n: int, seed: int) -> dict:
 def test_a_log_whose_clicks_have_no_text_begins_without_a_match() -> None:
     data = rows(SIZES, 100)
     data["has_prompt"] &= ~data["clicks"].any(axis=1)
-    assert Fit("qe_rec", SIZES, SETTINGS, data, _texts(), seed=0, group=Group()).model.match.weight.item() == 0
+    assert Fit("qe_rec", SIZES, SETTINGS, data, _texts(), seed=0, group=Group()).model.match.weight.item() < 1e-3
