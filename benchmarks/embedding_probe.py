@@ -1,12 +1,13 @@
-"""Is the need in the embedding, and do the clicks teach it? A linear probe of what a comparison's rankers read.
+"""Is the need in the embedding, and do the clicks teach it? Probes of what a comparison's rankers read.
 
     rgalign compare --run-dir runs/ladder --set compare.seeds=2
     python -m benchmarks.embedding_probe runs/ladder/seed_0 runs/ladder/seed_1
 
 Multinomial logistic regression from e(x) to the intent, learned from the sessions of role rank: once with their true
 needs as labels, once with what was clicked, which is all that a ranker has. Where the first is far above the second,
-clicks are what is missing, not signal. The penalty is chosen by the log-loss of the same labels in role valid. It needs
-scikit-learn, which the extra `test` brings.
+clicks are what is missing, not signal. The penalty is chosen by the log-loss of the same labels in role valid. Beside
+them what needs no label: the cosine of e(x) and an intent's text, raw, and with the mean of the sessions of role rank, or
+of the intents, taken off each. It needs scikit-learn, which the extra `test` brings.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.world.oracle import Oracle
 
-ENCODERS = {"frozen reasoner": "embeddings_0", "sentence encoder": "embeddings_sentence"}
+ENCODERS = {
+    "frozen reasoner": ("embeddings_0", "items"),
+    "sentence encoder": ("embeddings_sentence", "items_sentence"),
+}
+"""Where their readings of sessions and intents lie."""
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Inverse strengths of the L2 penalty."""
 K = 3
@@ -50,6 +55,8 @@ class Labelled:
     """str [S]"""
     clicked: np.ndarray
     """str [S], the first clicked intent; empty where there is none."""
+    intents: list[str]
+    """All of the knowledge base."""
 
     @classmethod
     def load(cls, run_dir: str) -> Labelled:
@@ -66,6 +73,7 @@ class Labelled:
             np.array(table["role"].to_pylist()),
             np.array(Oracle.load(storage.join(run_dir, "log")).needs(ids)),
             np.where(clicks.any(axis=1), np.array(catalogue.ids)[first], ""),
+            catalogue.ids,
         )
 
 
@@ -94,19 +102,46 @@ def probe(sessions: Labelled, vectors: np.ndarray, labels: np.ndarray) -> tuple[
     return (first == sessions.need[test][:, None]).any(axis=1).astype(np.float64), int(learns.sum())
 
 
+def zero_shot(
+    sessions: Labelled, vectors: np.ndarray, found: np.ndarray, texts: Embeddings, *, centred: bool = False
+) -> np.ndarray:
+    """Whether each test session's need is among the K intents whose text is nearest to the session's, float64.
+
+    Args:
+        vectors: float [S, H].
+        found: bool [S], sessions that were read.
+        texts: the intents', by the same encoder.
+        centred: take off the mean over the sessions read of role rank, and that over the intents.
+    """
+    told, test = texts.items(sessions.intents).astype(np.float64), sessions.role == "test"
+    read = vectors.astype(np.float64)
+    if centred:
+        told, read = told - told.mean(axis=0), read - read[found & (sessions.role == "rank")].mean(axis=0)
+    told /= np.linalg.norm(told, axis=1, keepdims=True)
+    nearest = np.argsort(-(read[test] @ told.T), axis=1)[:, :K]  # a session's length changes no order
+    return (np.array(sessions.intents)[nearest] == sessions.need[test][:, None]).any(axis=1).astype(np.float64)
+
+
 def run(run_dirs: Annotated[list[str], typer.Argument(help="Folders of a comparison's seeds, on the shop.")]) -> None:
     table = Table(title=f"need among the first {K} of a linear probe, test sessions", title_justify="left")
     for column in ("embedding", "labels", "sessions that teach", f"need Recall@{K}", "95 % over users"):
         table.add_column(column)
     worlds = [Labelled.load(run_dir) for run_dir in run_dirs]
     users = [[user for user, role in zip(w.users, w.role, strict=True) if role == "test"] for w in worlds]
-    for encoder, folder in ENCODERS.items():
-        read = [Embeddings.load(storage.join(run_dir, folder)) for run_dir in run_dirs]
-        vectors = [
-            e.lookup(session_keys(w.ids), "prompt")[0].astype(np.float32) for e, w in zip(read, worlds, strict=True)
-        ]
-        for labels in ("need", "clicked"):
-            results = [probe(w, v, getattr(w, labels)) for w, v in zip(worlds, vectors, strict=True)]
+    for encoder, (sessions, intents) in ENCODERS.items():
+        read = [Embeddings.load(storage.join(run_dir, sessions)) for run_dir in run_dirs]
+        found = [e.lookup(session_keys(w.ids), "prompt") for e, w in zip(read, worlds, strict=True)]
+        vectors = [v.astype(np.float32) for v, _ in found]
+        texts = [Embeddings.load(storage.join(run_dir, intents)) for run_dir in run_dirs]
+        ways = {
+            "need": [probe(w, v, w.need) for w, v in zip(worlds, vectors, strict=True)],
+            "clicked": [probe(w, v, w.clicked) for w, v in zip(worlds, vectors, strict=True)],
+            "none, raw cosine": [(zero_shot(w, *f, t), 0) for w, f, t in zip(worlds, found, texts, strict=True)],
+            "none, centred cosine": [
+                (zero_shot(w, *f, t, centred=True), 0) for w, f, t in zip(worlds, found, texts, strict=True)
+            ],
+        }
+        for labels, results in ways.items():
             hits = [hit for hit, _ in results]
             estimate: Estimate = stratified_bootstrap(hits, users, weights=[None] * len(hits))
             low, high = estimate.users
