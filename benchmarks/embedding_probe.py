@@ -6,8 +6,8 @@
 Multinomial logistic regression from e(x) to the intent, learned from the sessions of role rank: once with their true
 needs as labels, once with what was clicked, which is all that a ranker has. Where the first is far above the second,
 clicks are what is missing, not signal. The penalty is chosen by the log-loss of the same labels in role valid. Beside
-them what needs no label: the cosine of e(x) and an intent's text, raw, and with the mean of the sessions of role rank, or
-of the intents, taken off each. It needs scikit-learn, which the extra `test` brings.
+them what needs no label: the cosine of e(x) and an intent's text, raw, and with the mean of the sessions of role rank,
+or of the intents, taken off each. It needs scikit-learn, which the extra `test` brings.
 """
 
 from __future__ import annotations
