@@ -86,7 +86,8 @@ def probe(sessions: Labelled, vectors: np.ndarray, labels: np.ndarray) -> tuple[
     """
     known = labels != ""
     learns, chooses = ((sessions.role == role) & known for role in ("rank", "valid"))
-    scaled = StandardScaler().fit(vectors[sessions.role == "rank"]).transform(vectors)
+    read = vectors.any(axis=1)  # `encode.unclicked: false` leaves some unread
+    scaled = StandardScaler().fit(vectors[read & (sessions.role == "rank")]).transform(vectors)
     found: tuple[float, LogisticRegression] | None = None
     for penalty in PENALTIES:
         with warnings.catch_warnings():
@@ -123,7 +124,7 @@ def zero_shot(
 
 
 def run(run_dirs: Annotated[list[str], typer.Argument(help="Folders of a comparison's seeds, on the shop.")]) -> None:
-    table = Table(title=f"need among the first {K} of a linear probe, test sessions", title_justify="left")
+    table = Table(title=f"need among the first {K}, test sessions", title_justify="left")
     for column in ("embedding", "labels", "sessions that teach", f"need Recall@{K}", "95 % over users"):
         table.add_column(column)
     worlds = [Labelled.load(run_dir) for run_dir in run_dirs]
@@ -134,13 +135,15 @@ def run(run_dirs: Annotated[list[str], typer.Argument(help="Folders of a compari
         vectors = [v.astype(np.float32) for v, _ in found]
         texts = [Embeddings.load(storage.join(run_dir, intents)) for run_dir in run_dirs]
         ways = {
-            "need": [probe(w, v, w.need) for w, v in zip(worlds, vectors, strict=True)],
-            "clicked": [probe(w, v, w.clicked) for w, v in zip(worlds, vectors, strict=True)],
-            "none, raw cosine": [(zero_shot(w, *f, t), 0) for w, f, t in zip(worlds, found, texts, strict=True)],
-            "none, centred cosine": [
-                (zero_shot(w, *f, t, centred=True), 0) for w, f, t in zip(worlds, found, texts, strict=True)
-            ],
+            name: [
+                probe(w, v, np.where(there, getattr(w, name), ""))
+                for w, v, (_, there) in zip(worlds, vectors, found, strict=True)
+            ]
+            for name in ("need", "clicked")
         }
+        for way, centred in (("none: cosine", False), ("none: cosine, centred", True)):
+            cosines = (zero_shot(w, *f, t, centred=centred) for w, f, t in zip(worlds, found, texts, strict=True))
+            ways[way] = [(hits, 0) for hits in cosines]
         for labels, results in ways.items():
             hits = [hit for hit, _ in results]
             estimate: Estimate = stratified_bootstrap(hits, users, weights=[None] * len(hits))
