@@ -115,7 +115,8 @@ def load(uri: str) -> LoadedRanker:
     """The ranker of an artefact, frozen.
 
     Raises:
-        DataError: where there is no ranker, or its weights or feature space are not of the version it names.
+        DataError: where there is no ranker, its weights or feature space are not of the version it names, or its model
+            had other weights when it was saved.
     """
     meta = load_meta(uri)
     fs, path = storage.filesystem(storage.join(uri, WEIGHTS))
@@ -127,7 +128,10 @@ def load(uri: str) -> LoadedRanker:
         if found != wanted:
             raise DataError(f"{uri}: {what} is of version {found}, but {META} names {wanted}; train the ranker again.")
     model = MODELS[meta.kind](Sizes(**meta.sizes), meta.settings)
-    model.load_state_dict(load_tensors(weights))
+    try:
+        model.load_state_dict(load_tensors(weights))
+    except RuntimeError:  # torch names every tensor that is missing, or of another shape
+        raise DataError(f"{uri}: its weights are of another version of {meta.kind}; train the ranker again.") from None
     return LoadedRanker(model.eval().requires_grad_(False), space, meta)
 
 

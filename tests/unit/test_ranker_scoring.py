@@ -133,6 +133,18 @@ def test_files_of_two_rankers_in_one_folder_are_refused(tmp_path: Path, space: F
         scoring.load(other)
 
 
+def test_weights_of_another_version_of_the_model_are_refused_in_a_sentence(tmp_path: Path, space: FeatureSpace) -> None:
+    _saved(tmp_path, space)
+    place = str(tmp_path / "ranker")
+    meta = storage.read_json(storage.join(place, scoring.META))
+    meta["sizes"]["match_dim"] += 1
+    storage.write_json(storage.join(place, scoring.META), meta)
+    with pytest.raises(
+        DataError, match=r"^\S+: its weights are of another version of qe_rec; train the ranker again\.$"
+    ):
+        scoring.load(place)
+
+
 def test_lookup_finds_each_id_and_the_first_sample(tmp_path: Path) -> None:
     table = pa.concat_tables([_table(["b", "a"], "prompt"), _table(["a", "a", "c"], "query", [2, 1, 0])])
     storage.write_table(str(tmp_path / "part-00000.parquet"), table.slice(0, 3))
