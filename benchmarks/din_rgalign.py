@@ -27,7 +27,8 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import column_names, columns
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.metrics import gauc as gauc_of
-from rgalign_ray.ranker.fit import Fit, score_rows
+from rgalign_ray.ranker.batches import score_rows
+from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.rows import Rows, from_tables, training_table
 from rgalign_ray.ranker.sizes import Sizes

@@ -31,7 +31,8 @@ from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.roles import role_of
-from rgalign_ray.ranker import fit
+from rgalign_ray.ranker.batches import score_rows
+from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.rows import Rows, with_embeddings
 from rgalign_ray.ranker.sizes import Sizes
@@ -209,13 +210,13 @@ class Log:
         start = time.monotonic()
         sizes = Sizes.of(self.space, num_intents=self.catalogue.size, embedding_dim=0, item_dim=0)
         settings = config.Ranker(dropout=dropout, epochs=epochs)
-        training = fit.Fit("din", sizes, settings, self.train, None, 0, Group())
+        training = Fit("din", sizes, settings, self.train, None, 0, Group())
         figures = training.run(
             lambda run: print(f"  epoch {run.progress.epoch}: validation {run.progress.gaucs[-1]:.4f}", flush=True)
         )
         print(f"  {figures['sessions']:,} sessions, {time.monotonic() - start:.0f} s, epoch {figures['best_epoch']}")
         name = f"DIN, dropout {dropout:g}, validation {figures['best_gauc']:.4f}"
-        self.judge.show(name, fit.score_rows(training.model, self.test, "null"))
+        self.judge.show(name, score_rows(training.model, self.test, "null"))
 
     def _rows(self, table: pa.Table) -> Rows:
         parts = [

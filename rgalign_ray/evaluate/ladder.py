@@ -17,8 +17,8 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.base import Batch
+from rgalign_ray.ranker.batches import READOUTS, available, query_input, score_pieces
 from rgalign_ray.ranker.embeddings import Embeddings
-from rgalign_ray.ranker.fit import READOUTS, available, query_input, score_pieces
 from rgalign_ray.ranker.ragged import Index
 from rgalign_ray.ranker.rows import Rows
 from rgalign_ray.world.oracle import Oracle

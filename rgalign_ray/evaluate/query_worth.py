@@ -20,7 +20,7 @@ from rgalign_ray.evaluate.report import Estimate, QueryWorth
 from rgalign_ray.evaluate.statistics import stratified_bootstrap
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
-from rgalign_ray.ranker.fit import to_batch
+from rgalign_ray.ranker.batches import to_batch
 from rgalign_ray.ranker.scoring import LoadedRanker
 from rgalign_ray.reward.gate import best_of
 from rgalign_ray.reward.judging import query_scores

@@ -14,7 +14,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.base import Batch
-from rgalign_ray.ranker.fit import take, to_batch
+from rgalign_ray.ranker.batches import take, to_batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reward import functions
 

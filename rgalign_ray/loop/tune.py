@@ -22,7 +22,7 @@ from rgalign_ray.evaluate import report
 from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
 from rgalign_ray.loop.stage import Outcome, Run, Stage
-from rgalign_ray.ranker.fit import MODELS
+from rgalign_ray.ranker.models import MODELS
 from rgalign_ray.reasoner import models
 
 

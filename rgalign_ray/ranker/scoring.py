@@ -16,8 +16,9 @@ from rgalign_ray.config.base import sentence
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.features import FeatureSpace, FeatureSpec
 from rgalign_ray.ranker.base import Ranker
+from rgalign_ray.ranker.batches import SCORE_BATCH, score_rows
 from rgalign_ray.ranker.embeddings import Embeddings
-from rgalign_ray.ranker.fit import MODELS, SCORE_BATCH, score_rows
+from rgalign_ray.ranker.models import MODELS
 from rgalign_ray.ranker.rows import with_embeddings
 from rgalign_ray.ranker.sizes import Sizes
 

@@ -46,8 +46,9 @@ from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.progress import clock
 from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.embeddings import Embeddings
-from rgalign_ray.ranker.fit import MODELS, Fit
+from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
+from rgalign_ray.ranker.models import MODELS
 from rgalign_ray.ranker.rows import from_tables, reading, training_table
 from rgalign_ray.ranker.scoring import Meta, load, meta_of, save
 from rgalign_ray.ranker.sizes import Sizes

@@ -9,7 +9,7 @@ import torch
 
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Batch, Ranker
-from rgalign_ray.ranker.fit import to_batch
+from rgalign_ray.ranker.batches import to_batch
 from rgalign_ray.ranker.scoring import LoadedRanker
 from rgalign_ray.reward import functions
 

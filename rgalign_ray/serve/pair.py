@@ -21,7 +21,7 @@ from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.readers import engine_of_run
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.fit import to_batch
+from rgalign_ray.ranker.batches import to_batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.reasoner.engine import EngineSpec, Prompts
 from rgalign_ray.reward.functions import fault

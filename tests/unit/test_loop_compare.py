@@ -15,7 +15,7 @@ from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.loop import alignments, compare, connection, controller, ladder_report, rank_stages, tune
 from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, check, rows_of
 from rgalign_ray.loop.stage import Run
-from rgalign_ray.ranker.fit import MODELS
+from rgalign_ray.ranker.models import MODELS
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from rgalign_ray import config
 from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate.statistics import paired_bootstrap
 from rgalign_ray.metrics import group_auc
+from rgalign_ray.ranker import batches, losses
 from rgalign_ray.ranker import fit as fitting
-from rgalign_ray.ranker import losses
-from rgalign_ray.ranker.fit import Fit, to_batch
+from rgalign_ray.ranker.batches import to_batch
+from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group, pack, unpack
 from rgalign_ray.ranker.rows import FOLD, LISTS, from_tables, reading, to_table
 
@@ -167,7 +168,7 @@ def _aucs(train: dict, test: dict, seed: int) -> np.ndarray:
     settings = SETTINGS.model_copy(update={"epochs": 5})
     fit = Fit("qe_rec", SIZES, settings, train, None, seed, Group())
     fit.run()
-    scores = fitting.score_rows(fit.model, test, "prompt")
+    scores = batches.score_rows(fit.model, test, "prompt")
     found = group_auc(scores.ravel(), test["clicks"].ravel(), np.repeat(np.arange(len(scores)), scores.shape[1]))
     aucs = np.full(len(scores), np.nan)
     aucs[found.groups] = found.auc
@@ -202,7 +203,7 @@ def _disagreement(kl: str, teacher: str) -> float:
     settings = SETTINGS.model_copy(update={"kl": kl, "epochs": 4, "kl_weight": 2.0})
     fit = _fit(data, settings=settings)
     assert np.isfinite(fit.run()["losses"]).all()
-    model, batch = fit.model.eval(), fitting.to_batch(data)
+    model, batch = fit.model.eval(), to_batch(data)
     candidates, is_null = batch["candidates"].long(), torch.zeros(200, dtype=torch.bool)
     with torch.inference_mode():
         z, items = model.queries(torch.from_numpy(data["prompt"]), is_null), model.items()
@@ -245,7 +246,7 @@ def test_popularity_has_nothing_to_train_and_scores_the_base_rate() -> None:
     fit = _fit(data, "popularity")
     figures = fit.run()
     assert figures["epoch"] == figures["parameters"] == 0
-    scores = fitting.score_rows(fit.model, data, "null")
+    scores = batches.score_rows(fit.model, data, "null")
     np.testing.assert_array_equal(scores, fit.model.prior.numpy()[data["candidates"]])
     assert figures["best_gauc"] > 0.6
 
@@ -310,7 +311,7 @@ def test_every_session_takes_part_once_an_epoch(monkeypatch: pytest.MonkeyPatch)
     data = rows(SIZES, 101)
     fit = _fit(data)
     seen: list[int] = []
-    take = fitting.take
+    take = batches.take
 
     def record(part: dict, index: object) -> dict:
         taken = take(part, index)
@@ -330,9 +331,9 @@ def test_query_inputs_are_drawn_by_share_and_fall_back() -> None:
     data = rows(SIZES, 3000)
     fit = _fit(data)
     drawn = fit._readouts(fit.train, epoch=0)
-    assert (drawn == fitting.NULL).mean() == pytest.approx(0.2, abs=0.03)
-    assert not (drawn[~fit.train["has_query"]] == fitting.QUERY).any()
-    assert (drawn[fit.train["has_query"]] == fitting.QUERY).mean() == pytest.approx(0.3, abs=0.05)
+    assert (drawn == batches.NULL).mean() == pytest.approx(0.2, abs=0.03)
+    assert not (drawn[~fit.train["has_query"]] == batches.QUERY).any()
+    assert (drawn[fit.train["has_query"]] == batches.QUERY).mean() == pytest.approx(0.3, abs=0.05)
     assert (drawn != fit._readouts(fit.train, epoch=1)).any()
     assert (drawn == fit._readouts(fit.train, epoch=0)).all()
 
@@ -390,11 +391,11 @@ def test_unseen_intents_rank_by_what_their_text_resembles() -> None:
     for fit in (with_text, without):
         fit.run()
         assert not fit.model.seen[unseen].any()
-    scores = fitting.score_rows(with_text.model, data, "prompt")[of_old]
+    scores = batches.score_rows(with_text.model, data, "prompt")[of_old]
     assert (unseen[scores[:, unseen].argmax(axis=1)] == wanted).mean() > 0.9, "first among the unseen"
     above = (scores > scores[np.arange(len(scores)), wanted][:, None]).sum(axis=1)
     assert (above <= 2).mean() > 0.8, "near the top of all"
-    assert np.ptp(fitting.score_rows(without.model, data, "prompt")[:, unseen], axis=1).max() < 1e-5, "equal by id"
+    assert np.ptp(batches.score_rows(without.model, data, "prompt")[:, unseen], axis=1).max() < 1e-5, "equal by id"
 
 
 def test_logs_that_teach_nothing_are_refused() -> None:

@@ -15,7 +15,8 @@ from rgalign_ray import config
 from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.baselines.bst import TargetTransformer
 from rgalign_ray.ranker.baselines.sasrec import CausalHistory
-from rgalign_ray.ranker.fit import MODELS, query_input, to_batch
+from rgalign_ray.ranker.batches import query_input, to_batch
+from rgalign_ray.ranker.models import MODELS
 from rgalign_ray.ranker.mutual_attention import MutualAttention
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.towers import QueryTower, TargetAttention

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ranker_data import rows, sizes
 
 from rgalign_ray import config, metrics
+from rgalign_ray.ranker import batches, ragged
 from rgalign_ray.ranker import fit as fitting
-from rgalign_ray.ranker import ragged
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.ragged import Ragged, narrow
@@ -116,14 +116,15 @@ def test_one_session_of_10000_candidates_does_not_widen_the_others(kind: str, mo
     """Neither as held in memory, nor in any batch of training and scoring."""
     data, wide = _wide_log()
     shapes: list[tuple[int, int]] = []
-    to_batch = fitting.to_batch
+    to_batch = batches.to_batch
 
     def record(part: dict, device: str = "cpu") -> dict:
         batch = to_batch(part, device)
         shapes.append(tuple(batch["candidates"].shape))
         return batch
 
-    monkeypatch.setattr(fitting, "to_batch", record)
+    for module in (fitting, batches):
+        monkeypatch.setattr(module, "to_batch", record)
     tables = [to_table({name: values[part] for name, values in data.items()}) for part in (slice(9), slice(9, None))]
     held = from_tables(tables, sizes(intents=MANY))
     assert held["candidates"].values.nbytes == (35 * FEW + MANY) * 4
@@ -131,9 +132,9 @@ def test_one_session_of_10000_candidates_does_not_widen_the_others(kind: str, mo
     assert np.isfinite(fit.run()["losses"]).all()
     assert (1, MANY) in shapes
     assert all(width == FEW for sessions, width in shapes if sessions > 1)
-    scores = fitting.score_rows(fit.model, data, "prompt")
+    scores = batches.score_rows(fit.model, data, "prompt")
     assert (np.isneginf(scores) == (data["candidates"] < 0)).all()
-    alone = fitting.score_rows(fit.model, {k: v[[wide]] for k, v in data.items()}, "prompt")
+    alone = batches.score_rows(fit.model, {k: v[[wide]] for k, v in data.items()}, "prompt")
     np.testing.assert_allclose(scores[wide], alone[0], atol=1e-5)
 
 

@@ -8,7 +8,8 @@ import torch
 from ranker_data import rows, sizes
 
 from rgalign_ray import config
-from rgalign_ray.ranker.fit import Fit, score_rows
+from rgalign_ray.ranker.batches import score_rows
+from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
 from rgalign_ray.ranker.text_match import MAX_WEIGHT, TextMatch, near
 from rgalign_ray.ranker.whitening import Moments

@@ -14,7 +14,7 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.fit import score_rows
+from rgalign_ray.ranker.batches import score_rows
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reward import functions

@@ -22,7 +22,7 @@ from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
 from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring
-from rgalign_ray.ranker.fit import to_batch
+from rgalign_ray.ranker.batches import to_batch
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.reward import functions
