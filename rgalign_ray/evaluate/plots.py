@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup
@@ -20,18 +20,17 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:
-    from rgalign_ray.evaluate.report import (
-        Breakdown,
-        Calibration,
-        Comparison,
-        Curves,
-        QueryWorth,
-        Report,
-        RewardGate,
-        Row,
-        Stage,
-    )
+from rgalign_ray.evaluate.report import (
+    Breakdown,
+    Calibration,
+    Comparison,
+    Curves,
+    QueryWorth,
+    Report,
+    RewardGate,
+    Row,
+    Stage,
+)
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")

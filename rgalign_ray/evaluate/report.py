@@ -1,30 +1,30 @@
-"""A run's report: what it is made of, the page that shows it, and its headline for the terminal.
+"""What a run's report is made of: plain data that the loop fills in.
 
-`Report` is plain data that the loop fills in. `write_report` makes one HTML file of it that loads nothing
-from anywhere; `headline` and `examples` show the same figures in the terminal.
+`report_page` makes one HTML file of it, `report_text` tables for the terminal and for files.
 """
 
 from __future__ import annotations
 
-import csv as csvfile
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
-
-from rgalign_ray import __version__, storage
-from rgalign_ray.progress import clock
 
 ABSENT = "–"
 TRUE_QUALITY = ("need Recall", "true CTR")
 """Metrics, by what they begin with, that the simulated shop's truth gives."""
+
+
+def number(value: float) -> str:
+    """Four decimals, as small gains of GAUC need them; a value that is no number is a dash."""
+    return f"{value:.4f}" if math.isfinite(value) else ABSENT
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, +0.012 or −0.003."""
+    text = number(abs(value))
+    return text if not math.isfinite(value) else f"{'−' if value < 0 else '+'}{text}"
 
 
 class Part(BaseModel):
@@ -41,14 +41,20 @@ class Estimate(Part):
     high: float | None = None
 
     def __str__(self) -> str:
-        return _number(self.value)
+        return number(self.value)
 
     @property
     def interval(self) -> str:
         """The interval as text, or nothing."""
-        if self.low is None or self.high is None:
-            return ""
-        return f"{_number(self.low)} … {_number(self.high)}"
+        return self._interval(number)
+
+    @property
+    def signed_interval(self) -> str:
+        """The interval of a difference, or nothing."""
+        return self._interval(signed)
+
+    def _interval(self, written: Callable[[float], str]) -> str:
+        return "" if self.low is None or self.high is None else f"{written(self.low)} … {written(self.high)}"
 
 
 class Row(Part):
@@ -238,189 +244,13 @@ class Report(Part):
     def telling(self) -> list[str]:
         return telling(self.columns)
 
+    def best(self, metric: str) -> float | None:
+        """The highest value among the rows that compete; None where fewer than two do."""
+        values = [row.metrics[metric].value for row in self.rows if metric in row.metrics and not row.control]
+        finite = [value for value in values if math.isfinite(value)]
+        return max(finite) if len(finite) > 1 else None
+
 
 def telling(metrics: Sequence[str]) -> list[str]:
     """Of a report's metrics those that its claims are about: the true quality where it is known, else the first."""
     return [name for name in metrics if name.startswith(TRUE_QUALITY)] or list(metrics[:1])
-
-
-def write_report(uri: str, report: Report) -> str:
-    """Writes the report as one self-contained HTML file at `uri`, and returns `uri`.
-
-    Every text is escaped; plots are inline SVG; the page asks the network for nothing.
-    """
-    storage.write_bytes(uri, render(report).encode())
-    return uri
-
-
-def render(report: Report) -> str:
-    """The report as the text of one HTML page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from rgalign_ray.evaluate import plots
-
-    environment = Environment(
-        loader=PackageLoader("rgalign_ray", "evaluate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=_number, percent=_percent, clock=clock, signed=_signed, signed_interval=_signed_interval
-    )
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        version=__version__,
-        absent=ABSENT,
-        best={metric: _best(report, metric) for metric in report.columns},
-        config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True) if report.config else "",
-        plots=plots.all_of(report),
-    )
-
-
-def headline(report: Report) -> Table:
-    """The headline as a table for the terminal: rows by metric, intervals below, controls last, notes under it."""
-    notes = "\n".join(f"{escape(row.name)}: {escape(row.note)}" for row in report.rows if row.note)
-    table = Table(
-        title=escape(report.title),
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        caption=notes or None,
-        caption_justify="left",
-    )
-    table.add_column("ranker", min_width=18)
-    for metric in report.columns:
-        table.add_column(escape(metric), justify="right")
-    best = {metric: _best(report, metric) for metric in report.columns}
-    rows = sorted(report.rows, key=lambda row: row.control)
-    for position, row in enumerate(rows):
-        cells = [_cell(row, metric, best[metric]) for metric in report.columns]
-        last_rival = position + 1 < len(rows) and rows[position + 1].control and not row.control
-        table.add_row(
-            escape(row.name),
-            *cells,
-            style="dim" if row.control else None,
-            end_section=last_rival,
-        )
-    return table
-
-
-def markdown(report: Report) -> str:
-    """Rows and comparisons as Markdown tables."""
-    lines = [f"# {report.title}", "", *_table("ranker", report.columns)]
-    for row in report.rows:
-        lines.append(_line([row.name, *(_with_interval(row.metrics.get(metric)) for metric in report.columns)]))
-    if report.comparisons:
-        lines += ["", *_table("difference", ["metric", "value", "interval", "claim"])]
-    for it in report.comparisons:
-        verdict = "separated" if it.separated else "not separated"
-        pair = f"{it.better} − {it.worse}"
-        lines.append(_line([pair, it.metric, _signed(it.difference.value), _signed_interval(it.difference), verdict]))
-    lines += ["", *(f"- {name}: {value}" for name, value in report.facts.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _with_interval(it: Estimate | None) -> str:
-    if it is None:
-        return ABSENT
-    return f"{it} ({it.interval})" if it.interval else str(it)
-
-
-def _table(first: str, others: list[str]) -> list[str]:
-    """The head of a Markdown table: the first column to the left, the others to the right."""
-    return [_line([first, *others]), _line(["---", *("---:" for _ in others)])]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def csv(report: Report) -> str:
-    """A line per row and metric: ranker, control, metric, value, low, high."""
-    out = io.StringIO()
-    writer = csvfile.writer(out, lineterminator="\n")
-    writer.writerow(["ranker", "control", "metric", "value", "low", "high"])
-    for row in report.rows:
-        for metric, it in row.metrics.items():
-            writer.writerow([row.name, row.control, metric, it.value, it.low, it.high])
-    return out.getvalue()
-
-
-def examples(report: Report) -> RenderableType:
-    """The example sessions, one panel each, with the latent query and top intents before and after."""
-    return Group(*(_panel(number, example) for number, example in enumerate(report.examples, start=1)))
-
-
-def comparisons(report: Report) -> RenderableType:
-    """The paired differences, one line each; one whose interval holds zero is called not separated."""
-    table = Table.grid(padding=(0, 2))
-    for it in report.comparisons:
-        verdict = "" if it.separated else "[yellow]not separated[/]"
-        table.add_row(
-            f"{escape(it.metric)}: {escape(it.better)} − {escape(it.worse)}",
-            _signed(it.difference.value),
-            f"[dim]{_signed_interval(it.difference)}[/]",
-            verdict,
-        )
-    return table
-
-
-def _signed(value: float) -> str:
-    """A difference with its sign, +0.012 or −0.003."""
-    text = _number(abs(value))
-    return text if not math.isfinite(value) else f"{'−' if value < 0 else '+'}{text}"
-
-
-def _signed_interval(estimate: Estimate) -> str:
-    """The interval of a difference, or nothing."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{_signed(estimate.low)} … {_signed(estimate.high)}"
-
-
-def _panel(number: int, example: Example) -> Panel:
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="dim", no_wrap=True)
-    lines.add_column()
-    lines.add_row("session", escape(example.session))
-    lines.add_row(escape(example.wanted_is), escape(", ".join(example.wanted)) or ABSENT)
-    for when, query, intents in (
-        ("before", example.query_before, example.intents_before),
-        ("after", example.query_after, example.intents_after),
-    ):
-        lines.add_row(when, f"“{escape(query)}”")
-        lines.add_row("", " · ".join(_mark(title, example.wanted) for title in intents))
-    return Panel(lines, title=f"example {number}", title_align="left", border_style="dim")
-
-
-def _mark(title: str, wanted: list[str]) -> str:
-    return f"[green]✓ {escape(title)}[/]" if title in wanted else escape(title)
-
-
-def _cell(row: Row, metric: str, best: float | None) -> str:
-    estimate = row.metrics.get(metric)
-    if estimate is None:
-        return ABSENT
-    value = f"[bold]{estimate}[/]" if not row.control and estimate.value == best else str(estimate)
-    if estimate.low is None or estimate.high is None:
-        return value
-    low, high = (f"{bound:.3f}".replace("0.", ".", 1) for bound in (estimate.low, estimate.high))
-    return f"{value}\n[dim]{low}–{high}[/]"
-
-
-def _best(report: Report, metric: str) -> float | None:
-    """The highest value among the rows that compete; None where fewer than two do."""
-    values = [row.metrics[metric].value for row in report.rows if metric in row.metrics and not row.control]
-    finite = [value for value in values if math.isfinite(value)]
-    return max(finite) if len(finite) > 1 else None
-
-
-def _number(value: float) -> str:
-    """Four decimals, as small gains of GAUC need them; a value that is no number is a dash."""
-    return f"{value:.4f}" if math.isfinite(value) else ABSENT
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %" if math.isfinite(value) else ABSENT

@@ -23,7 +23,7 @@ from rich.console import Console
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config, Model, RowName
 from rgalign_ray.errors import ConfigError, InfrastructureError
-from rgalign_ray.evaluate import report
+from rgalign_ray.evaluate import report, report_page, report_text
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.ladder import Rung, TestSessions
 from rgalign_ray.logs.roles import align_roles
@@ -338,12 +338,12 @@ def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
 def show(config: Config, made: report.Report) -> None:
     """Writes comparison.html, .md, .csv and .json beside the seeds' runs, and prints the table."""
     place = storage.join(config.run_uri, "comparison")
-    report.write_report(f"{place}.html", made)
-    storage.write_bytes(f"{place}.md", report.markdown(made).encode())
-    storage.write_bytes(f"{place}.csv", report.csv(made).encode())
+    report_page.write(f"{place}.html", made)
+    storage.write_bytes(f"{place}.md", report_text.markdown(made).encode())
+    storage.write_bytes(f"{place}.csv", report_text.csv(made).encode())
     storage.write_json(f"{place}.json", made.model_dump(mode="json"))
     out = Console(width=max(Console().width, controller.TABLE_WIDTH))
-    out.print(report.headline(made))
-    out.print(report.comparisons(made))
+    out.print(report_text.headline(made))
+    out.print(report_text.comparisons(made))
     out.print("\n".join(made.summary))
     out.print(f"comparison: {place}.html, .md, .csv, .json")

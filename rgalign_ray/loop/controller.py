@@ -163,12 +163,12 @@ def settle(config: Config) -> Config:
 
 def show(job: Run) -> None:
     """Writes the report and prints its headline, comparisons and examples."""
-    from rgalign_ray.evaluate import report
+    from rgalign_ray.evaluate import report_page, report_text
 
     made = summary.report(job)
-    place = report.write_report(job.uri("report.html"), made)
+    place = report_page.write(job.uri("report.html"), made)
     out = Console(width=max(Console().width, TABLE_WIDTH))
-    for part in (report.headline(made), report.comparisons(made), report.examples(made)):
+    for part in (report_text.headline(made), report_text.comparisons(made), report_text.examples(made)):
         out.print(part)
     out.print("\n".join(made.summary))
     out.print(f"report: {place}")

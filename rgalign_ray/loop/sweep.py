@@ -14,7 +14,7 @@ from rich.console import Console
 from rgalign_ray import storage
 from rgalign_ray.config import Config, with_setting
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.evaluate import report
+from rgalign_ray.evaluate import report, report_page, report_text
 from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.ladder_rows import ROWS, rows_of
 
@@ -60,11 +60,11 @@ def run(config: Config, key: str, values: list[str], control: str | None = None)
         made[value] = compare.run(changed.model_copy(update={"run_dir": storage.join(config.run_uri, name)}))
     swept = sweep_report(config, key, made, chosen)
     place = storage.join(config.run_uri, "sweep")
-    report.write_report(f"{place}.html", swept)
-    storage.write_bytes(f"{place}.md", report.markdown(swept).encode())
+    report_page.write(f"{place}.html", swept)
+    storage.write_bytes(f"{place}.md", report_text.markdown(swept).encode())
     storage.write_json(f"{place}.json", swept.model_dump(mode="json"))
     out = Console(width=max(Console().width, controller.TABLE_WIDTH))
-    out.print(report.headline(swept))
+    out.print(report_text.headline(swept))
     out.print("\n".join(swept.summary))
     out.print(f"sweep: {place}.html, .md, .json")
     return swept

@@ -18,7 +18,7 @@ from rich.console import Console
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.evaluate import report
+from rgalign_ray.evaluate import report, report_page, report_text
 from rgalign_ray.loop import compare, controller
 from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, rows_of
 from rgalign_ray.loop.stage import Outcome, Run, Stage
@@ -106,12 +106,12 @@ def show(config: Config, tuned: Config, found: dict[RowName, list[float]]) -> No
         ],
         config=config.model_dump(mode="json"),
     )
-    report.write_report(storage.join(config.run_uri, "tuning.html"), made)
-    storage.write_bytes(storage.join(config.run_uri, "tuning.md"), report.markdown(made).encode())
+    report_page.write(storage.join(config.run_uri, "tuning.html"), made)
+    storage.write_bytes(storage.join(config.run_uri, "tuning.md"), report_text.markdown(made).encode())
     place = storage.join(config.run_uri, "tuned.yaml")
     storage.write_bytes(place, yaml.safe_dump(tuned.model_dump(mode="json"), sort_keys=False).encode())
     out = Console(width=max(Console().width, controller.TABLE_WIDTH))
-    out.print(report.headline(made))
+    out.print(report_text.headline(made))
     out.print(f"rgalign compare --config {place}")
 
 

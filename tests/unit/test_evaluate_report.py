@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rgalign_ray.evaluate import plots
+from rgalign_ray.evaluate import plots, report_page
 from rgalign_ray.evaluate.report import (
     Breakdown,
     Calibration,
@@ -27,13 +27,9 @@ from rgalign_ray.evaluate.report import (
     Row,
     Stage,
     Written,
-    comparisons,
-    examples,
-    headline,
-    markdown,
-    render,
-    write_report,
 )
+from rgalign_ray.evaluate.report_page import render
+from rgalign_ray.evaluate.report_text import comparisons, examples, headline, markdown
 
 EVIL = "<script>alert('x')</script> & \"quotes\" --> ]]> $a_b$ [red]"
 
@@ -263,7 +259,7 @@ def test_only_competing_rows_are_marked_as_best(page_text: str) -> None:
 
 def test_write_report_writes_the_page_whole(tmp_path: Path, page_text: str) -> None:
     target = str(tmp_path / "deep" / "report.html")
-    assert write_report(target, report()) == target
+    assert report_page.write(target, report()) == target
     assert Path(target).read_text() == page_text
     assert [path.name for path in Path(target).parent.iterdir()] == ["report.html"]
 
