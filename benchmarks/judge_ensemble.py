@@ -62,7 +62,8 @@ class Judged:
         names = [name for (name,) in judge_names(settings)]
         if len(names) < 3:
             raise ConfigError(f"{run_dir}: has {len(names)} judges; make it with reward.judge_seeds=3 or more.")
-        judges = [scoring.load(storage.join(run_dir, "rankers_0", name)) for name in names]
+        uris = [storage.join(run_dir, "rankers_0", name) for name in names]
+        judges, rankers = ([scoring.load(uri, use) for uri in uris] for use in ("log", settings.evaluate.rank_by))
         catalogue = Catalogue.load(storage.join(run_dir, "sessions"))
         oracle = Oracle.load(storage.join(run_dir, "log"))
         units = list(round_sessions.sampled_units(storage.join(run_dir, "rollouts_1")))
@@ -75,8 +76,8 @@ class Judged:
                 labels = Labels.of(settings.reward, sessions, arrays, catalogue)
                 its = [judge_queries(judge, arrays, labels, unit.embeddings, settings.reward)[0] for judge in judges]
                 true = [
-                    true_values(judge, sessions, unit.embeddings, catalogue, oracle, settings.evaluate.k).queries
-                    for judge in judges
+                    true_values(ranker, sessions, unit.embeddings, catalogue, oracle, settings.evaluate.k).queries
+                    for ranker in rankers
                 ]
                 rewards.append(np.where(unit.valid[..., None], np.stack(its, axis=-1), np.nan))
                 values.append(np.where(unit.valid[..., None], np.stack(true, axis=-1), np.nan))

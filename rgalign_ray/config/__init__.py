@@ -21,7 +21,7 @@ from rgalign_ray.config.alignment import (
 )
 from rgalign_ray.config.base import DATA_CPUS, Placed, Settings, Trained, commented
 from rgalign_ray.config.data import Features, Log, Roles, TauRetail, World
-from rgalign_ray.config.ranking import Baseline, Model, QueryInput, Ranker, Reward
+from rgalign_ray.config.ranking import Baseline, Model, QueryInput, RankBy, Ranker, Reward
 from rgalign_ray.config.reasoning import Encode, Endpoint, Lora, Prompt, Reasoner, Rollout, Teacher, Vllm
 from rgalign_ray.config.root import Config, available, changed, load, validate, with_setting
 from rgalign_ray.config.service import Cluster, Folder, Serve, Tracking, Variant
@@ -54,6 +54,7 @@ __all__ = [
     "Placed",
     "Prompt",
     "QueryInput",
+    "RankBy",
     "Ranker",
     "Reasoner",
     "Reward",

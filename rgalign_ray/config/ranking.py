@@ -27,6 +27,8 @@ class QueryInput(Settings):
 Baseline = Literal["two_tower", "sasrec", "din", "din_text", "bst", "deepfm", "dcn_v2", "lr", "popularity"]
 Model = Literal["qe_rec", "din_sentence", "cosine", Baseline]
 """Every kind of ranker; those that are no baseline read embeddings of the sessions' texts."""
+RankBy = Literal["click", "log"]
+"""What scores are for: which intent is clicked if it is shown, or which is shown and clicked, as the log has it."""
 
 
 class Ranker(Trained):

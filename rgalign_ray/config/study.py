@@ -8,13 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rgalign_ray.config.base import Count, Distinct, Positive, Settings, sentence
-from rgalign_ray.config.ranking import Model, Ranker
+from rgalign_ray.config.ranking import Model, RankBy, Ranker
 from rgalign_ray.config.reasoning import Reasoner
 
 
 class Evaluate(Settings):
     readout: Literal["prompt", "query"] = "prompt"
     """What rankers read of test sessions: e(x), or e(x,q) of a query that is sampled for it."""
+    rank_by: RankBy = "click"
+    """What rankers that compare texts rank by, here and where they serve. click: which intent is clicked if shown. log:
+    which is shown and clicked, as the log has it, where an old ranker chose what was shown; logged GAUC rewards that.
+    It changes no training."""
     k: Count = 3
     """Intents that a user is shown: the cut-off of Recall, NDCG, CTR and resolved."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000

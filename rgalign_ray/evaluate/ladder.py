@@ -151,9 +151,9 @@ class TestSessions:
         names = self.catalogue.titles
         return [[names[intent] for intent in row if intent >= 0] for row in self.top(scores, k)]
 
-    def score(self, rung: Rung) -> np.ndarray:
-        """Scores float32 [S, C] of a rung, -inf on padding."""
-        ranker = scoring.load(rung.ranker)
+    def score(self, rung: Rung, rank_by: config.RankBy | None = None) -> np.ndarray:
+        """Scores float32 [S, C] of a rung, -inf on padding; by `evaluate.rank_by`, where it is not said by what."""
+        ranker = scoring.load(rung.ranker, rank_by or self.settings.rank_by)
         ranker.require(intent_ids=self.catalogue.ids)
         if rung.prior:
             prior = ranker.model.prior.numpy()

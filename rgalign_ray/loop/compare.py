@@ -274,7 +274,7 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
     )
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))
-    figures = figures | {"calibration": test.calibration(judged.scores)}
+    figures = figures | {"calibration": test.calibration(test.score(rung, "log"))}
     if row.reads == "reasoner":
         figures["wrote"] = alignments.examples(run, test, run.uri(embeddings[0]))
     if alignments.has_diagnosis(row):

@@ -44,7 +44,8 @@ def judge(run: Run, out: str, round_: int) -> Outcome:
     """Writes `worth.parquet`: what `query_worth.chosen` finds of every session with two valid queries."""
     assert run.truth is not None, "the stage exists where the truth is known"
     names = judge_names(run.config)
-    rankers = [scoring.load(run.uri(f"rankers_{round_ - 1}", name)) for name in (*names[0], *names[-1])]
+    uris = [run.uri(f"rankers_{round_ - 1}", name) for name in (*names[0], *names[-1])]
+    rankers = [scoring.load(uri, run.config.evaluate.rank_by) for uri in uris]
     catalogue, oracle = Catalogue.load(run.uri("sessions")), Oracle.load(run.truth)
     parts = []
     for sessions, rollouts_uri, embeddings_uri in round_sessions.sampled_units(run.uri(f"rollouts_{round_}")):

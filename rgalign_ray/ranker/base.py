@@ -19,15 +19,23 @@ Batch = dict[str, Tensor]
 
 
 class Ranker(nn.Module):
-    """Scores a session's candidates: score_i = relevance_i + prior_i, and ⟨m, t_i⟩ where the session's text is read.
+    """Scores a session's candidates: score_i = w·(relevance_i + prior_i), plus ⟨m, t_i⟩ where its text is read.
 
     The log of the base rate is an offset, so that training starts from it and the towers learn what a session
     changes about it; a small log would not teach them the base rate itself.
+
+    w is one: softmax(score) is then which intent is shown and clicked, what the log has of all candidates. A shop
+    should rank by which is clicked if shown, and an old ranker that has read no text chose what was shown: towers that
+    have learned from the log imitate it in part, where texts do not. After `rank` w is what they weigh beside the match
+    among what was shown.
 
     Buffers fixed before training starts:
         prior: float32 [I], log share of the training clicks that fell on each intent, one click added to
             each; intents that were never shown get the mean of the others, since nothing is known of them.
         seen: bool [I], intents that training sessions were shown.
+
+    After it ends:
+        shown_weight: float32 [1], w among what was shown (`fit.Fit`).
     """
 
     kind: ClassVar[str]
@@ -40,6 +48,7 @@ class Ranker(nn.Module):
     query_tower: nn.Module
     prior: Tensor
     seen: Tensor
+    shown_weight: Tensor
 
     def __init__(self, sizes: Sizes, settings: config.Ranker) -> None:
         super().__init__()
@@ -47,6 +56,9 @@ class Ranker(nn.Module):
         self.settings = settings
         self.register_buffer("prior", torch.zeros(sizes.num_intents))
         self.register_buffer("seen", torch.ones(sizes.num_intents, dtype=torch.bool))
+        self.register_buffer("shown_weight", torch.ones(1))
+        self.tower_weight = 1.0
+        """w"""
         compared = sizes.match_dim if settings.text_match else 0
         self.match = TextMatch(sizes, compared) if self.reads_queries else None
 
@@ -84,13 +96,17 @@ class Ranker(nn.Module):
         """
         rows = candidates.clamp(min=0).long()
         v, texts = self.parted(F.embedding(rows, items))
-        if z is None:
-            relevance = self.relevance(u, v)
-        else:
-            z, match = self.parted(z)
-            relevance = self.relevance(u, v, z) + near(match, texts)
         prior = self.prior[rows]
-        return relevance + (prior if relevance.dim() == 2 else prior[:, None])
+        if z is None:
+            return self.tower_weight * (self.relevance(u, v) + prior)
+        z, match = self.parted(z)
+        relevance = self.relevance(u, v, z)
+        relevance = relevance + (prior if relevance.dim() == 2 else prior[:, None])
+        return self.tower_weight * relevance + near(match, texts)
+
+    def rank(self) -> None:
+        """From here on scores are what to rank by: which intent is clicked if shown, not which is shown and clicked."""
+        self.tower_weight = float(self.shown_weight)
 
     def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows of `items`, or of queries: what a tower says [..., d] and what texts are compared by [..., k]."""

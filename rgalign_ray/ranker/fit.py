@@ -36,13 +36,17 @@ from rgalign_ray.ranker import losses
 from rgalign_ray.ranker.base import Batch, Ranker
 from rgalign_ray.ranker.batches import READOUTS, available, query_input, score_rows, take, to_batch
 from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.likeliest import likeliest_weight
 from rgalign_ray.ranker.models import MODELS
 from rgalign_ray.ranker.qe_rec import QERec
-from rgalign_ray.ranker.ragged import narrow
+from rgalign_ray.ranker.ragged import Ragged, narrow
 from rgalign_ray.ranker.rows import LISTS, Rows, ragged
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.ranker.text_match import FIT_SESSIONS, TextMatch
 from rgalign_ray.ranker.whitening import Moments
+
+SHOWN_WEIGHTS = (0.05, 2.0)
+"""The least and the most that towers may weigh beside the match of texts, where intents are ranked."""
 
 
 @dataclass
@@ -131,6 +135,8 @@ class Fit:
         if not self.gradients.numel():
             self.progress.best_gauc = self.validation_gauc("prompt")
         defended = self._defended(self.start) if self.start and self.progress.best_epoch else {}
+        if self.model.match and self.model.match.dim and self.model.trained:
+            self._weigh_among_shown(self.model, self.model.match)
         return self._figures() | defended
 
     @property
@@ -237,6 +243,27 @@ class Fit:
         embedding = torch.from_numpy(rows["prompt"])
         match.fit_weight(embedding[told], logits[told], candidates[told], target[told], self.group)
 
+    def _weigh_among_shown(self, model: Ranker, match: TextMatch) -> None:
+        """What all but the match weighs where the validation sessions' clicks are likeliest among what was shown.
+
+        Validation tells it without bias: what towers say of sessions that they have learned from is too good.
+        """
+        whole, gate = score_rows(model, self.valid, "prompt", self.device), match.gate.detach().clone()
+        with torch.no_grad():
+            match.gate.zero_()
+            towers = score_rows(model, self.valid, "prompt", self.device)
+            match.gate.copy_(gate)
+        clicks, shown = self.valid["clicks"], self.valid["shown"].values
+        told = np.flatnonzero((clicks.sums() > 0) & self.valid["has_prompt"])
+
+        def among(values: np.ndarray, fill: float) -> Tensor:
+            return torch.from_numpy(Ragged(values, clicks.counts, fill).where(shown)[told].padded())
+
+        target = among(clicks.values.astype(np.float32), 0.0)
+        target = target / target.sum(dim=-1, keepdim=True)
+        texts, rest = among(whole - towers, -np.inf), among(towers, 0.0)
+        model.shown_weight.fill_(likeliest_weight(texts, rest, target, self.group, SHOWN_WEIGHTS, near=1.0))
+
     def _with_a_part(self, rows: Rows) -> Rows:
         """Ragged rows without the candidates that no loss reads: where nothing was clicked, those that were not shown.
 
@@ -318,6 +345,7 @@ class Fit:
         if self.model.reads_queries:
             if self.model.match and self.model.match.dim:
                 figures["text_match"] = float(self.model.match.weight.detach())
+                figures["shown_weight"] = float(self.model.shown_weight)
             if self.model.trained:
                 figures["gate"] = float(self.model.query_tower.gate.detach().abs().mean())
             figures["gauc_by_readout"] = {name: self.validation_gauc(name) for name in READOUTS}

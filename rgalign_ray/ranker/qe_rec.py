@@ -89,8 +89,9 @@ class QERec(Ranker):
         """
         rows = candidates.clamp(min=0).long()
         (v, texts), (z, match) = self.parted(F.embedding(rows, items)), self.parted(z)
-        by_user, by_query, fused = self.head.parts(*self._joined(u, v, z))[:, 0].unbind(dim=-1)
-        return torch.stack([self.prior[rows], by_user, by_query + near(match, texts), fused], dim=-1)
+        by_user, by_query, fused = (self.tower_weight * self.head.parts(*self._joined(u, v, z))[:, 0]).unbind(dim=-1)
+        prior = self.tower_weight * self.prior[rows]
+        return torch.stack([prior, by_user, by_query + near(match, texts), fused], dim=-1)
 
     def _joined(self, u: User, v: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the head reads: attended vectors [B, N, C, 3·d], and products [B, N, C, 2·d]; N is 1 for z [B, d]."""

@@ -112,8 +112,12 @@ def load_meta(uri: str) -> Meta:
         raise DataError(f"{uri}: made by another version; train the ranker again. {sentence(error, Meta)}") from None
 
 
-def load(uri: str) -> LoadedRanker:
+def load(uri: str, rank_by: config.RankBy = "log") -> LoadedRanker:
     """The ranker of an artefact, frozen.
+
+    Args:
+        rank_by: what its scores are for. log: as trained, which intent is shown and clicked. click: which is clicked if
+            shown.
 
     Raises:
         DataError: where there is no ranker, its weights or feature space are not of the version it names, or its model
@@ -133,6 +137,8 @@ def load(uri: str) -> LoadedRanker:
         model.load_state_dict(load_tensors(weights))
     except RuntimeError:  # torch names every tensor that is missing, or of another shape
         raise DataError(f"{uri}: its weights are of another version of {meta.kind}; train the ranker again.") from None
+    if rank_by == "click":
+        model.rank()
     return LoadedRanker(model.eval().requires_grad_(False), space, meta)
 
 

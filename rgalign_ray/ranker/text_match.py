@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.likeliest import likeliest_weight
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.ranker.whitening import Moments
 
@@ -17,8 +18,6 @@ MAX_DIM = 256
 """Directions of the intents' texts that are compared, at most."""
 FIT_SESSIONS = 4096
 """To which the first weight is fitted, about: it is one number."""
-FIT_STEPS = 16
-"""Each halves the interval that holds it."""
 MAX_WEIGHT = 30.0
 """Of the first weight; where the match alone tells every click, the likeliest is infinite."""
 
@@ -80,25 +79,16 @@ class TextMatch(nn.Module):
     def fit_weight(self, embedding: Tensor, logits: Tensor, candidates: Tensor, target: Tensor, group: Group) -> None:
         """Begins κ where softmax(logits + κ·cosine) is nearest to `target`.
 
-        That divergence is convex in κ, so its slope tells on which side the least lies: Newton's steps leap to and fro
-        where the cosine of one candidate is near one and those of the others near zero.
-
         Args:
             embedding: e(x) [B, De] of this worker's sessions.
             logits: [B, C], what is known before; -inf where there is no candidate.
             candidates: rows of the intents [B, C].
             target: the clicks, normalised [B, C].
         """
-        cosine = (self.texts[candidates] @ self._cosines(embedding)[..., None]).squeeze(-1).double()
-        cosine = cosine.masked_fill(logits == -torch.inf, 0.0)
-        low, high = 0.0, MAX_WEIGHT
-        for _ in range(FIT_STEPS):
-            weight = (low + high) / 2
-            share = (logits.double() + weight * cosine).softmax(dim=-1)
-            slope = group.sum(np.array([float(((share - target) * cosine).sum())]))[0]
-            low, high = (low, weight) if slope >= 0 else (weight, high)
+        cosine = near(self._cosines(embedding), self.texts[candidates])
+        weight = likeliest_weight(logits, cosine, target, group, (0.0, MAX_WEIGHT))
         with torch.no_grad():
-            self.gate.fill_((low + high) / 2 / GATE_LOGITS)
+            self.gate.fill_(weight / GATE_LOGITS)
 
     def forward(self, embedding: Tensor | None, is_null: Tensor) -> Tensor:
         """[..., k] of embeddings [..., De]; zero where `is_null` [...], even if the embedding is NaN."""

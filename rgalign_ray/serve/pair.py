@@ -52,6 +52,8 @@ class PairSpec:
     """Of the ranker."""
     simulated: bool
     """Whether its users are nobody."""
+    rank_by: config.RankBy
+    """What its ranker's scores are for."""
 
     @property
     def version(self) -> str:
@@ -110,6 +112,7 @@ def find(run_uri: str, round_: int | None = None) -> PairSpec:
         prompt=Template.of_run(embeddings),
         round_=whole[0],
         meta=scoring.load_meta(ranker_uri),
+        rank_by=made.evaluate.rank_by,
         simulated=made.log.source == "shop",
     )
 
@@ -195,7 +198,7 @@ class FrozenRanker:
     def __init__(self, spec: PairSpec) -> None:
         torch.set_num_threads(spec.engine.reasoner.threads)
         self.version = spec.version
-        self.loaded = scoring.load(spec.ranker_uri)
+        self.loaded = scoring.load(spec.ranker_uri, spec.rank_by)
         self.loaded.require(intent_ids=Catalogue.load(spec.sessions_uri).ids)
         self.reader = spec.reader()
         self.dim = spec.dim

@@ -70,7 +70,7 @@ def log(run: Config) -> pa.Table:
 @pytest.fixture(scope="module")
 def scores(run: Config, log: pa.Table) -> dict[str, np.ndarray]:
     """By readout, [sessions, intents] as evaluation has them."""
-    loaded = scoring.load(f"{run.run_dir}/rankers_0/qe_rec")
+    loaded = scoring.load(f"{run.run_dir}/rankers_0/qe_rec", run.evaluate.rank_by)
     catalogue = Catalogue.load(f"{run.run_dir}/sessions")
     rows = examples(log, loaded.space, catalogue)
     order = np.argsort(rows["candidates"], axis=1)

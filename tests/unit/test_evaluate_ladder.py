@@ -172,13 +172,19 @@ def test_two_candidates_have_no_third_title(sessions: TestSessions, monkeypatch:
 
 
 def test_a_ranker_of_the_ladder_scores_as_it_does_alone(sessions: TestSessions, place: Path) -> None:
+    embeddings = Embeddings.load(str(place / "embeddings"))
+    alone = {}
+    for rank_by in ("log", "click"):
+        ranker = scoring.load(str(place / "qe_rec"), rank_by)
+        batch = examples(sessions.table, ranker.space, sessions.catalogue)
+        options = {"space_version": ranker.meta.space_version}
+        alone[rank_by] = scoring.score_sessions(ranker, batch, embeddings=embeddings, **options)
+        np.testing.assert_allclose(sessions.score(rung(place), rank_by), alone[rank_by], atol=1e-5)
     own = sessions.score(rung(place))
     assert own.shape == sessions.candidates.shape
-    ranker = scoring.load(str(place / "qe_rec"))
-    batch = examples(sessions.table, ranker.space, sessions.catalogue)
-    options = {"space_version": ranker.meta.space_version}
-    embeddings = Embeddings.load(str(place / "embeddings"))
-    np.testing.assert_allclose(own, scoring.score_sessions(ranker, batch, embeddings=embeddings, **options), atol=1e-5)
+    np.testing.assert_allclose(own, alone["click"], atol=1e-5)
+    np.testing.assert_allclose(alone["click"], alone["log"] * float(ranker.model.shown_weight), atol=1e-5)
+    assert np.abs(own - alone["log"]).max() > 1e-2
     null = sessions.score(rung(place, embeddings=None))
     np.testing.assert_allclose(null, scoring.score_sessions(ranker, batch, **options), atol=1e-5)
     assert np.abs(own - null).max() > 1e-2

@@ -14,6 +14,7 @@ from ranker_data import rows, sizes
 from rgalign_ray import config
 from rgalign_ray.ranker.base import Ranker
 from rgalign_ray.ranker.baselines.bst import TargetTransformer
+from rgalign_ray.ranker.baselines.din import DINSentence
 from rgalign_ray.ranker.baselines.sasrec import CausalHistory
 from rgalign_ray.ranker.batches import query_input, to_batch
 from rgalign_ray.ranker.models import MODELS
@@ -47,8 +48,8 @@ def _nowhere_zero(kind: type[Ranker]) -> Ranker:
     """A ranker that listens to everything: some start with weights, base rates or texts of zero."""
     torch.manual_seed(0)
     model = kind(SIZES, SETTINGS).eval()
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and name != "shown_weight":
             torch.nn.init.normal_(tensor, std=0.3)
     return model
 
@@ -316,13 +317,30 @@ def test_whitened_vectors_have_unit_variance_and_parts_add_up(seed: int, n: int,
     assert all(v == 0 or abs(v - 1) < 5e-2 for v in variance[there:live].tolist())
 
 
-def test_the_parts_of_a_score_are_what_they_are_called() -> None:
+@pytest.mark.parametrize("kind", [QERec, DINSentence])
+def test_where_intents_are_ranked_all_but_the_match_weighs_as_it_does_among_the_shown(kind: type[Ranker]) -> None:
+    model, inputs = _nowhere_zero(kind), _input()
+    trained = model(*inputs)
+    model.match.gate.data.zero_()
+    towers = model(*inputs)
+    model.match.gate.data.fill_(0.5)
+    match = model(*inputs) - towers
+    model.shown_weight.fill_(0.25)
+    torch.testing.assert_close(model(*inputs), towers + match)
+    model.rank()
+    torch.testing.assert_close(model(*inputs), towers / 4 + match)
+    assert match.std() > 1e-2 and not torch.equal(model(*inputs).argsort(), trained.argsort())
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_the_parts_of_a_score_are_what_they_are_called(ranks: bool) -> None:
     model = _nowhere_zero(QERec)
+    model.tower_weight = 0.3 if ranks else 1.0
     batch, embedding, is_null = _input()
     u, items, z = model.users(batch), model.items(), model.queries(embedding, is_null)
     candidates = batch["candidates"]
     base, user, query, _ = model.parts(u, items, candidates, z).unbind(-1)
-    torch.testing.assert_close(base, model.prior[candidates.long()])
+    torch.testing.assert_close(base, model.prior[candidates.long()] * model.tower_weight)
     _, alone, nothing, _ = model.parts(u, items, candidates, torch.zeros_like(z)).unbind(-1)
     torch.testing.assert_close(alone, user)
     assert not nothing.any() and query.abs().max() > 1e-3

@@ -11,6 +11,7 @@ from rgalign_ray import config
 from rgalign_ray.ranker.batches import score_rows
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
+from rgalign_ray.ranker.rows import ragged
 from rgalign_ray.ranker.text_match import MAX_WEIGHT, TextMatch, near
 from rgalign_ray.ranker.whitening import Moments
 
@@ -104,11 +105,11 @@ def test_intents_that_nobody_has_clicked_are_found_by_their_text(kind: str) -> N
     assert found[True] > 0.8 > 0.3 > found[False]
 
 
-def _sessions(texts: np.ndarray, needs: range, n: int, seed: int) -> dict:
+def _sessions(texts: np.ndarray, needs: range, n: int, seed: int, noise: float = 0.5) -> dict:
     """Sessions whose embedding is the needed intent's text at another length, with noise; all intents were shown."""
     draw = np.random.default_rng(seed)
     data, need = rows(SIZES, n, seed=seed), draw.choice(list(needs), size=n)
-    told = 2 * (texts[need] + 0.5 * draw.normal(size=(n, SIZES.embedding_dim)))
+    told = 2 * (texts[need] + noise * draw.normal(size=(n, SIZES.embedding_dim)))
     clicks = data["candidates"] == need[:, None]
     return data | {"prompt": told.astype(np.float16), "clicks": clicks, "shown": np.ones_like(clicks)}
 
@@ -117,3 +118,54 @@ def test_a_log_whose_clicks_have_no_text_begins_without_a_match() -> None:
     data = rows(SIZES, 100)
     data["has_prompt"] &= ~data["clicks"].any(axis=1)
     assert Fit("qe_rec", SIZES, SETTINGS, data, _texts(), seed=0, group=Group()).model.match.weight.item() < 1e-3
+
+
+@pytest.mark.parametrize("weight", [0.2, 0.6, 1.5])
+def test_towers_weigh_beside_the_match_what_clicks_among_the_shown_say(weight: float) -> None:
+    draw = np.random.default_rng(3)
+    data = _sessions(_texts(), range(SIZES.num_intents), 3000, seed=4)
+    data["shown"] = draw.permuted(np.arange(SIZES.num_intents) < 4 * np.ones((3000, 1)), axis=1)
+    data["clicks"], data["valid"] = data["shown"].copy(), np.arange(3000) >= 100
+    fit = Fit("qe_rec", SIZES, SETTINGS, data, _texts(), seed=0, group=Group())
+    with torch.no_grad():
+        fit.model.prior.copy_(torch.from_numpy(3 * draw.normal(size=SIZES.num_intents)))
+        fit.model.match.gate.fill_(0.4)
+        fit.model.shown_weight.fill_(weight)
+    fit.model.rank()
+    log_odds = torch.from_numpy(score_rows(fit.model, data, "prompt")).masked_fill(
+        ~torch.from_numpy(data["shown"]), -torch.inf
+    )
+    torch.manual_seed(0)
+    clicked = torch.distributions.Categorical(logits=log_odds).sample()
+    data["clicks"] = data["candidates"] == data["candidates"][np.arange(3000), clicked][:, None]
+    fit.model.tower_weight = 1.0
+    fit.valid = ragged({name: values[data["valid"]] for name, values in data.items()})
+    fit._weigh_among_shown(fit.model, fit.model.match)
+    assert fit.model.shown_weight.item() == pytest.approx(weight, abs=0.08)
+    assert fit.model.match.weight.item() == 4
+
+
+def test_towers_that_imitate_who_chose_the_slates_weigh_less_where_intents_are_ranked() -> None:
+    """An old ranker shows what a field says, which has nothing to do with the need; of that, the need is clicked."""
+    learned, other = (_slates_of_an_old_ranker(n, seed) for n, seed in ((2500, 0), (400, 1)))
+    fit = Fit("qe_rec", SIZES, SETTINGS, learned, _texts(), seed=0, group=Group())
+    figures = fit.run()
+    assert figures["shown_weight"] == fit.model.shown_weight.item() < 0.5
+    right = []
+    for _ in range(2):
+        best = score_rows(fit.model, other, "prompt").argmax(axis=1)
+        right.append((best == other["need"]).mean())
+        fit.model.rank()
+    assert right[1] > right[0] + 0.2
+
+
+def _slates_of_an_old_ranker(n: int, seed: int) -> dict:
+    """Sessions with the need's place among the candidates; where it was not shown, any of the shown was clicked."""
+    data, draw = _sessions(_texts(), range(SIZES.num_intents), n, seed, noise=2.0), np.random.default_rng(seed)
+    taste, needed = draw.integers(4, size=n), data["clicks"]
+    data["fields"][:, 0] = taste
+    shown = draw.random(needed.shape) < np.where(data["candidates"] % 4 == taste[:, None], 0.6, 0.1)
+    shown[:, 0] |= ~shown.any(axis=1)
+    clicked = ((10 * needed + draw.random(shown.shape)) * shown).argmax(axis=1)
+    clicks = np.arange(SIZES.num_intents) == clicked[:, None]
+    return data | {"shown": shown, "clicks": clicks, "need": needed.argmax(axis=1)}

@@ -23,7 +23,7 @@ from rgalign_ray.serve.pair import PairSpec
 
 def reads(prompt: Template, tokens: int, version: str) -> str:
     meta = cast(scoring.Meta, SimpleNamespace(reasoner_version=version))
-    return PairSpec("", "", "", EngineSpec(config.Reasoner(), tokens, None), prompt, 0, meta, False).reads
+    return PairSpec("", "", "", EngineSpec(config.Reasoner(), tokens, None), prompt, 0, meta, False, "click").reads
 
 
 def test_vectors_are_shared_where_the_same_reasoner_reads_the_same_of_a_session() -> None:
