@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.learner.token_rows import Layout
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.transformers_engine import stop_tokens
 
@@ -46,29 +48,32 @@ class Objective(Protocol):
 
 
 class Reader(nn.Module):
-    """The LLM: token rows in, hidden states at chosen places and what its text costs out."""
+    """The LLM: rows of tokens in, hidden states at chosen places and what their text costs out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, mask: Tensor, places: Tensor, labels: Tensor | None = None
+        self, inputs: dict[str, Tensor], places: Tensor, text: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, P, H] at places [B, P] of right-padded rows [B, T]; and [B], the mean loss of the tokens of
-        labels [B, T] (nats), 0 where there are none.
+        """Hidden states [B, P, H] at places [B, P] of the tokens of `inputs`, one after another; and [B], the mean loss
+        of a row's text (nats a token), 0 where there is none.
+
+        Args:
+            inputs: as `TokenRows` has them.
+            text: of M tokens that have a loss the row they are of, the place before them, and which they are, [M] each.
         """
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = causal.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        embeddings = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).float()
-        text = embeddings.new_zeros(len(embeddings))
-        if labels is None:
-            return embeddings, text
-        asked = labels[:, 1:] != engine.IGNORE
-        logits = causal.get_output_embeddings()(hidden[:, :-1][asked])
-        losses = nn.functional.cross_entropy(logits.float(), labels[:, 1:][asked], reduction="none")
-        count = asked.sum(dim=1)
-        return embeddings, text.index_add(0, asked.nonzero()[:, 0], losses) / count.clamp(min=1)
+        hidden = causal.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        embeddings = hidden[places].float()
+        costs = embeddings.new_zeros(len(places))
+        if text is None:
+            return embeddings, costs
+        of, before, token = text
+        logits = causal.get_output_embeddings()(hidden[before])
+        losses = nn.functional.cross_entropy(logits.float(), token, reduction="none")
+        return embeddings, costs.index_add(0, of, losses) / of.bincount(minlength=len(places)).clamp(min=1)
 
 
 def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
@@ -90,9 +95,10 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
     import deepspeed
 
     engine.forbid_compilation()
-    rows = Rows(task, settings)
+    model = engine.trainable(task)
+    rows = Rows(task, settings, model)
     asked = objective(task, rows.table)
-    reader = Reader(engine.trainable(task))
+    reader = Reader(model)
     parameters = [p for p in reader.parameters() if p.requires_grad]
     steps = math.ceil(len(rows) / settings.batch_sessions) * settings.epochs
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
@@ -128,10 +134,10 @@ def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, ste
     totals, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for micro in range(task.micro_steps):
         chosen = rows.batch(step, micro, task, dist.get_rank())
-        batch = rows.tensors(chosen, learner.device)
-        embeddings, text = learner(batch["input_ids"], batch["mask"], batch["places"], batch.get("labels"))
+        batch = rows.micro_batch(chosen, learner.device)
+        embeddings, text = learner(batch.inputs, batch.places, batch.text)
         loss, measure = objective(embeddings, [max(row, 0) for row in chosen], step)
-        weight, written = batch["weight"], batch["written"]
+        weight, written = batch.weight, batch.written
         # every session counts the same, in a short last batch and behind a missing readout too
         sums = torch.stack([(loss * weight).sum(), (measure * weight).sum(), (text * written).sum()])
         learner.backward((sums[0] + rows.text_weight * sums[2]) / task.learner.micro_batch)
@@ -144,15 +150,30 @@ def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, ste
     return loss, measure, text
 
 
-class Rows:
-    """The training sessions; a batch is a pure function of step and rank."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """B sessions as `Reader` takes them, each at P places; empty places of a short last batch weigh nothing."""
 
-    def __init__(self, task: LearnerTask, settings: config.Embedding) -> None:
+    inputs: dict[str, Tensor]
+    places: Tensor
+    """[B, P], where embeddings are read."""
+    weight: Tensor
+    """[B, P], what each counts."""
+    text: tuple[Tensor, Tensor, Tensor] | None
+    """Of selected queries' tokens, if these are asked for: see `Reader`."""
+    written: Tensor
+    """[B], 1 where a session counts that has a selected query."""
+
+
+class Rows:
+    """The training sessions, as `model` reads them; a batch is a pure function of step and rank."""
+
+    def __init__(self, task: LearnerTask, settings: config.Embedding, model: PreTrainedModel) -> None:
         self.table = storage.read_table(storage.join(task.data, engine.POSITIVES)).sort_by("session_id")
         self.readouts, self.text_weight = settings.readouts, settings.text_weight
         tokenizer = models.load_tokenizer(task.reasoner.model)
         self.stops = stop_tokens(tokenizer)
-        self.pad = tokenizer.pad_token_id
+        self.layout = Layout(model, tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -166,34 +187,38 @@ class Rows:
         start = place * size + (micro * task.learner.ranks + rank) * task.learner.micro_batch
         return order[start : start + task.learner.micro_batch].tolist()
 
-    def tensors(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
-        """input_ids, mask [B, T]; places, weight [B, readouts]; written [B]; labels [B, T] where the text is asked for.
-
-        Empty places weigh nothing, nor does the text of a session without a selected query.
-        """
+    def micro_batch(self, rows: list[int], device: torch.device) -> MicroBatch:
+        """The sessions of some row numbers, -1 for an empty place."""
         sessions = self.table.take(pa.array([max(row, 0) for row in rows])).to_pylist()
-        tokens, labels, places, weights, written = [], [], [], [], []
+        tokens, texts, reads, weights, written = [], [], [], [], []
         for row, session in zip(rows, sessions, strict=True):
             prompt, completion = session["prompt_ids"], session["completion_ids"] or []
             query = [token for token in completion if token not in self.stops]
             read = {"prompt": len(prompt) - 1, "query": len(prompt) + len(query) - 1}
             after = completion if self.text_weight else query if "query" in self.readouts else []
             tokens.append(prompt + after)
-            labels.append([engine.IGNORE] * len(prompt) + after)
+            texts.append(range(len(prompt), len(prompt) + len(after)))
             written.append(float(row >= 0 and bool(completion)))
-            places.append([read[readout] for readout in self.readouts])
+            reads.append([read[readout] for readout in self.readouts])
             present = [readout == "prompt" or bool(query) for readout in self.readouts]
             weights.append([(row >= 0) * here / max(sum(present), 1) for here in present])
-        width = max(len(row) for row in tokens)
+        laid = self.layout(tokens, device)
 
-        def padded(table: list[list[int]], filler: int) -> Tensor:
-            return torch.tensor([row + [filler] * (width - len(row)) for row in table], device=device)
+        def told(values: list, dtype: torch.dtype | None = None) -> Tensor:
+            return torch.tensor(values, device=device, dtype=dtype)
 
-        return {
-            "input_ids": padded(tokens, self.pad),
-            "mask": padded([[1] * len(row) for row in tokens], 0),
-            "places": torch.tensor(places, device=device),
-            "weight": torch.tensor(weights, device=device),
-            "written": torch.tensor(written, device=device),
-            **({"labels": padded(labels, engine.IGNORE)} if self.text_weight else {}),
-        }
+        text = None
+        if self.text_weight:  # also where none has a query: under ZeRO-3 every worker asks for the same weights
+            of = [(row, place) for row, query in enumerate(texts) for place in query]
+            text = (
+                told([row for row, _ in of], torch.long),
+                told([laid.place(row, place - 1) for row, place in of], torch.long),
+                told([tokens[row][place] for row, place in of], torch.long),
+            )
+        return MicroBatch(
+            inputs=laid.inputs,
+            places=told([[laid.place(row, place) for place in places] for row, places in enumerate(reads)]),
+            weight=told(weights),
+            text=text,
+            written=told(written),
+        )

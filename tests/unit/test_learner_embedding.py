@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from learner_data import INTENTS, REASONER, SESSIONS, WORDS, task, write_round
 
 from rgalign_ray import config, storage
-from rgalign_ray.learner import contrastive, embedding, gradient, latent, training
+from rgalign_ray.learner import contrastive, embedding, gradient, latent, token_rows, training
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRankers, Read
@@ -59,13 +59,19 @@ def test_each_objective_turns_embeddings_towards_what_was_clicked(
         assert np.mean(figures["loss"][-4:]) < np.mean(figures["loss"][:4]) - 0.3
 
 
-def test_embeddings_are_read_where_rankers_read_them(folder: Path, tmp_path: Path) -> None:
-    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), config.Gradient())
-    reader, engine = embedding.Reader(models.load_base(REASONER)), TransformersEngine(REASONER, 64)
-    batch = rows.tensors([0, 1, 2, 3], torch.device("cpu"))
-    assert not batch["mask"].all(), "words are of unlike lengths"
+@pytest.mark.parametrize("together", [True, False])
+def test_embeddings_are_read_where_rankers_read_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(token_rows, "pays", lambda *sizes: together)
+    model, engine = models.load_base(REASONER), TransformersEngine(REASONER, 64)
+    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), config.Gradient(), model)
+    reader = embedding.Reader(model)
+    batch = rows.micro_batch([0, 1, 2, 3], torch.device("cpu"))
+    assert len({len(engine._ids(word)) for word in WORDS}) > 1, "words are of unlike lengths"
+    assert len(batch.inputs["input_ids"]) == (1 if together else 4)
     with torch.inference_mode():
-        found, text = (it.numpy() for it in reader(batch["input_ids"], batch["mask"], batch["places"]))
+        found, text = (it.numpy() for it in reader(batch.inputs, batch.places))
     assert not text.any(), "of text that is not asked for"
     prompts = Prompts("Q: ", WORDS, "\nA:")
     np.testing.assert_allclose(found[:, 0], engine.embed(prompts), atol=2e-3)
@@ -74,24 +80,29 @@ def test_embeddings_are_read_where_rankers_read_them(folder: Path, tmp_path: Pat
     assert np.abs(found[1::2, 1] - found[1::2, 0]).max() > 0.1
 
 
-def test_what_the_text_costs_is_the_loss_of_the_selected_query(folder: Path, tmp_path: Path) -> None:
-    settings = config.Gradient(text_weight=0.5)
-    rows, model = embedding.Rows(task(folder, tmp_path, settings), settings), models.load_base(REASONER)
-    batch = rows.tensors([0, 1, 2, -1], torch.device("cpu"))
+@pytest.mark.parametrize("together", [True, False])
+def test_what_the_text_costs_is_the_loss_of_the_selected_query(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(token_rows, "pays", lambda *sizes: together)
+    settings, model = config.Gradient(text_weight=0.5), models.load_base(REASONER)
+    rows = embedding.Rows(task(folder, tmp_path, settings), settings, model)
+    chosen = [0, 1, 2, 5, -1]  # two of one word, with the same query
+    batch = rows.micro_batch(chosen, torch.device("cpu"))
+    nothing = rows.micro_batch([0, 2], torch.device("cpu")).text
+    assert nothing is not None and [len(each) for each in nothing] == [0, 0, 0], "asked for, and there is none"
     with torch.inference_mode():
-        embeddings, text = embedding.Reader(model)(batch["input_ids"], batch["mask"], batch["places"], batch["labels"])
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["mask"]).logits.log_softmax(dim=-1)
-    without = embedding.Rows(task(folder, tmp_path, settings), config.Gradient()).tensors(
-        [0, 1, 2], torch.device("cpu")
-    )
-    assert torch.equal(without["places"], batch["places"][:3]), "read where it is read without"
+        embeddings, text = embedding.Reader(model)(batch.inputs, batch.places, batch.text)
     sessions = rows.table.to_pylist()
-    for row in range(3):
+    for place, row in enumerate(chosen[:-1]):
         prompt, query = sessions[row]["prompt_ids"], sessions[row]["completion_ids"] or []
-        said = [-float(logits[row, len(prompt) + i - 1, token]) for i, token in enumerate(query)]
-        assert float(text[row]) == pytest.approx(np.mean(said) if said else 0.0, rel=1e-4)
-    assert batch["written"].tolist() == [float(bool(session["completion_ids"])) for session in sessions[:3]] + [0.0]
-    assert {0.0, 1.0} == set(batch["written"].tolist()) and embeddings.shape[:2] == (4, 2)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + query])).logits.log_softmax(dim=-1)[0]
+        said = [-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(query)]
+        assert float(text[place]) == pytest.approx(np.mean(said) if said else 0.0, rel=1e-4)
+    assert batch.written.tolist() == [float(bool(sessions[row]["completion_ids"])) for row in chosen[:-1]] + [0.0]
+    assert {0.0, 1.0} == set(batch.written.tolist()) and embeddings.shape[:2] == (5, 2)
+    assert not batch.weight[-1].any() and batch.weight[:-1].any(dim=1).all()
 
 
 def test_an_embedding_may_be_taught_with_its_text(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import trl.trainer.utils
 from learner_data import Counts
 
 from rgalign_ray import config, schema, storage
-from rgalign_ray.learner import dpo, sft, training
+from rgalign_ray.learner import dpo, sft, token_rows, training
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
@@ -100,6 +101,49 @@ def test_a_round_of_one_step_is_learned_from(engine: TransformersEngine, tmp_pat
     assert sft.train(work, Host())["steps"] == 1
     before, after = models.load_base(REASONER), models.load_reasoner(REASONER, work.out)
     assert any(not torch.equal(weight, before.get_parameter(name)) for name, weight in after.named_parameters())
+
+
+def test_rg_sft_learns_the_same_of_prompts_that_share_their_beginning(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selected(engine, tmp_path)
+    shapes, step, curves = [], sft._Queries.training_step, []
+
+    def spy(self: sft._Queries, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+        shapes.append(inputs["input_ids"].shape)
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(sft._Queries, "training_step", spy)
+    for share in (True, False):
+        monkeypatch.setattr(token_rows, "pays", lambda *sizes, share=share: share)
+        work = task(tmp_path, f"sft-{share}", config.Sft(lr=1e-2, epochs=2, batch_sessions=8, neftune_alpha=0.0))
+        curves.append(sft.train(work, Host())["loss"])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    half = len(shapes) // 2
+    assert {rows for rows, _ in shapes[:half]} == {1} and {rows for rows, _ in shapes[half:]} == {4}
+    assert all(one[1] < 4 * each[1] for one, each in zip(shapes[:half], shapes[half:], strict=True)), "read once"
+
+
+def test_noise_is_as_large_as_that_of_a_row_by_itself(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NEFTune's is alpha / sqrt(tokens x width) for each number, of the tokens of the longest row."""
+    selected(engine, tmp_path, sessions=8)
+    largest, uniform = [], torch.Tensor.uniform_
+
+    def spy(self: torch.Tensor, low: float = 0.0, high: float = 1.0, **more: Any) -> torch.Tensor:
+        if self.dim() == 3:  # tokens; weights are matrices
+            largest.append(float(high))
+        return uniform(self, low, high, **more)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", spy)
+    for share in (True, False):
+        monkeypatch.setattr(token_rows, "pays", lambda *sizes, share=share: share)
+        sft.train(task(tmp_path, f"sft-{share}", config.Sft(lr=1e-9, batch_sessions=8, neftune_alpha=5.0)), Host())
+    table = storage.read_table(str(tmp_path / "data/selected/0.parquet")).to_pylist()
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in table)
+    assert len(largest) == 4 and largest[:2] == pytest.approx(largest[2:], rel=1e-5)
+    assert min(largest) == pytest.approx(5.0 / np.sqrt(longest * 32), rel=1e-5)
 
 
 def test_rg_sft_moves_nothing_but_by_the_completion(engine: TransformersEngine, tmp_path: Path) -> None:
