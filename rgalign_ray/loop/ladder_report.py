@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, RowName
+from rgalign_ray.config import Config, RankBy, RowName
 from rgalign_ray.evaluate import comparison, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
@@ -41,10 +41,6 @@ class RowResult:
     @property
     def title(self) -> str:
         return ROWS[self.row].title
-
-    @property
-    def validation(self) -> float:
-        return float(np.mean([manifest.figures["best_gauc"] for manifest in self.manifests]))
 
     @property
     def seconds(self) -> float:
@@ -82,7 +78,7 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
         )
         for it in judged
     ]
-    pairs = claims([it.row for it in judged], {it.row: it.validation for it in judged})
+    pairs = claims([it.row for it in judged], validation(judged, settings.rank_by))
     comparisons = [
         _compare(by_row[better], by_row[worse], metric, config) for better, worse in pairs for metric in metrics
     ]
@@ -121,14 +117,24 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
     )
 
 
-def claims(names: list[RowName], validation: dict[RowName, float]) -> list[tuple[RowName, RowName]]:
+def validation(judged: list[RowResult], rank_by: RankBy) -> dict[RowName, float]:
+    """GAUC of each row on validation sessions, as it ranks: by clicks among what was shown, if every row was judged so,
+    else among all candidates.
+    """
+    of = {it.row: [manifest.figures for manifest in it.manifests] for it in judged}
+    shown = rank_by == "click" and all("gauc_shown" in figures for row in of.values() for figures in row)
+    name = "gauc_shown" if shown else "best_gauc"
+    return {row: float(np.mean([each[name] for each in figures])) for row, figures in of.items()}
+
+
+def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[RowName, RowName]]:
     """Pairs to compare, the one expected to be better first.
 
-    The best rival is the row without an LLM of the best validation GAUC: chosen by the test sessions, it
+    The best rival is the row without an LLM that `validation` has `judged` best: chosen by the test sessions, it
     would be the luckiest. What learns from role rank alone is held against what does, too; the method as a whole
     against all.
     """
-    rivals = sorted((name for name in names if ROWS[name].rival), key=lambda name: validation[name])
+    rivals = sorted((name for name in names if ROWS[name].rival), key=lambda name: judged[name])
     best = [name for name in rivals if not ROWS[name].more][-1:]
     pairs: list[tuple[RowName, RowName]] = [
         *(("qe_rec", rival) for rival in best),

@@ -137,7 +137,7 @@ class Fit:
         defended = self._defended(self.start) if self.start and self.progress.best_epoch else {}
         if self.model.match and self.model.match.dim and self.model.trained:
             self._weigh_among_shown(self.model, self.model.match)
-        return self._figures() | defended
+        return self._figures() | self._among_shown() | defended
 
     @property
     def judged(self) -> Ranker:
@@ -178,6 +178,16 @@ class Fit:
         scores = score_rows(self.judged, self.valid, readout, self.device)
         clicks = self.valid["clicks"]
         return group_auc(scores, clicks.values, lists.rows(clicks.counts))
+
+    def _among_shown(self) -> dict[str, float]:
+        """GAUC of the validation sessions among what was shown, ranked as a shop should; of no session, none."""
+        self.model.rank()
+        scores = score_rows(self.model, self.valid, "prompt", self.device)
+        self.model.tower_weight = 1.0
+        clicks, shown = self.valid["clicks"], self.valid["shown"].values
+        found = group_auc(scores[shown], clicks.values[shown], lists.rows(clicks.counts)[shown])
+        some = self.group.sum(np.array([found.weight.sum()]))[0] > 0
+        return {"gauc_shown": self._mean(found.auc, found.weight)} if some else {}
 
     def _mean(self, values: np.ndarray, weights: np.ndarray) -> float:
         """Over all workers' sessions."""

@@ -98,6 +98,22 @@ def test_details_are_shown_of_the_rows_that_are_compared(report: ladder_report.r
     assert report.facts["sessions that count in GAUC"] == "100.0%"
 
 
+def test_the_best_rival_is_chosen_as_rows_rank() -> None:
+    """The two-tower imitates best what an old ranker has shown; of what was shown the DIN knows more."""
+    rows = [judged(row) for row in ("two_tower", "din", "qe_rec")]
+    for result, shown in zip(rows, (0.5, 0.6, 0.7), strict=True):
+        for manifest in result.manifests:
+            manifest.figures |= {"gauc_shown": shown, "best_gauc": 1 - shown}
+    assert ladder_report.validation(rows, "click") == pytest.approx({"two_tower": 0.5, "din": 0.6, "qe_rec": 0.7})
+    by_log = pytest.approx({"two_tower": 0.5, "din": 0.4, "qe_rec": 0.3})
+    assert ladder_report.validation(rows, "log") == by_log
+    names = [result.row for result in rows]
+    assert ladder_report.claims(names, ladder_report.validation(rows, "click"))[0] == ("qe_rec", "din")
+    assert ladder_report.claims(names, ladder_report.validation(rows, "log"))[0] == ("qe_rec", "two_tower")
+    del rows[0].manifests[0].figures["gauc_shown"]
+    assert ladder_report.validation(rows, "click") == by_log, "one of them cannot be judged so"
+
+
 def test_what_learned_from_fewer_sessions_is_not_held_against_what_learned_from_more() -> None:
     names: list[config.RowName] = ["din", "din_more", "qe_rec", "rgalign", "true_need"]
     pairs = ladder_report.claims(names, {"din": 0.6, "din_more": 0.7})

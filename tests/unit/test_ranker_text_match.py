@@ -8,6 +8,7 @@ import torch
 from ranker_data import rows, sizes
 
 from rgalign_ray import config
+from rgalign_ray.metrics import group_auc
 from rgalign_ray.ranker.batches import score_rows
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
@@ -151,12 +152,17 @@ def test_towers_that_imitate_who_chose_the_slates_weigh_less_where_intents_are_r
     fit = Fit("qe_rec", SIZES, SETTINGS, learned, _texts(), seed=0, group=Group())
     figures = fit.run()
     assert figures["shown_weight"] == fit.model.shown_weight.item() < 0.5
-    right = []
+    clicks, shown, counts = fit.valid["clicks"].values, fit.valid["shown"].values, fit.valid["clicks"].counts
+    right, aucs = [], []
     for _ in range(2):
+        scores = score_rows(fit.model, fit.valid, "prompt")
+        found = group_auc(scores[shown], clicks[shown], np.repeat(np.arange(len(counts)), counts)[shown])
+        aucs.append(np.average(found.auc, weights=found.weight))
         best = score_rows(fit.model, other, "prompt").argmax(axis=1)
         right.append((best == other["need"]).mean())
         fit.model.rank()
     assert right[1] > right[0] + 0.2
+    assert figures["gauc_shown"] == pytest.approx(aucs[1]) and aucs[1] > aucs[0] + 0.01
 
 
 def _slates_of_an_old_ranker(n: int, seed: int) -> dict:
