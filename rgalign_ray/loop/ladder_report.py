@@ -118,10 +118,10 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
 
 
 def validation(judged: list[RowResult], rank_by: RankBy) -> dict[RowName, float]:
-    """GAUC of each row on validation sessions, as it ranks: by clicks among what was shown, if every row was judged so,
+    """GAUC of each rival on validation sessions, as it ranks: by clicks among what was shown, if all were judged so,
     else among all candidates.
     """
-    of = {it.row: [manifest.figures for manifest in it.manifests] for it in judged}
+    of = {it.row: [manifest.figures for manifest in it.manifests] for it in judged if ROWS[it.row].rival}
     shown = rank_by == "click" and all("gauc_shown" in figures for row in of.values() for figures in row)
     name = "gauc_shown" if shown else "best_gauc"
     return {row: float(np.mean([each[name] for each in figures])) for row, figures in of.items()}
@@ -130,11 +130,15 @@ def validation(judged: list[RowResult], rank_by: RankBy) -> dict[RowName, float]
 def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[RowName, RowName]]:
     """Pairs to compare, the one expected to be better first.
 
-    The best rival is the row without an LLM that `validation` has `judged` best: chosen by the test sessions, it
-    would be the luckiest. What learns from role rank alone is held against what does, too; the method as a whole
+    The best rival is the row without an LLM that is `judged` best on validation sessions: chosen by the test sessions,
+    it would be the luckiest. What learns from role rank alone is held against what does, too; the method as a whole
     against all.
+
+    Args:
+        names: of all rows.
+        judged: of rivals, what `validation` says.
     """
-    rivals = sorted((name for name in names if ROWS[name].rival), key=lambda name: judged[name])
+    rivals = sorted(judged, key=lambda name: judged[name])
     best = [name for name in rivals if not ROWS[name].more][-1:]
     pairs: list[tuple[RowName, RowName]] = [
         *(("qe_rec", rival) for rival in best),
