@@ -3,7 +3,7 @@
     rgalign loop --config demo
     python -m benchmarks.shared_prefix runs/demo/selected_1/positives
 
-One optimiser step's passes, forward and back, over the same sessions at e(x) and e(x,q): a row for each, padded, and
+One optimiser step's passes, forward and back, over the same sessions with their queries: a row for each, padded, and
 all in one row. Both are done in turns, so that what else the machine does falls on both.
 """
 
@@ -40,7 +40,7 @@ def measure(
     torch.set_num_threads(threads)
     table = storage.read_table(positives).sort_by("session_id").slice(0, sessions).to_pylist()
     rows = [row["prompt_ids"] + (row["completion_ids"] or []) for row in table]
-    read = [(len(row["prompt_ids"]) - 1, len(tokens) - 1) for row, tokens in zip(table, rows, strict=True)]
+    prompts = [len(row["prompt_ids"]) for row in table]
     reader, pad = _reader(model), models.load_tokenizer(model).pad_token_id
     device = torch.device("cpu")
     out = Table(title=f"{model}, {len(table)} sessions, {threads} threads, {repetitions} times", title_justify="left")
@@ -55,7 +55,7 @@ def measure(
         taken: dict[str, list[float]] = {way: [] for way in ways}
         for repetition in range(repetitions + 1):
             for way, passes in ways.items():
-                seconds = _step(reader, passes, [read[part] for part in parts])
+                seconds = _step(reader, passes, [prompts[part] for part in parts])
                 if repetition:  # the first warms up
                     taken[way].append(seconds)
         apart, together = (statistics.median(each) for each in taken.values())
@@ -69,15 +69,16 @@ def _reader(model: str) -> Reader:
     settings = config.Reasoner(model=model, dtype="float32")
     base = models.load_base(settings)
     assert settings.lora is not None
-    return Reader(get_peft_model(base, models.lora_config(settings.lora, base.config.num_hidden_layers)).train())
+    lora = models.lora_config(settings.lora, base.config.num_hidden_layers)
+    return Reader(get_peft_model(base, lora).train(), settings)
 
 
-def _step(reader: Reader, passes: list[TokenRows], reads: list[list[tuple[int, int]]]) -> float:
+def _step(reader: Reader, passes: list[TokenRows], prompts: list[list[int]]) -> float:
     """Seconds of the passes of one optimiser step."""
     began = time.perf_counter()
-    for laid, rows in zip(passes, reads, strict=True):
-        places = torch.tensor([[laid.place(row, token) for token in tokens] for row, tokens in enumerate(rows)])
-        embeddings, _ = reader(laid.inputs, places)
+    for laid, lengths in zip(passes, prompts, strict=True):
+        places = torch.tensor([laid.place(row, length - 1) for row, length in enumerate(lengths)])
+        embeddings, _ = reader(laid.inputs, torch.arange(len(places)), places, torch.ones(len(places), 1))
         embeddings.square().mean().backward()
     return time.perf_counter() - began
 

@@ -56,6 +56,12 @@ class Reasoner(Settings):
     `learner.bf16`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    pooling: Literal["mean", "last"] = "mean"
+    """What an embedding is. mean: the mean of the states of a session's tokens, and of its query's if it is read with
+    one. last: the state of the last token."""
+    depth: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of the layers after which states are read: the last layers turn what a text says into what comes next. 1.0
+    is after all of them, normed as what tokens are predicted from."""
     threads: Count = 1
     """CPU threads of one engine; part of the configuration because it chooses kernels, hence floats."""
     vllm: Vllm = Vllm()

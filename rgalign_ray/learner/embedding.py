@@ -26,7 +26,8 @@ from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.token_rows import Layout
-from rgalign_ray.reasoner import models
+from rgalign_ray.logs.prompts import Template
+from rgalign_ray.reasoner import models, reading
 from rgalign_ray.reasoner.transformers_engine import stop_tokens
 
 
@@ -48,32 +49,43 @@ class Objective(Protocol):
 
 
 class Reader(nn.Module):
-    """The LLM: rows of tokens in, hidden states at chosen places and what their text costs out."""
+    """The LLM: rows of tokens in, embeddings and what their text costs out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, settings: config.Reasoner) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
 
     def forward(
-        self, inputs: dict[str, Tensor], places: Tensor, text: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        inputs: dict[str, Tensor],
+        of: Tensor,
+        places: Tensor,
+        counts: Tensor,
+        text: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, P, H] at places [B, P] of the tokens of `inputs`, one after another; and [B], the mean loss
-        of a row's text (nats a token), 0 where there is none.
+        """Embeddings [B, P, H], means of the states of tokens; and [B], the mean loss of a row's text (nats a token), 0
+        where there is none.
 
         Args:
             inputs: as `TokenRows` has them.
-            text: of M tokens that have a loss the row they are of, the place before them, and which they are, [M] each.
+            of, places: of M tokens that are read which of the B·P embeddings they are of, and where they are among the
+                tokens of `inputs`, one after another; [M] each.
+            counts: [B, P], how many tokens each embedding is of.
+            text: of M' tokens that have a loss the row they are of, the place before them, and which they are, [M']
+                each.
         """
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = causal.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        embeddings = hidden[places].float()
-        costs = embeddings.new_zeros(len(places))
+        last, read = reading.forward(causal, self.settings)(**inputs, use_cache=False)
+        read = read.flatten(0, 1)[places].float()
+        summed = read.new_zeros(counts.numel(), read.shape[-1]).index_add(0, of, read)
+        embeddings = summed.view(*counts.shape, -1) / counts[..., None]
+        costs = embeddings.new_zeros(len(counts))
         if text is None:
             return embeddings, costs
-        of, before, token = text
-        logits = causal.get_output_embeddings()(hidden[before])
+        row, before, token = text
+        logits = causal.get_output_embeddings()(last.flatten(0, 1)[before])
         losses = nn.functional.cross_entropy(logits.float(), token, reduction="none")
-        return embeddings, costs.index_add(0, of, losses) / of.bincount(minlength=len(places)).clamp(min=1)
+        return embeddings, costs.index_add(0, row, losses) / row.bincount(minlength=len(counts)).clamp(min=1)
 
 
 def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Table], Objective]) -> dict:
@@ -98,7 +110,7 @@ def train(task: LearnerTask, host: Host, objective: Callable[[LearnerTask, pa.Ta
     model = engine.trainable(task)
     rows = Rows(task, settings, model)
     asked = objective(task, rows.table)
-    reader = Reader(model)
+    reader = Reader(model, task.reasoner)
     parameters = [p for p in reader.parameters() if p.requires_grad]
     steps = math.ceil(len(rows) / settings.batch_sessions) * settings.epochs
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
@@ -135,7 +147,7 @@ def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, ste
     for micro in range(task.micro_steps):
         chosen = rows.batch(step, micro, task, dist.get_rank())
         batch = rows.micro_batch(chosen, learner.device)
-        embeddings, text = learner(batch.inputs, batch.places, batch.text)
+        embeddings, text = learner(batch.inputs, batch.of, batch.places, batch.counts, batch.text)
         loss, measure = objective(embeddings, [max(row, 0) for row in chosen], step)
         weight, written = batch.weight, batch.written
         # every session counts the same, in a short last batch and behind a missing readout too
@@ -152,11 +164,14 @@ def _step(learner: Any, objective: Objective, rows: Rows, task: LearnerTask, ste
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B sessions as `Reader` takes them, each at P places; empty places of a short last batch weigh nothing."""
+    """B sessions as `Reader` takes them, with P embeddings each; empty places of a short last batch weigh nothing."""
 
     inputs: dict[str, Tensor]
+    of: Tensor
     places: Tensor
-    """[B, P], where embeddings are read."""
+    """[M], of tokens that are read: see `Reader`."""
+    counts: Tensor
+    """[B, P], how many tokens an embedding is of."""
     weight: Tensor
     """[B, P], what each counts."""
     text: tuple[Tensor, Tensor, Tensor] | None
@@ -173,6 +188,8 @@ class Rows:
         self.readouts, self.text_weight = settings.readouts, settings.text_weight
         tokenizer = models.load_tokenizer(task.reasoner.model)
         self.stops = stop_tokens(tokenizer)
+        self.reasoner = task.reasoner
+        self.prefix = len(tokenizer(Template.load(task.prompt.template).prefix, add_special_tokens=False)["input_ids"])
         self.layout = Layout(model, tokenizer.pad_token_id)
 
     def __len__(self) -> int:
@@ -194,15 +211,16 @@ class Rows:
         for row, session in zip(rows, sessions, strict=True):
             prompt, completion = session["prompt_ids"], session["completion_ids"] or []
             query = [token for token in completion if token not in self.stops]
-            read = {"prompt": len(prompt) - 1, "query": len(prompt) + len(query) - 1}
+            asked, wrote = reading.tokens(self.reasoner, self.prefix, len(prompt), len(query))
+            read = {"prompt": asked, "query": wrote}
             after = completion if self.text_weight else query if "query" in self.readouts else []
             tokens.append(prompt + after)
             texts.append(range(len(prompt), len(prompt) + len(after)))
             written.append(float(row >= 0 and bool(completion)))
-            reads.append([read[readout] for readout in self.readouts])
+            reads += [read[readout] for readout in self.readouts]
             present = [readout == "prompt" or bool(query) for readout in self.readouts]
             weights.append([(row >= 0) * here / max(sum(present), 1) for here in present])
-        laid = self.layout(tokens, device)
+        laid, each = self.layout(tokens, device), len(self.readouts)
 
         def told(values: list, dtype: torch.dtype | None = None) -> Tensor:
             return torch.tensor(values, device=device, dtype=dtype)
@@ -217,7 +235,9 @@ class Rows:
             )
         return MicroBatch(
             inputs=laid.inputs,
-            places=told([[laid.place(row, place) for place in places] for row, places in enumerate(reads)]),
+            of=told([number for number, read in enumerate(reads) for _ in read]),
+            places=told([laid.place(i // each, token) for i, read in enumerate(reads) for token in read]),
+            counts=told([len(read) for read in reads]).view(-1, each),
             weight=told(weights),
             text=text,
             written=told(written),

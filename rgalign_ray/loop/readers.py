@@ -10,6 +10,10 @@ from rgalign_ray.loop.stage import Run
 from rgalign_ray.reasoner.engine import EngineSpec
 
 KEPT = "reader.json"
+HOW = {"dtype", "pooling", "depth"}
+"""Settings of the reasoner that tell how it reads."""
+BEFORE = {"pooling": "last", "depth": 1.0}
+"""How it did in runs that were made before this could be set, and was kept."""
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -29,18 +33,17 @@ def keep_reader(engine: EngineSpec, embeddings_uri: str) -> None:
     """Writes how sessions were read beside what was read, as `Template.keep` does with the prompt."""
     storage.write_json(
         storage.join(embeddings_uri, KEPT),
-        {"dtype": engine.reasoner.dtype, "max_session_tokens": engine.max_session_tokens},
+        engine.reasoner.model_dump(include=HOW) | {"max_session_tokens": engine.max_session_tokens},
     )
 
 
 def engine_of_run(run: Run, round_: int) -> EngineSpec:
     """As `engine_spec`, but as embeddings_r were read: the run's settings may be of a try that has not come so far."""
     engine, place = engine_spec(run, round_), run.uri(f"embeddings_{round_}", KEPT)
-    if not storage.exists(place):  # of a run that was made before this was kept
-        return engine
-    kept = storage.read_json(place)
-    reasoner = engine.reasoner.model_copy(update={"dtype": kept["dtype"]})
-    return replace(engine, reasoner=reasoner, max_session_tokens=kept["max_session_tokens"])
+    kept = BEFORE | (storage.read_json(place) if storage.exists(place) else {})
+    tokens = kept.get("max_session_tokens", engine.max_session_tokens)
+    how = {name: kept[name] for name in HOW if name in kept}
+    return replace(engine, reasoner=engine.reasoner.model_copy(update=how), max_session_tokens=tokens)
 
 
 def sentence_engine(config: Config) -> EngineSpec:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from rgalign_ray.reasoner.reading import Forward
+
 ATTENTION = "rgalign_shared_prompt"
 SHARING = ("llama", "qwen2", "qwen3")
 """Model types whose attention `attend` computes: a softmax over all that came before, and nothing else."""
@@ -26,8 +28,8 @@ FULL = 0.75
 class Continuation(Protocol):
     """Rows that are decoded together, N for each prompt; those that are finished leave."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Hidden states [R, H] after one more token of each row, int [R]."""
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Both states [R, H] of one more token of each row, int [R], as `Forward` has them."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -35,19 +37,21 @@ class Continuation(Protocol):
         ...
 
 
-def of(model: PreTrainedModel, cache: DynamicCache, mask: Tensor, n: int, steps: int) -> Continuation:
+def of(model: PreTrainedModel, forward: Forward, cache: DynamicCache, mask: Tensor, n: int, steps: int) -> Continuation:
     """The continuation of prompts [B, T] that are in `cache`, with their mask, n rows each, for so many steps."""
     sliding = any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or ())
     if model.config.model_type in SHARING and not sliding:
-        return SharedPrompts(model, cache, mask, n, steps)
-    return FannedOut(model, cache, mask, n)
+        return SharedPrompts(model, forward, cache, mask, n, steps)
+    return FannedOut(forward, cache, mask, n)
 
 
 class SharedPrompts:
     """Arguments as those of `of`. Places stand in a grid [B, N]; what has no row in it is computed and forgotten."""
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, n: int, steps: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, forward: Forward, cache: DynamicCache, mask: Tensor, n: int, steps: int
+    ) -> None:
+        self.config, self.forward = model.config, forward
         self.prompts = [(layer.keys, layer.values) for layer in cache.layers]
         keys = self.prompts[0][0]
         self.grid = (len(keys), n)
@@ -60,21 +64,20 @@ class SharedPrompts:
         self.places = torch.arange(len(keys) * n, device=mask.device)
         """Place of each row in the grid."""
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         batch, n = self.grid
         filled = tokens.new_zeros(batch * n)
         filled[self.places] = tokens
         positions = (self.lengths + self.done)[:, None].expand(batch, n).reshape(-1, 1)
-        config = self.model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        before, self.config._attn_implementation = self.config._attn_implementation, ATTENTION
         try:
-            output = self.model.model(
+            last, read = self.forward(
                 input_ids=filled[:, None], position_ids=positions, past_key_values=self, use_cache=True, rows=self
             )
         finally:
-            config._attn_implementation = before
+            self.config._attn_implementation = before
         self.done += 1
-        return output.last_hidden_state[self.places, -1]
+        return last[self.places, -1], read[self.places, -1]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the model: takes the new token's [B·N, Hkv, 1, D], gives those of all own tokens."""
@@ -155,21 +158,21 @@ AttentionInterface.register(ATTENTION, attend)
 class FannedOut:
     """Every row holds its prompt, in a cache of transformers' own."""
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, n: int) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, forward: Forward, cache: DynamicCache, mask: Tensor, n: int) -> None:
+        self.forward, self.cache = forward, cache
         cache.batch_repeat_interleave(n)
         self.mask = mask.repeat_interleave(n, dim=0)
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        output = self.model.model(
+        last, read = self.forward(
             input_ids=tokens[:, None],
             attention_mask=self.mask,
             position_ids=self.mask.sum(dim=1, keepdim=True) - 1,
             past_key_values=self.cache,
             use_cache=True,
         )
-        return output.last_hidden_state[:, -1]
+        return last[:, -1], read[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)

@@ -34,7 +34,7 @@ class Sample:
     """`stop` or `length`."""
     seed: int
     embedding: np.ndarray
-    """e(x,q), float16 [H]: the hidden state at the query's last token (at the prompt's, if it is empty)."""
+    """e(x,q), float16 [H], as `reading` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Group:
 
     prompt_ids: list[int]
     embedding: np.ndarray
-    """e(x), float16 [H]: the hidden state at the prompt's last token."""
+    """e(x), float16 [H], as `reading` has it."""
     samples: list[Sample]
 
 

@@ -9,17 +9,31 @@ continuous batching (vLLM's job).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgalign_ray import config
-from rgalign_ray.reasoner import continuation, models
+from rgalign_ray.reasoner import continuation, models, reading
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample, written
 
 TOP_TOKENS = 256
 """Tokens looked at first when cutting to top-p; rows whose mass lies further out are sorted whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """What a pass over prompts leaves."""
+
+    last: torch.Tensor
+    """[B, H], from which the first token is predicted."""
+    read: torch.Tensor
+    """[B, T, H], states at `reasoner.depth` of what stands behind the prefix, padded on the left."""
+    cache: DynamicCache
+    mask: torch.Tensor
+    """[B, T'] of the cache."""
 
 
 class TransformersEngine:
@@ -48,6 +62,7 @@ class TransformersEngine:
     def use(self, model: PreTrainedModel, version: str) -> None:
         """Goes on with the weights of a model in memory, as they are now: what was computed by others is forgotten."""
         self.model = model
+        self._forward = reading.forward(model, self.settings)
         self.version = version
         self.hidden_size: int = model.config.hidden_size
         self._prefix: tuple[str, list[tuple[torch.Tensor, torch.Tensor]], int] | None = None
@@ -59,11 +74,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def embed(self, prompts: Prompts, completions: Sequence[Sequence[int]] | None = None) -> np.ndarray:
-        rows = self._tails(prompts)
-        if completions is not None:
-            rows = [row + self._content(ids) for row, ids in zip(rows, completions, strict=True)]
-        hidden, _, _ = self._prefill(prompts.prefix, rows)
-        return hidden.cpu().to(torch.float16).numpy()
+        tails = self._tails(prompts)
+        queries = [[]] * len(tails) if completions is None else [self._content(ids) for ids in completions]
+        rows = [tail + query for tail, query in zip(tails, queries, strict=True)]
+        prefill = self._prefill(prompts.prefix, rows)
+        return half(self._pooled(prefill.read, tails, queries))
 
     def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
         completions = [written(self.tokenizer, query, prompts.suffix) for query in queries]
@@ -85,35 +100,49 @@ class TransformersEngine:
     ) -> list[Group]:
         n = len(seeds[0])
         flat_seeds = [seed for group in seeds for seed in group]
-        prompt_hidden, cache, mask = self._prefill(prompts.prefix, self._tails(prompts))
+        tails = self._tails(prompts)
+        prefill = self._prefill(prompts.prefix, tails)
+        read = self._pooled(prefill.read, tails, [[]] * len(tails))
+        mean = self.settings.pooling == "mean"
+        lengths = torch.tensor([len(tail) if mean else 1 for tail in tails], device=self.device)
         decoded = self._decode(
-            prompt_hidden.repeat_interleave(n, dim=0),
-            continuation.of(self.model, cache, mask, n, max_new_tokens),
+            prefill.last.repeat_interleave(n, dim=0),
+            read.repeat_interleave(n, dim=0),
+            lengths.repeat_interleave(n)[:, None],
+            continuation.of(self.model, self._forward, prefill.cache, prefill.mask, n, max_new_tokens),
             uniforms(flat_seeds, max_new_tokens).to(self.device),
             temperature,
             top_p,
         )
         samples = [Sample(**row, seed=seed) for row, seed in zip(decoded, flat_seeds, strict=True)]
-        embeddings = prompt_hidden.cpu().to(torch.float16).numpy()
         return [
             Group(ids, embedding, samples[i * n : (i + 1) * n])
-            for i, (ids, embedding) in enumerate(zip(self.prompt_ids(prompts), embeddings, strict=True))
+            for i, (ids, embedding) in enumerate(zip(self.prompt_ids(prompts), half(read), strict=True))
         ]
 
     def _decode(
         self,
         hidden: torch.Tensor,
+        read: torch.Tensor,
+        count: torch.Tensor,
         rows: continuation.Continuation,
         uniform: torch.Tensor,
         temperature: float,
         top_p: float,
     ) -> list[dict]:
-        """Samples every row to its stop token or its end. hidden [R, H], uniform [R, steps]."""
+        """Samples every row to its stop token or its end.
+
+        Args:
+            hidden: [R, H], state of the prompt's last token.
+            read: [R, H], e(x).
+            count: [R, 1], how many tokens that is of.
+            uniform: [R, steps]
+        """
         total, steps = uniform.shape
         ids: list[list[int]] = [[] for _ in range(total)]
         logprobs: list[list[float]] = [[] for _ in range(total)]
         finish = ["length"] * total
-        last = hidden.clone()  # hidden state at the last token that belongs to the query
+        summed = read * count
         alive = torch.arange(total, device=self.device)
         stops = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)
         for step in range(steps):
@@ -132,9 +161,13 @@ class TransformersEngine:
                 keep = going.nonzero()[:, 0]
                 alive, tokens = alive[keep], tokens[keep]
                 rows.keep(keep)
-            hidden = rows.step(tokens)
-            last[alive] = hidden
-        embeddings = last.cpu().to(torch.float16).numpy()
+            hidden, states = rows.step(tokens)
+            if self.settings.pooling == "mean":
+                summed[alive] += states.float()
+                count[alive] += 1
+            else:
+                summed[alive] = states.float()
+        embeddings = half(summed / count)
         return [
             {
                 "query": self.tokenizer.decode(self._content(ids[row]), skip_special_tokens=True).strip(),
@@ -146,8 +179,8 @@ class TransformersEngine:
             for row in range(total)
         ]
 
-    def _prefill(self, prefix: str, rows: list[list[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Last hidden states [B, H], the cache, and its mask [B, T], of token rows behind the shared prefix."""
+    def _prefill(self, prefix: str, rows: list[list[int]]) -> Prefill:
+        """Token rows behind the shared prefix."""
         keys_values, prefix_length = self._prefix_cache(prefix)
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id
@@ -158,24 +191,35 @@ class TransformersEngine:
         cache = DynamicCache(
             [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in keys_values]
         )
-        return self._forward(tokens, mask, cache)[:, -1], cache, mask
+        last, read = self._states(tokens, mask, cache)
+        return Prefill(last[:, -1], read, cache, mask)
+
+    def _pooled(self, read: torch.Tensor, tails: list[list[int]], queries: list[list[int]]) -> torch.Tensor:
+        """float32 [B, H], e(x,q), e(x) where there is no query: of states [B, T, H] that end in a tail and a query."""
+        vectors = []
+        for states, tail, query in zip(read, tails, queries, strict=True):
+            first = len(states) - len(tail) - len(query)
+            _, chosen = reading.tokens(self.settings, 0, len(tail), len(query))
+            vectors.append(states[first + chosen.start : first + chosen.stop].float().mean(dim=0))
+        return torch.stack(vectors)
 
     def _prefix_cache(self, prefix: str) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
         if self._prefix is None or self._prefix[0] != prefix:
             tokens = torch.tensor([self._ids(prefix)], dtype=torch.long, device=self.device)
             cache = DynamicCache()
             if tokens.numel():
-                self._forward(tokens, torch.ones_like(tokens), cache)
+                self._states(tokens, torch.ones_like(tokens), cache)
             self._prefix = (prefix, [(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
         return self._prefix[1], self._prefix[2]
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Hidden states [B, T, H] of new tokens; positions count the visible ones."""
+    def _states(
+        self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both states [B, T, H] of new tokens, as `Forward` has them; positions count the visible ones."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = self.model.model(
+        return self._forward(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return output.last_hidden_state
 
     def _tails(self, prompts: Prompts) -> list[list[int]]:
         suffix = self._ids(prompts.suffix)
@@ -186,6 +230,11 @@ class TransformersEngine:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def half(vectors: torch.Tensor) -> np.ndarray:
+    """As embeddings are kept: float16."""
+    return vectors.cpu().to(torch.float16).numpy()
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

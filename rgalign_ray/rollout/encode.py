@@ -169,7 +169,7 @@ def _kept_context(engine: EngineSpec, plan: EncodePlan, sampled: bool) -> str:
     return storage.content_key(
         __version__,
         models.identity(engine.reasoner.model),
-        engine.reasoner.model_dump(include={"engine", "dtype", "device", "threads"}),
+        engine.reasoner.model_dump(include={"engine", "dtype", "device", "threads", "pooling", "depth"}),
         engine.max_session_tokens,
         plan.template.key,
         plan.encode.batch_size,

@@ -60,18 +60,20 @@ def test_each_objective_turns_embeddings_towards_what_was_clicked(
 
 
 @pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("pooling", "depth"), [("mean", 0.5), ("mean", 1.0), ("last", 1.0)])
 def test_embeddings_are_read_where_rankers_read_them(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, pooling: str, depth: float
 ) -> None:
     monkeypatch.setattr(token_rows, "pays", lambda *sizes: together)
-    model, engine = models.load_base(REASONER), TransformersEngine(REASONER, 64)
-    rows = embedding.Rows(task(folder, tmp_path, config.Gradient()), config.Gradient(), model)
-    reader = embedding.Reader(model)
+    reasoner = REASONER.model_copy(update={"pooling": pooling, "depth": depth})
+    model, engine = models.load_base(reasoner), TransformersEngine(reasoner, 64)
+    rows = embedding.Rows(task(folder, tmp_path, config.Gradient(), reasoner=reasoner), config.Gradient(), model)
+    reader = embedding.Reader(model, reasoner)
     batch = rows.micro_batch([0, 1, 2, 3], torch.device("cpu"))
     assert len({len(engine._ids(word)) for word in WORDS}) > 1, "words are of unlike lengths"
     assert len(batch.inputs["input_ids"]) == (1 if together else 4)
     with torch.inference_mode():
-        found, text = (it.numpy() for it in reader(batch.inputs, batch.places))
+        found, text = (it.numpy() for it in reader(batch.inputs, batch.of, batch.places, batch.counts))
     assert not text.any(), "of text that is not asked for"
     prompts = Prompts("Q: ", WORDS, "\nA:")
     np.testing.assert_allclose(found[:, 0], engine.embed(prompts), atol=2e-3)
@@ -92,7 +94,9 @@ def test_what_the_text_costs_is_the_loss_of_the_selected_query(
     nothing = rows.micro_batch([0, 2], torch.device("cpu")).text
     assert nothing is not None and [len(each) for each in nothing] == [0, 0, 0], "asked for, and there is none"
     with torch.inference_mode():
-        embeddings, text = embedding.Reader(model)(batch.inputs, batch.places, batch.text)
+        embeddings, text = embedding.Reader(model, REASONER)(
+            batch.inputs, batch.of, batch.places, batch.counts, batch.text
+        )
     sessions = rows.table.to_pylist()
     for place, row in enumerate(chosen[:-1]):
         prompt, query = sessions[row]["prompt_ids"], sessions[row]["completion_ids"] or []

@@ -16,7 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rgalign_ray.reasoner import continuation
+from rgalign_ray import config
+from rgalign_ray.reasoner import continuation, reading
 from rgalign_ray.reasoner.continuation import FannedOut, SharedPrompts
 
 SIZES = {
@@ -41,6 +42,10 @@ def qwen3(**settings: object) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, **settings))
 
 
+def forward(model: PreTrainedModel) -> reading.Forward:
+    return reading.forward(model, config.Reasoner(depth=0.5))
+
+
 def prefilled(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache()
     tokens = torch.randint(50, MASK.shape, generator=torch.Generator().manual_seed(1))
@@ -50,7 +55,7 @@ def prefilled(model: PreTrainedModel) -> DynamicCache:
 
 
 def decode(rows: continuation.Continuation, keeps: dict[int, list[int]]) -> list[Tensor]:
-    """Hidden states of every step; before step s only `keeps[s]` of the rows go on. A row's tokens are its own."""
+    """Both hidden states of every step; before step s only `keeps[s]` of the rows go on. A row's tokens are its own."""
     alive = torch.arange(len(MASK) * N)
     states = []
     for step in range(STEPS):
@@ -58,7 +63,7 @@ def decode(rows: continuation.Continuation, keeps: dict[int, list[int]]) -> list
             kept = torch.tensor(keeps[step])
             alive = alive[kept]
             rows.keep(kept)
-        states.append(rows.step((alive * 7 + step * 3) % 50))
+        states += rows.step((alive * 7 + step * 3) % 50)
     return states
 
 
@@ -77,11 +82,10 @@ def test_sharing_changes_no_hidden_state(make: Callable[[], PreTrainedModel], ke
     torch.manual_seed(0)
     model = make().eval()
     model.set_attn_implementation("sdpa")
-    shared = continuation.of(model, prefilled(model), MASK, N, STEPS)
+    shared = continuation.of(model, forward(model), prefilled(model), MASK, N, STEPS)
     assert isinstance(shared, SharedPrompts)
-    for mine, expected in zip(
-        decode(shared, keeps), decode(FannedOut(model, prefilled(model), MASK, N), keeps), strict=True
-    ):
+    fanned_out = FannedOut(forward(model), prefilled(model), MASK, N)
+    for mine, expected in zip(decode(shared, keeps), decode(fanned_out, keeps), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     assert model.config._attn_implementation == "sdpa", "what else is asked of the model is computed as before"
 
@@ -89,7 +93,7 @@ def test_sharing_changes_no_hidden_state(make: Callable[[], PreTrainedModel], ke
 @torch.inference_mode()
 def test_rows_that_have_left_are_computed_no_more() -> None:
     model = llama().eval()
-    rows = SharedPrompts(model, prefilled(model), MASK, N, STEPS)
+    rows = SharedPrompts(model, forward(model), prefilled(model), MASK, N, STEPS)
     computed: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: computed.append(len(args[0])))
     decode(rows, {1: [0, 1, 2, 3, 4, 5, 6, 7], 2: [0, 1, 6, 7], 3: [1]})
@@ -99,7 +103,7 @@ def test_rows_that_have_left_are_computed_no_more() -> None:
 @pytest.mark.parametrize("make", [llama, qwen3])
 def test_attention_that_is_not_over_all_that_came_before_is_not_shared(make: Callable[..., PreTrainedModel]) -> None:
     sliding = qwen3(layer_types=["sliding_attention", "full_attention"], use_sliding_window=True, sliding_window=4)
-    assert isinstance(continuation.of(sliding, prefilled(sliding), MASK, N, STEPS), FannedOut)
+    assert isinstance(continuation.of(sliding, forward(sliding), prefilled(sliding), MASK, N, STEPS), FannedOut)
     other = make()
     other.config.model_type = "another"
-    assert isinstance(continuation.of(other, prefilled(other), MASK, N, STEPS), FannedOut)
+    assert isinstance(continuation.of(other, forward(other), prefilled(other), MASK, N, STEPS), FannedOut)

@@ -74,12 +74,33 @@ def test_embeddings_of_the_sampling_pass_equal_those_read_afresh(engine: Transfo
     assert np.abs(queried - fresh).max() > 0.1
 
 
-def test_embedding_is_the_last_hidden_state_of_the_plain_model(engine: TransformersEngine) -> None:
-    ids = engine.prompt_ids(prompts(TEXTS))
-    for row, vector in zip(ids, engine.embed(prompts(TEXTS)), strict=True):
+@pytest.mark.parametrize(("depth", "layer"), [(0.5, 1), (0.7, 1), (0.9, 2), (1.0, 2)])
+def test_embeddings_are_means_of_a_text_s_states_in_the_plain_model(depth: float, layer: int) -> None:
+    settings = config.Reasoner(model="tiny", dtype="float32", depth=depth)
+    engine = TransformersEngine(settings, max_session_tokens=64)
+    assert engine.model.config.num_hidden_layers == 2
+    ids, prefix = engine.prompt_ids(prompts(TEXTS)), len(engine._ids(prompts(TEXTS).prefix))
+    queries = [engine._ids(" why?\n"), [], engine._ids("\n"), engine._ids(" it")]
+    alone, queried = engine.embed(prompts(TEXTS)), engine.embed(prompts(TEXTS), queries)
+    for row, query, e_x, e_xq in zip(ids, queries, alone, queried, strict=True):
+        written = [token for token in query if token not in engine.stop_ids]
         with torch.inference_mode():
-            expected = engine.model.model(torch.tensor([row])).last_hidden_state[0, -1]
-        np.testing.assert_allclose(vector, expected.numpy(), atol=2e-3)
+            output = engine.model.model(torch.tensor([row + written]), output_hidden_states=True)
+        states = output.last_hidden_state[0] if layer == 2 else output.hidden_states[layer][0]
+        np.testing.assert_allclose(e_x, states[prefix : len(row)].mean(dim=0), atol=2e-3)
+        np.testing.assert_allclose(e_xq, states[prefix:].mean(dim=0), atol=2e-3)
+
+
+def test_an_embedding_may_be_the_last_hidden_state_of_the_plain_model() -> None:
+    settings = config.Reasoner(model="tiny", dtype="float32", pooling="last", depth=1.0)
+    engine = TransformersEngine(settings, max_session_tokens=64)
+    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), **SAMPLING)
+    for row, vector, group in zip(engine.prompt_ids(prompts(TEXTS)), engine.embed(prompts(TEXTS)), groups, strict=True):
+        written = engine._content(group.samples[0].completion_ids)
+        with torch.inference_mode():
+            states = engine.model.model(torch.tensor([row + written])).last_hidden_state[0]
+        np.testing.assert_allclose(vector, states[len(row) - 1], atol=2e-3)
+        np.testing.assert_allclose(group.samples[0].embedding, states[-1], atol=2e-3)
 
 
 @pytest.mark.parametrize(("suffix", "space"), [("\nQuestion:", " "), ("\nQuestion: ", "")])
@@ -99,13 +120,13 @@ def test_what_others_wrote_is_read_as_if_it_were_its_own(engine: TransformersEng
 def test_the_prefix_is_computed_once(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.embed(prompts(TEXTS, "another instruction: "))
     lengths = []
-    forward = engine._forward
+    states = engine._states
 
-    def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         lengths.append(tokens.shape[1])
-        return forward(tokens, mask, cache)
+        return states(tokens, mask, cache)
 
-    monkeypatch.setattr(engine, "_forward", counted)
+    monkeypatch.setattr(engine, "_states", counted)
     engine.embed(prompts(TEXTS, "another instruction: "))
     assert lengths == [max(len(engine._ids(text)) for text in TEXTS) + len(engine._ids("\nQuestion:"))]
 
