@@ -227,11 +227,11 @@ class Rows:
 
         text = None
         if self.text_weight:  # also where none has a query: under ZeRO-3 every worker asks for the same weights
-            of = [(row, place) for row, query in enumerate(texts) for place in query]
+            said = [(row, place) for row, query in enumerate(texts) for place in query]
             text = (
-                told([row for row, _ in of], torch.long),
-                told([laid.place(row, place - 1) for row, place in of], torch.long),
-                told([tokens[row][place] for row, place in of], torch.long),
+                told([row for row, _ in said], torch.long),
+                told([laid.place(row, place - 1) for row, place in said], torch.long),
+                told([tokens[row][place] for row, place in said], torch.long),
             )
         return MicroBatch(
             inputs=laid.inputs,

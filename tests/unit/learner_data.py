@@ -28,7 +28,7 @@ from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
 from rgalign_ray.rollout.worker import vectors_table
 
-REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=8, upper_layers=1.0))
+REASONER = config.Reasoner(model="tiny", dtype="float32", depth=0.5, lora=config.Lora(rank=8, upper_layers=1.0))
 LEARNER = config.Learner(workers=1, micro_batch=4, zero_stage=2)
 OBJECTIVES: dict[str, config.Optimisation] = {
     "sft": config.Sft(lr=1e-2, batch_sessions=8, neftune_alpha=0.0),
@@ -61,9 +61,9 @@ class Counts(Host):
         self.steps += steps
 
 
-def write_round(folder: Path, count: int = SESSIONS) -> None:
-    """A log's knowledge base, a ranker, and a round's sessions and positives."""
-    engine = TransformersEngine(REASONER, max_session_tokens=64)
+def write_round(folder: Path, count: int = SESSIONS, reasoner: config.Reasoner = REASONER) -> None:
+    """A log's knowledge base, a ranker that reads the reasoner, and a round's sessions and positives."""
+    engine = TransformersEngine(reasoner, max_session_tokens=64)
     intents = [{"intent_id": i, "title": i, "description": i, "category": "c"} for i in INTENTS]
     storage.write_table(str(folder / "log/intents.parquet"), pa.Table.from_pylist(intents, schema=schema.INTENTS))
     (folder / "template.yaml").write_text(TEMPLATE)

@@ -28,7 +28,8 @@ from rgalign_ray.reasoner.engine import Group, Sample
 from rgalign_ray.reward.functions import Labels
 from rgalign_ray.reward.judging import judge_queries
 
-REASONER = config.Reasoner(model="tiny", dtype="float32", lora=None)
+REASONER = config.Reasoner(model="tiny", dtype="float32", lora=None, pooling="last", depth=1.0)
+"""Of which a query's last token is all that the reward hears: what it says soon shows."""
 GRPO = config.Grpo(lr=3e-3, epochs=5, batch_sessions=8, temperature=1.0, kl_weight=0.0)
 
 
@@ -40,7 +41,7 @@ def group_of_one() -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> LearnerTask:
     folder = tmp_path_factory.mktemp("round")
-    write_round(folder)
+    write_round(folder, reasoner=REASONER)
     return replace(task(folder, folder / "out", GRPO, reasoner=REASONER), **write_writer(folder, REASONER))
 
 
