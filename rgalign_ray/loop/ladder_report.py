@@ -138,7 +138,7 @@ def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[Row
         names: of all rows.
         judged: of rivals, what `validation` says.
     """
-    rivals = sorted(judged, key=lambda name: judged[name])
+    rivals = sorted((name for name in names if ROWS[name].rival), key=lambda name: judged[name])
     best = [name for name in rivals if not ROWS[name].more][-1:]
     pairs: list[tuple[RowName, RowName]] = [
         *(("qe_rec", rival) for rival in best),

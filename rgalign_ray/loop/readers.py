@@ -13,7 +13,7 @@ KEPT = "reader.json"
 HOW = {"dtype", "pooling", "depth"}
 """Settings of the reasoner that tell how it reads."""
 BEFORE = {"pooling": "last", "depth": 1.0}
-"""How it did in runs that were made before this could be set, and was kept."""
+"""How it did in runs that do not say so: those of before it could be set."""
 
 
 def reasoner_stage(config: Config, round_: int) -> str | None:
@@ -40,10 +40,11 @@ def keep_reader(engine: EngineSpec, embeddings_uri: str) -> None:
 def engine_of_run(run: Run, round_: int) -> EngineSpec:
     """As `engine_spec`, but as embeddings_r were read: the run's settings may be of a try that has not come so far."""
     engine, place = engine_spec(run, round_), run.uri(f"embeddings_{round_}", KEPT)
-    kept = BEFORE | (storage.read_json(place) if storage.exists(place) else {})
-    tokens = kept.get("max_session_tokens", engine.max_session_tokens)
-    how = {name: kept[name] for name in HOW if name in kept}
-    return replace(engine, reasoner=engine.reasoner.model_copy(update=how), max_session_tokens=tokens)
+    if not storage.exists(place):  # of a run that was made before this was kept
+        return engine
+    kept = BEFORE | storage.read_json(place)
+    reasoner = engine.reasoner.model_copy(update={name: kept[name] for name in HOW})
+    return replace(engine, reasoner=reasoner, max_session_tokens=kept["max_session_tokens"])
 
 
 def sentence_engine(config: Config) -> EngineSpec:

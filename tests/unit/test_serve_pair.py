@@ -10,7 +10,7 @@ from typing import cast
 import pyarrow as pa
 from serve_data import SESSION, read_as
 
-from rgalign_ray import config
+from rgalign_ray import config, storage
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop.readers import engine_of_run, engine_spec, keep_reader
 from rgalign_ray.loop.stage import Run
@@ -48,6 +48,9 @@ def test_a_pair_reads_as_it_was_trained_whatever_a_later_try_has_asked_for(tmp_p
     )
     assert engine_of_run(later, 0) == engine_spec(run, 0) != engine_spec(later, 0)
     assert engine_of_run(later, 1) == engine_spec(later, 1), "nothing is kept of it"
+    storage.write_json(run.uri("embeddings_0", "reader.json"), {"dtype": "float32", "max_session_tokens": 64})
+    before = engine_of_run(later, 0).reasoner
+    assert (before.pooling, before.depth) == ("last", 1.0), "all were, when nothing was said of it"
 
 
 def test_the_service_reads_as_much_history_as_training_did(tmp_path: Path) -> None:
