@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.reasoner import continuation, models, reading
 from rgalign_ray.reasoner.engine import Group, Prompts, Sample, written
 
@@ -233,8 +234,15 @@ class TransformersEngine:
 
 
 def half(vectors: torch.Tensor) -> np.ndarray:
-    """As embeddings are kept: float16."""
-    return vectors.cpu().to(torch.float16).numpy()
+    """As embeddings are kept: float16.
+
+    Raises:
+        ConfigError: for numbers beyond it, which some large models have before their last norm.
+    """
+    kept = vectors.cpu().to(torch.float16)
+    if kept.isinf().any():
+        raise ConfigError("reasoner.depth: this model's states are too large there to be kept; set it to 1.0.")
+    return kept.numpy()
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from rgalign_ray import config
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.reasoner import models, transformers_engine
 from rgalign_ray.reasoner.engine import Prompts, sample_seed
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine, choose, stop_tokens, uniforms
@@ -101,6 +102,14 @@ def test_an_embedding_may_be_the_last_hidden_state_of_the_plain_model() -> None:
             states = engine.model.model(torch.tensor([row + written])).last_hidden_state[0]
         np.testing.assert_allclose(vector, states[len(row) - 1], atol=2e-3)
         np.testing.assert_allclose(group.samples[0].embedding, states[-1], atol=2e-3)
+
+
+def test_states_that_cannot_be_kept_are_refused() -> None:
+    engine = TransformersEngine(config.Reasoner(model="tiny", dtype="float32", depth=0.5), max_session_tokens=64)
+    with torch.no_grad():
+        engine.model.model.embed_tokens.weight.mul_(1e7)
+    with pytest.raises(ConfigError, match=r"reasoner\.depth: .* set it to 1\.0"):
+        engine.embed(prompts(TEXTS))
 
 
 @pytest.mark.parametrize(("suffix", "space"), [("\nQuestion:", " "), ("\nQuestion: ", "")])
