@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks import command
 from rgalign_ray import config, progress, storage
+from rgalign_ray.errors import DataError
 from rgalign_ray.evaluate.statistics import stratified_bootstrap
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.prompts import Template
@@ -44,6 +45,8 @@ def measure(
     """Print how often the need is found, by depth and pooling."""
     table = storage.read_table(storage.join(run_dir, "sessions", "sessions"), filters=pc.field("role") == "align_1")
     table, catalogue = table.sort_by("session_id").slice(0, sessions), Catalogue.load(storage.join(run_dir, "sessions"))
+    if len(table) == 0:
+        raise DataError(f"{run_dir}: no session has the role align_1; raise roles.align.")
     needs = Oracle.load(storage.join(run_dir, "log")).needs(table["session_id"].to_pylist())
     need, asked = np.array([catalogue.index[intent] for intent in needs]), Template.load(template)
     texts = asked.sessions(table)

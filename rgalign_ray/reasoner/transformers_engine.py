@@ -104,12 +104,11 @@ class TransformersEngine:
         tails = self._tails(prompts)
         prefill = self._prefill(prompts.prefix, tails)
         read = self._pooled(prefill.read, tails, [[]] * len(tails))
-        mean = self.settings.pooling == "mean"
-        lengths = torch.tensor([len(tail) if mean else 1 for tail in tails], device=self.device)
+        lengths = [len(reading.tokens(self.settings, 0, len(tail), 0)[0]) for tail in tails]
         decoded = self._decode(
             prefill.last.repeat_interleave(n, dim=0),
             read.repeat_interleave(n, dim=0),
-            lengths.repeat_interleave(n)[:, None],
+            torch.tensor(lengths, device=self.device).repeat_interleave(n)[:, None],
             continuation.of(self.model, self._forward, prefill.cache, prefill.mask, n, max_new_tokens),
             uniforms(flat_seeds, max_new_tokens).to(self.device),
             temperature,
