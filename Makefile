@@ -40,7 +40,8 @@ test: lint
 
 test-slow: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m slow --exitfirst --durations 10
+	$(BIN)/python -m pytest -m "slow and not cluster" --numprocesses 2 --dist loadfile --durations 5
+	$(BIN)/python -m pytest -m "slow and cluster" --exitfirst --durations 10
 
 test-faults: environment
 	@$(MAKE) --silent --no-print-directory $(VENV)/.ready-test
