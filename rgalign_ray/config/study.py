@@ -52,7 +52,6 @@ ROW_NAMES = (
     *(*FROZEN_ROWS, *ALIGNED_ROWS, *SHUFFLED_ROWS),
     *(f"{row}{reads}" for row in ("qe_rec", *ALIGNED_ROWS) for reads in READ_OTHERWISE if reads),
     *(f"{row}_warm{reads}" for row in ("qe_rec", *ALIGNED_ROWS) for reads in READ_OTHERWISE),
-    *(f"{row}_warm" for row in SHUFFLED_ROWS),
     *(f"judge{reads}" for reads in READ_OTHERWISE),
     *(f"{row}_not_retrained{reads}" for row in ALIGNED_ROWS for reads in READ_OTHERWISE),
     *(f"{row}_shift" for row in ALIGNED_ROWS),

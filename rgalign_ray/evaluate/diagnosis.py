@@ -19,7 +19,7 @@ def diagnose(
     gate: Mapping[str, float],
     queries: tuple[Mapping[str, str], Mapping[str, str]],
     embeddings: tuple[np.ndarray, np.ndarray],
-    read: float,
+    read: tuple[str, float],
 ) -> Diagnosis:
     """The four figures of one round.
 
@@ -28,7 +28,8 @@ def diagnose(
         gate: `agreement` and `agreement_error` of the reward's gate.
         queries: of sessions, before and after, sampled with the same random numbers.
         embeddings: e(x) float [S, D] of the same sessions, before and after.
-        read: GAUC of the retrained ranker through the sessions' own queries above that through other users'.
+        read: a metric, and what the retrained ranker reaches in it through the sessions' own queries above what it
+            does through other users'.
     """
     before, after = queries
     both = [session for session in before if session in after]
@@ -40,7 +41,8 @@ def diagnose(
         queries_changed=float(np.mean([before[i] != after[i] for i in both])) if both else float("nan"),
         moved=moved(*embeddings),
         common=common(*embeddings),
-        read=read,
+        read=read[1],
+        read_metric=read[0],
     )
 
 
@@ -88,5 +90,5 @@ def sentence(found: Diagnosis) -> str:
         f"{found.name}: of a session's best query another judge confirms {found.informative:+.4f} ± "
         f"{found.informative_error:.4f} in reward; {changed}; embeddings moved {found.moved:.2f} of the distance "
         f"between sessions, beside {found.common:.0%} of the movement that is the same for all; the ranker reads "
-        f"{found.read:+.4f} GAUC from them that it does not read from another user's (test sessions)."
+        f"{found.read:+.4f} {found.read_metric} from them that it does not read from another user's (test sessions)."
     )

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from rgalign_ray.evaluate import metric_names
+
 ABSENT = "–"
-TRUE_QUALITY = ("need Recall", "true CTR")
-"""Metrics, by what they begin with, that the simulated shop's truth gives."""
 
 
 def number(value: float) -> str:
@@ -106,7 +106,8 @@ class RewardGate(Part):
     noise: float
     """The same unit: standard deviation of the difference between judges of other seeds, per judge."""
     reliability: float
-    """Share of the within-session variance that another judge repeats, in [0, 1]."""
+    """Correlation of two judges within a session, hence the share of the variance that another repeats; below 0 where
+    they contradict each other."""
     spread_by_session: list[float]
     noise_by_session: list[float]
     best_of_n: list[float]
@@ -151,8 +152,9 @@ class Diagnosis(Part):
     common: float
     """Share of all squared movement of e(x) that is the same for every session, and counts nothing in `moved`."""
     read: float
-    """GAUC of the retrained ranker on the test sessions above that with every session's query exchanged with another
-    user's."""
+    """What the retrained ranker is worth on the test sessions above what it is with every session's query exchanged
+    with another user's, in `read_metric`."""
+    read_metric: str = "GAUC"
 
 
 class Written(Part):
@@ -223,7 +225,7 @@ class Report(Part):
     rows: list[Row]
     comparisons: list[Comparison] = []
     query_variance: dict[str, float] = {}
-    """By ranker: share of the query tower's variance that lies between sessions, in [0, 1]."""
+    """By ranker: share of the query tower's variance that lies between sessions, without the match of texts."""
     examples: list[Example] = []
     reward: RewardGate | None = None
     worth: QueryWorth | None = None
@@ -242,15 +244,10 @@ class Report(Part):
 
     @property
     def telling(self) -> list[str]:
-        return telling(self.columns)
+        return metric_names.telling(self.columns)
 
     def best(self, metric: str) -> float | None:
         """The highest value among the rows that compete; None where fewer than two do."""
         values = [row.metrics[metric].value for row in self.rows if metric in row.metrics and not row.control]
         finite = [value for value in values if math.isfinite(value)]
         return max(finite) if len(finite) > 1 else None
-
-
-def telling(metrics: Sequence[str]) -> list[str]:
-    """Of a report's metrics those that its claims are about: the true quality where it is known, else the first."""
-    return [name for name in metrics if name.startswith(TRUE_QUALITY)] or list(metrics[:1])

@@ -319,13 +319,16 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
 def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
     """What a row's slices left behind, a job a seed."""
     places = [place_of(job, name) for job in jobs]
-    _, *read = texts_of(ROWS[name])
-    if ROWS[name].aligned:
-        made = alignments.aligning(jobs[0], ROWS[name].aligned or "")
-        read = list(dict.fromkeys(stage.name for stage in (*judge_stages.stages(places[0].config, 1), *made)))
+    row = ROWS[name]
+    read = [*texts_of(row), *(taught_by(row, 0) if not row.ranker_of else [])]
+    if row.aligned:
+        made = alignments.aligning(jobs[0], row.aligned)
+        stages = (*judge_stages.stages(places[0].config, 1), *made)
+        read += ["embeddings_0", "rankers_0", *(stage.name for stage in stages)]
+    read = list(dict.fromkeys(read))
     numbers = range(jobs[0].config.compare.trainings)
     slices = [slice_name(name, number) for number in numbers]
-    taken = ROWS[name].ranker_of
+    taken = row.ranker_of
     trained = [place.manifest(slice_name(taken, n)).seconds for place in places for n in numbers] if taken else [0.0]
     return ladder_report.RowResult(
         name,

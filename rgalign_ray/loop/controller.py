@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
+from typing import Any
 
 from rich.console import Console
 
@@ -176,13 +177,10 @@ def show(job: Run) -> None:
 
 def stage_key(job: Run, stage: Stage) -> str:
     """Hash of everything that decides what the stage writes."""
-    settings = job.config.model_dump(mode="json")
+    settings = deciding(job.config)
     # a name stands for a file, or a folder, and what is in it may change under the same name
     settings["features"] = FeatureSpec.load(job.config.features.spec).key
     settings["prompt"]["template"] = Template.load(job.config.prompt.template).key
-    for name, section in job.config:
-        for aside in section.ASIDE if isinstance(section, Settings) else ():
-            del settings[name][aside]
     for reasoner in (settings["reasoner"], settings["compare"]["encoder"]):
         reasoner["model"] = models.identity(reasoner["model"])
     for teacher in settings["teachers"]:
@@ -192,6 +190,15 @@ def stage_key(job: Run, stage: Stage) -> str:
             teacher["template"] = Template.load(teacher["template"]).key
     chosen = {name: reduce(getitem, name.split("."), settings) for name in ("seed", *stage.settings)}
     return storage.content_key(__version__, stage.name, chosen, {name: job.manifest(name).key for name in stage.inputs})
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """Sections of settings, without those that decide no result."""
+    settings = config.model_dump(mode="json")
+    for name, section in config:
+        for aside in section.ASIDE if isinstance(section, Settings) else ():
+            del settings[name][aside]
+    return settings
 
 
 def execute(job: Run, stage: Stage, key: str) -> storage.Manifest:

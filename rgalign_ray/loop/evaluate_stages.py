@@ -9,6 +9,7 @@ import numpy as np
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config
+from rgalign_ray.evaluate import metric_names
 from rgalign_ray.evaluate.diagnosis import diagnose
 from rgalign_ray.evaluate.examples import example_sessions
 from rgalign_ray.evaluate.hit_rate import hit_rate_sessions, hits, vectors
@@ -120,10 +121,12 @@ def diagnosis_of(run: Run, round_: int, test: TestSessions, rung: Rung, judged: 
     before, after = (Embeddings.load(uri).lookup(keys, "prompt")[0] for uri in readings)
     gate = run.manifest(f"rewards_{round_}").figures["gate"]
     other = test.judge(test.score(replace(rung, query="shuffled")))
+    metrics = [metric for metric in metric_names.meanings(run.config.evaluate) if metric in judged.values]
+    metric = metric_names.telling(metrics)[-1]
     read = paired_bootstrap(
-        judged.values["GAUC"], other.values["GAUC"], test.users, weights=judged.weights["GAUC"], repetitions=1
+        judged.values[metric], other.values[metric], test.users, weights=judged.weights.get(metric), repetitions=1
     ).mean
-    return diagnose(name, gate, (wrote_before, wrote_after), (before, after), read)
+    return diagnose(name, gate, (wrote_before, wrote_after), (before, after), (metric, read))
 
 
 def _examples(run: Run, test: TestSessions, judged: dict[str, SessionMetrics], queries: Queries) -> list[Example]:

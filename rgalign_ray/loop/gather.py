@@ -17,12 +17,12 @@ from rgalign_ray import storage
 from rgalign_ray.config import Config, RowName, validate
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.evaluate import report
-from rgalign_ray.loop import alignments, compare, ladder_report
+from rgalign_ray.loop import alignments, compare, controller, ladder_report, readers
 from rgalign_ray.loop.ladder_rows import rows_of, slice_name
 from rgalign_ray.loop.stage import Run
 
 SEED = "seed_"
-APART = ("seed", "run_dir", "cluster", "serve", "tracking")
+APART = ("name", "seed", "run_dir", "cluster", "serve", "tracking")
 """Sections in which seeds of one comparison may differ,"""
 APART_IN = {
     "compare": [
@@ -39,6 +39,8 @@ APART_IN = {
     "world": ["seed"],
 }
 """and settings of others: which rows are told of, and how. But for the world's seed, they are as asked now."""
+BEFORE = {"reasoner": readers.BEFORE, "ranker": {"text_match": False}, "evaluate": {"rank_by": "log"}}
+"""How seeds were made that do not say so: those of before it could be set, where that is not the default since."""
 
 
 def run(config: Config, places: Sequence[str]) -> report.Report:
@@ -102,8 +104,9 @@ def agree(found: dict[str, list[int]]) -> None:
 
 
 def _settings(place: str) -> dict[str, Any]:
-    """Those that seeds must agree in; one that is newer than the seed has its default."""
-    settings = {name: section for name, section in _made(place).model_dump(mode="json").items() if name not in APART}
+    """Those that seeds must agree in."""
+    made = _made(place)
+    settings = {name: section for name, section in controller.deciding(made).items() if name not in APART}
     for name, free in APART_IN.items():
         settings[name] = {key: value for key, value in settings[name].items() if key not in free}
     return settings
@@ -119,7 +122,7 @@ def _as_asked(made: Config, asked: Config) -> Config:
 
 
 def _made(place: str) -> Config:
-    """What a seed was made with.
+    """What a seed was made with; a setting that is newer than the seed has its default, or what `BEFORE` says.
 
     Raises:
         DataError: where nothing says so.
@@ -127,22 +130,30 @@ def _made(place: str) -> Config:
     file = storage.join(place, "config.json")
     if not storage.exists(file):
         raise DataError(f"{file}: not there; run `rgalign compare` for that seed again, which writes it.")
-    return validate(storage.read_json(file))
+    kept = storage.read_json(file)
+    return validate(kept | {name: before | kept[name] for name, before in BEFORE.items()})
 
 
 def runs_in(config: Config, place: str, seeds: Sequence[int], rows: list[RowName]) -> list[Run]:
     """The runs of a place's seeds.
 
     Raises:
-        DataError: where one lacks a row.
+        DataError: where one lacks a row, or has one that was made of something else than what is there now.
     """
     jobs = compare.runs(config.model_copy(update={"run_dir": place}), rows, seeds)
     for job in jobs:
         for name in rows:
             for number in range(config.compare.trainings):
-                made = compare.place_of(job, name).uri(slice_name(name, number))
-                if storage.read_manifest(made) is None:
-                    raise DataError(
-                        f"{made}: not there; finish that seed, or name rows and compare.trainings that all seeds have."
-                    )
+                _check(compare.place_of(job, name), slice_name(name, number))
     return jobs
+
+
+def _check(run: Run, name: str) -> None:
+    """Whether a slice is there, with the artefacts that it was made of."""
+    made = run.uri(name)
+    manifest = storage.read_manifest(made)
+    if manifest is None or not storage.exists(storage.join(made, compare.VERDICT)):
+        raise DataError(f"{made}: not there; finish that seed, or name rows and compare.trainings that all seeds have.")
+    for read, key in manifest.inputs.items():
+        if run.manifest(read).key != key:
+            raise DataError(f"{made}: made of another {read} than {run.uri(read)}; finish that seed.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config, RankBy, RowName
-from rgalign_ray.evaluate import comparison, report
+from rgalign_ray.evaluate import comparison, metric_names, report
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
@@ -16,8 +16,8 @@ from rgalign_ray.loop.ladder_rows import ROWS
 
 METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
 CEILING: RowName = "true_need"
-TEXT_RIVAL: RowName = "din_sentence"
-"""Reads the same text as the reasoner: whatever validation GAUC says, a reasoner must beat it."""
+TEXT_RIVALS: tuple[RowName, ...] = ("din_sentence", "template")
+"""They read the same text as the reasoner: whatever validation says, a reasoner must beat them."""
 ALONE: tuple[RowName, ...] = ("rg_sft", "rg_dpo", "rg_grpo", "rg_cl", "latent", "gradient", "rga_paper")
 """Rows whose reasoner one objective has aligned, or the published two."""
 SFT_CONTROLS: tuple[RowName, ...] = ("rg_sft_random", "sft_title")
@@ -66,7 +66,7 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
     verdicts = judged[0].verdicts
     first, *others = verdicts
     found = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
-    meanings = summary.meanings(config)
+    meanings = metric_names.meanings(settings)
     metrics = [metric for metric in meanings if metric in found]
     rows = [
         report.Row(
@@ -143,14 +143,12 @@ def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[Row
     pairs: list[tuple[RowName, RowName]] = [
         *(("qe_rec", rival) for rival in best),
         ("qe_rec", "two_tower"),
-        ("qe_rec", TEXT_RIVAL),
+        *((row, rival) for row in METHOD for rival in TEXT_RIVALS),
         *((rival, "popularity") for rival in best),
-        ("qe_rec", "template"),
         ("qe_rec", "qe_rec_shuffled"),
         ("rgalign", "qe_rec"),
         *((row, "qe_rec_more") for row in ("rgalign", "gradient")),
-        *(("rgalign", rival) for rival in dict.fromkeys([*best, *rivals[-1:]])),
-        ("rgalign", TEXT_RIVAL),
+        *(("rgalign", rival) for rival in dict.fromkeys([*rivals[-1:], *best])),
         ("rgalign", "rgalign_shuffled"),
         ("rgalign", "gradient"),
         *(("rg_sft", control) for control in SFT_CONTROLS),
@@ -160,10 +158,9 @@ def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[Row
         *(pair for name in names for pair in _variant_claims(name)),
         *((f"rg_sft{way}", f"{control}{way}") for way in WAYS for control in SFT_CONTROLS),
         *((f"rgalign{way}", f"gradient{way}") for way in WAYS),
-        *((f"{row}_warm", f"{row}_shuffled_warm") for row in ("rgalign", "gradient")),
         *((f"{row}_query", "qe_rec_query") for row in ("rgalign", "rg_sft")),
         ("qe_rec_warm", "judge"),
-        *((f"{row}_warm", TEXT_RIVAL) for row in ("rgalign", "gradient")),
+        *((f"{row}_warm", rival) for row in ("rgalign", "gradient") for rival in TEXT_RIVALS),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]
@@ -205,7 +202,7 @@ def _summary(
     """What was found, a sentence each: how competitors differ in the metrics that tell, and what QE-Rec and RGAlign-Rec
     are worth beside the best rival. Rows that show why stand in the table and the plots.
     """
-    told = report.telling(metrics)
+    told = metric_names.telling(metrics)
     spoken = {(ROWS[better].title, ROWS[worse].title) for better, worse in pairs if _competes(better, worse)}
     over = "separated over users" + (" and seeds" if config.compare.seeds > 1 else " (one seed)")
     lines = [

@@ -10,6 +10,8 @@ from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.loop.stage import truth_inputs
 
+UNTRAINED: tuple[config.Model, ...] = ("popularity", "cosine")
+
 
 @dataclass(frozen=True)
 class LadderRow:
@@ -53,8 +55,8 @@ class LadderRow:
 
     @property
     def rival(self) -> bool:
-        """A row without an LLM that QE-Rec must beat."""
-        return self.reads in (None, "sentence") and not self.control
+        """A row without an LLM that has learned from clicks, a control or not: what QE-Rec must beat."""
+        return self.reads in (None, "sentence") and self.kind not in UNTRAINED
 
 
 ALIGNMENTS: dict[str, dict[str, Any]] = {
@@ -241,7 +243,8 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
 
 
 def _asked_unnamed(row: LadderRow, settings: config.Config) -> bool:
-    return row.retrained and not (row.aligned or row.warm or row.ranker_of or (row.more and not settings.align))
+    more = settings.align and settings.roles.align
+    return row.retrained and not (row.aligned or row.warm or row.ranker_of or (row.more and not more))
 
 
 def check(rows: list[config.RowName], settings: config.Config) -> None:
@@ -253,6 +256,10 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
     teaches = any(ROWS[name].aligned for name in rows)
     for name in rows:
         taken = ROWS[name].ranker_of
+        if ROWS[name].more and not settings.roles.align:
+            raise ConfigError(
+                f"compare.rows: {name} learns from role align as well; raise roles.align, or leave it out."
+            )
         if not teaches and (ROWS[name].warm or not ROWS[name].retrained):
             what = "goes on from" if ROWS[name].warm else "is"
             raise ConfigError(

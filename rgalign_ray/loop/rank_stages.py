@@ -117,18 +117,15 @@ def warm_settings(config: Config) -> Ranker:
 
 def warm_sentence(round_: int, figures: Mapping[str, Any], margin: float) -> str:
     """What became of the ranker of a round that began with the weights of the round before, by its figures."""
+    anew = ", with another weight beside the match of texts" if "shown_weight" in figures else ""
+    same = f"QE-Rec of round {round_} is that of round {round_ - 1}{anew}"
     if "over_start" not in figures:
-        return (
-            f"QE-Rec of round {round_} is that of round {round_ - 1}: validation prefers no epoch that it learned on."
-        )
+        return f"{same}: validation prefers no epoch that it learned on."
     seen = figures["over_start"]
     found = f"{seen['gauc']:+.4f} GAUC ± {seen['standard_error']:.4f} (standard error)"
     if figures["best_epoch"]:
         return f"QE-Rec of round {round_} learned on: validation prefers it to that of round {round_ - 1}, {found}."
-    return (
-        f"QE-Rec of round {round_} is that of round {round_ - 1}: validation prefers what was learned on by {found}, "
-        f"not by more than {margin:g} of them."
-    )
+    return f"{same}: validation prefers what was learned on by {found}, not by more than {margin:g} of them."
 
 
 def pair_stage(config: Config) -> Stage:

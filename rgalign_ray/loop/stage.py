@@ -13,6 +13,7 @@ from typing import Any
 
 from rgalign_ray import storage
 from rgalign_ray.config import Config
+from rgalign_ray.errors import DataError
 
 RECORDS = ".train"
 """Folder of a run for what Ray Train writes while a stage trains."""
@@ -49,8 +50,14 @@ class Run:
         return self.uri("log") if truth_inputs(self.config) else None
 
     def manifest(self, name: str) -> storage.Manifest:
+        """What is written of the artefact `name`.
+
+        Raises:
+            DataError: where there is none: its folder was deleted, or copied without it.
+        """
         manifest = storage.read_manifest(self.uri(name))
-        assert manifest is not None, f"{name} is an input of a stage that runs before it"
+        if manifest is None:
+            raise DataError(f"{self.uri(name, storage.MANIFEST)}: not there; copy it, or finish that run.")
         return manifest
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rgalign_ray import progress, storage
 from rgalign_ray.config import Config
-from rgalign_ray.evaluate import diagnosis, query_worth
+from rgalign_ray.evaluate import diagnosis, metric_names, query_worth
 from rgalign_ray.evaluate.report import Comparison, Curves, Diagnosis, Example, Ingest, Report, RewardGate, Row
 from rgalign_ray.evaluate.report import Stage as StageTime
 from rgalign_ray.loop import audit_stages, rank_stages, worth_stages
@@ -21,17 +21,6 @@ LEAD = (
     "feature."
 )
 
-METRICS = {
-    "GAUC": "Mean over sessions of the AUC of clicked against unclicked candidates, weighted by candidates.",
-    "Recall@{k}": "Share of a session's clicked intents among the first {k}; sessions with a click.",
-    "NDCG@{k}": "Discounted gain of the clicked intents among the first {k}, relative to the best possible.",
-    "need Recall@{k}": "Share of sessions whose true need is among the first {k} (simulated shop only).",
-    "true CTR@{k}": "Expected probability of a click when the first {k} are shown, by the shop's own click model.",
-    "resolved@{k}": "The same for a click that resolves the need.",
-    "GAUC shown": "GAUC among the candidates that were shown, so that imitating what chose them is worth nothing.",
-    "GAUC uniform": "GAUC on the sessions whose slate was drawn uniformly, which owe nothing to the old ranker.",
-}
-
 
 def report(run: Run) -> Report:
     """The report of a run all of whose stages are done."""
@@ -42,7 +31,7 @@ def report(run: Run) -> Report:
     sessions = manifests["sessions"].figures
     comparisons = [Comparison.model_validate(c) for c in evaluation["comparisons"]]
     gates = [manifests[f"rewards_{r}"].figures["gate"] for r in range(1, config.rounds + 1)]
-    metrics = meanings(config)
+    metrics = metric_names.meanings(config.evaluate)
     diagnoses = [Diagnosis.model_validate(found) for found in evaluation["diagnoses"]]
     truth = worth_stages.query_worth_of([run], config.rounds)
     return Report(
@@ -102,12 +91,6 @@ def _sources(config: Config) -> str:
     return " + ".join(shares) + (", all of one LLM" if alike else "")
 
 
-def meanings(config: Config) -> dict[str, str]:
-    """What each metric means, by its name in the table, in their order of importance."""
-    k = config.evaluate.k
-    return {name.format(k=k): text.format(k=k) for name, text in METRICS.items()}
-
-
 def _ordered(row: Row, metrics: list[str]) -> Row:
     """The row with its metrics in their order of importance, which JSON does not keep."""
     return row.model_copy(update={"metrics": {name: row.metrics[name] for name in metrics if name in row.metrics}})
@@ -118,7 +101,9 @@ def _summary(
 ) -> list[str]:
     """What was found, a sentence each; differences that may be chance are called so."""
     lines = []
-    named = ("GAUC", f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
+    there = {comparison.metric for comparison in comparisons}
+    first = next(name for name in metric_names.meanings(run.config.evaluate) if name in there)
+    named = (first, f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
     for comparison in comparisons:
         if comparison.metric in named:
             lines.append(sentence(comparison, "separated over users (one seed)"))
@@ -126,8 +111,8 @@ def _summary(
         which = f"Reward gate, round {round_}" if len(gates) > 1 else "Reward gate"
         lines.append(
             f"{which}, {gate['sessions']} sessions: within-session spread {gate['spread']:.4f} against judge noise "
-            f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in the first judge's best of "
-            f"{len(gate['best_of_n'])} the second sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
+            f"{gate['noise']:.4f}; reliability {gate['reliability']:.2f}; in one judge's best of "
+            f"{len(gate['best_of_n'])} another sees {gate['agreement']:+.4f} ± {gate['agreement_error']:.4f} "
             "(standard error) over the session's mean."
             + (f" The auditor agrees with a correlation of {gate['audit']:.2f}." if gate["audit"] is not None else "")
         )

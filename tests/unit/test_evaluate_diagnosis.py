@@ -38,25 +38,25 @@ def test_each_question_has_its_figure() -> None:
         {"agreement": 0.05, "agreement_error": 0.01},
         (before, after),
         (vectors, 2 * vectors),
-        0.01,
+        ("true CTR@3", 0.01),
     )
     assert (found.informative, found.informative_error) == (0.05, 0.01)
     assert (found.queries, found.queries_changed) == (2, 0.5)
     assert found.moved == pytest.approx(1 / np.sqrt(2))
-    assert found.read == pytest.approx(0.01)
+    assert (found.read, found.read_metric) == (pytest.approx(0.01), "true CTR@3")
     said = sentence(found)
     assert (
         "+0.0500 ± 0.0100" in said
         and "50% of 2" in said
         and "0.71" in said
         and "% of the movement" in said
-        and "+0.0100 GAUC" in said
+        and "+0.0100 true CTR@3 from them" in said
     )
 
 
 def test_without_queries_nothing_is_said_to_have_changed() -> None:
     vectors = np.eye(3)
-    found = diagnose("Round 1", {"agreement": 0.0, "agreement_error": 0.1}, ({}, {}), (vectors, vectors), 0.0)
+    found = diagnose("Round 1", {"agreement": 0.0, "agreement_error": 0.1}, ({}, {}), (vectors, vectors), ("GAUC", 0.0))
     assert found.queries == 0 and np.isnan(found.queries_changed)
     assert "no query was" in sentence(found)
 
@@ -66,7 +66,10 @@ def test_seeds_are_averaged_and_their_errors_shrink() -> None:
     gates = [{"agreement": 0.05, "agreement_error": 0.03}, {"agreement": 0.07, "agreement_error": 0.04}]
     queries = [({"a": "x"}, {"a": "y"}), ({"a": "x", "b": "z"}, {"a": "x", "b": "z"})]
     found = averaged(
-        [diagnose("RG-SFT", gate, pair, (vectors, vectors), 0.02) for gate, pair in zip(gates, queries, strict=True)]
+        [
+            diagnose("RG-SFT", gate, pair, (vectors, vectors), ("GAUC", 0.02))
+            for gate, pair in zip(gates, queries, strict=True)
+        ]
     )
     assert (found.informative, found.informative_error) == (pytest.approx(0.06), pytest.approx(0.025))
     assert (found.queries, found.queries_changed) == (3, 0.5)

@@ -213,9 +213,12 @@ def test_a_query_tower_that_says_the_same_of_all_has_no_variance(
     assert 0.0 < share <= 1.0
     assert sessions.between_session_variance(rung(place, query="shuffled")) == pytest.approx(share, rel=0.2)
     assert sessions.between_session_variance(rung(place, embeddings=None)) == pytest.approx(0.0, abs=1e-9)
-    monkeypatch.setattr(TestSessions, "_queries", lambda *_: torch.tensor([[1.0, 3.0], [3.0, 3.0]]))
+    monkeypatch.setattr(
+        QERec, "parted", lambda _, z: z.split([2, 1], dim=-1)
+    )  # the match of texts is none of the tower
+    monkeypatch.setattr(TestSessions, "_queries", lambda *_: torch.tensor([[1.0, 3.0, 90.0], [3.0, 3.0, -90.0]]))
     assert sessions.between_session_variance(rung(place)) == pytest.approx(1.0 / (5 + 9))
-    monkeypatch.setattr(TestSessions, "_queries", lambda *_: torch.zeros(4, 2))
+    monkeypatch.setattr(TestSessions, "_queries", lambda *_: torch.zeros(4, 3))
     assert sessions.between_session_variance(rung(place)) == 0.0
 
 

@@ -56,7 +56,7 @@ def test_a_row_is_what_the_endings_of_its_name_say() -> None:
     assert row.control and row.title == "RG-DPO, not retrained, another's query"
     row = ROWS["gradient_warm_query"]
     assert (row.retrained, row.warm, row.readout, row.ranker_of) == (True, True, "query", "gradient_warm")
-    assert not row.control and ROWS["qe_rec_warm"].control and ROWS["gradient_shuffled_warm"].shuffled
+    assert not row.control and ROWS["qe_rec_warm"].control
     assert ROWS["rg_sft_shift"].variant_of == "rg_sft_not_retrained" and not ROWS["rg_sft_shift"].retrained
     with pytest.raises(
         ConfigError, match=r"compare\.rows\.1: no such row as 'gradient_warn'; the nearest is gradient_wa"
@@ -236,8 +236,13 @@ def test_seeds_draw_their_own_world_and_keep_apart() -> None:
     assert len({run.run_uri for run in runs}) == 3
 
 
-def test_the_best_rival_is_chosen_by_validation_and_controls_are_none() -> None:
-    validation = dict.fromkeys(ROWS, 0.5) | {"din": 0.7, "template": 0.9, "popularity": 0.9, "qe_rec": 0.95}
+def test_the_best_rival_is_chosen_by_validation_among_what_has_learned_without_an_llm() -> None:
+    validation = dict.fromkeys(ROWS, 0.5) | {"din": 0.7, "popularity": 0.9, "cosine": 0.9, "qe_rec": 0.95}
+    learned = {"lr", "deepfm", "dcn_v2", "two_tower", "din", "sasrec", "bst", "din_text", "din_sentence", "template"}
+    learned |= {"two_tower_more", "din_more", "din_sentence_more"}
+    assert {name for name, row in ROWS.items() if row.rival} == learned
+    pairs = ladder_report.claims(list(ROWS), validation | {"template": 0.9})
+    assert {("qe_rec", "template"), ("rgalign", "template"), ("template", "popularity")} <= set(pairs)
     pairs = ladder_report.claims(list(ROWS), validation)
     assert ("qe_rec", "din") in pairs
     assert ("din", "popularity") in pairs
@@ -274,15 +279,36 @@ def test_every_seed_says_how_it_was_made_and_untuned(tmp_path: Path, monkeypatch
             assert found["seed"] == seed and found["ranker"] == settings.ranker.model_dump(mode="json")
 
 
-def test_a_row_that_takes_anothers_ranker_has_taken_the_time_to_train_it(tmp_path: Path) -> None:
-    job = Run(config.validate({"run_dir": str(tmp_path)}))
+def test_a_row_has_taken_the_time_of_all_that_it_needs(tmp_path: Path) -> None:
+    settings = config.validate({"run_dir": str(tmp_path), "align": ["sft"]})
+    job = Run(settings)
     verdict = Verdict(["s"], ["u"], ["SG"], {"GAUC": np.ones(1)}, {"GAUC": np.ones(1)})
-    for stage, seconds in (("items", 1.0), ("embeddings_0", 100.0), ("row_qe_rec", 40.0), ("row_qe_rec_query", 3.0)):
-        manifest = storage.Manifest(stage=stage, key="k", figures={"best_gauc": 0.5}, seconds=seconds)
-        storage.write_json(job.uri(stage, "manifest.json"), manifest.model_dump())
-        verdict.save(job.uri(stage, "verdict.parquet"))
+
+    def took(run: Run, **seconds: float) -> None:
+        for stage, time in seconds.items():
+            manifest = storage.Manifest(stage=stage, key="k", figures={"best_gauc": 0.5}, seconds=time)
+            storage.write_json(run.uri(stage, "manifest.json"), manifest.model_dump())
+            verdict.save(run.uri(stage, "verdict.parquet"))
+
+    took(job, items=1.0, embeddings_0=100.0, row_qe_rec=40.0, row_qe_rec_query=3.0)
     own, taking = (compare.row_result([job], name) for name in ("qe_rec", "qe_rec_query"))
-    assert taking.seconds == own.seconds + 3
+    assert (own.seconds, taking.seconds) == (141, 144), "what takes a ranker has taken the time to train it"
+    took(job, rankers_0=200.0, rollouts_1=1000.0, rewards_1=2000.0, row_qe_rec_warm=30.0, row_judge=5.0)
+    assert compare.row_result([job], "qe_rec_warm").seconds == 331, "what goes on from another, too"
+    assert compare.row_result([job], "judge").seconds == 306
+    aligned = compare.place_of(job, "rgalign")
+    took(aligned, selected_1=10.0, align_1_sft=4000.0, embeddings_1=150.0, row_rgalign=50.0)
+    assert compare.row_result([job], "rgalign").seconds == 1 + 100 + 200 + 3000 + 10 + 4000 + 150 + 50
+
+
+def test_rows_that_learn_from_role_align_need_one() -> None:
+    crossed = config.validate(CROSSFIT)
+    assert not {name for name in rows_of(crossed) if ROWS[name].more}
+    assert {name for name in rows_of(config.validate({})) if ROWS[name].more}
+    with pytest.raises(
+        ConfigError, match=r"compare\.rows: din_more learns from role align as well; raise roles\.align"
+    ):
+        check(["din", "din_more"], crossed)
 
 
 def test_a_shift_of_one_readout_is_no_control_of_another() -> None:

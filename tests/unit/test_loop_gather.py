@@ -19,6 +19,7 @@ from rgalign_ray.loop import compare, gather
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS: list[config.RowName] = ["two_tower", "din"]
 SESSIONS = 40
+TEXTS = "items_sentence"
 
 
 def made(place: Path, seed: int, rows: list[config.RowName] = ROWS, **changes: Any) -> None:
@@ -32,9 +33,11 @@ def made(place: Path, seed: int, rows: list[config.RowName] = ROWS, **changes: A
         verdict.save(f"{settings.run_uri}/row_{row}/verdict.parquet")
         figures = {"best_gauc": 0.5, "calibration": {"count": [9], "expected": [0.9], "observed": [0.8]}}
         manifest = storage.Manifest(
-            stage=f"row_{row}", key="k", inputs={}, rows={}, figures=figures, seconds=9.0, peak_memory_mb=500
+            stage=f"row_{row}", key="k", inputs={TEXTS: "t"}, figures=figures, seconds=9.0, peak_memory_mb=500
         )
         storage.write_json(f"{settings.run_uri}/row_{row}/manifest.json", manifest.model_dump())
+    texts = storage.Manifest(stage=TEXTS, key="t", seconds=1.0)
+    storage.write_json(f"{settings.run_uri}/{TEXTS}/manifest.json", texts.model_dump())
 
 
 def told(tmp_path: Path, places: list[Path], rows: list[config.RowName] = ROWS) -> Any:
@@ -60,6 +63,28 @@ def test_a_seed_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> 
     old = storage.read_json(f"{tmp_path}/here/seed_0/config.json")
     del old["encode"]["test_queries"]
     storage.write_json(f"{tmp_path}/here/seed_0/config.json", old)
+    assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
+
+
+def test_a_seed_of_before_a_default_changed_was_made_otherwise(tmp_path: Path) -> None:
+    before = {"reasoner": {"pooling": "last", "depth": 1.0}, "ranker": {"text_match": False}}
+    before |= {"evaluate": {"rank_by": "log"}}
+    made(tmp_path / "here", 0, **before)
+    made(tmp_path / "there", 1)
+    with pytest.raises(ConfigError, match="seed_1 was made with another evaluate than"):
+        told(tmp_path, [tmp_path / "here", tmp_path / "there"])
+    made(tmp_path / "elsewhere", 2)
+    old = storage.read_json(f"{tmp_path}/elsewhere/seed_2/config.json")
+    for section, settings in before.items():
+        for name in settings:
+            del old[section][name]
+    storage.write_json(f"{tmp_path}/elsewhere/seed_2/config.json", old)
+    assert told(tmp_path, [tmp_path / "here", tmp_path / "elsewhere"]).facts["seeds"] == "2"
+
+
+def test_seeds_may_differ_in_what_decides_no_result(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0)
+    made(tmp_path / "there", 1, name="mine", encode={"workers": 3, "kept": "/elsewhere"})
     assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
 
 
@@ -121,8 +146,22 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     ):
         told(tmp_path, [tmp_path / "here"])
     assert told(tmp_path, [tmp_path / "here"], ["two_tower"]).facts["seeds"] == "1"
+    (tmp_path / "here/seed_0/row_two_tower/verdict.parquet").unlink()
+    with pytest.raises(DataError, match=r"row_two_tower: not there"):
+        told(tmp_path, [tmp_path / "here"], ["two_tower"])
     with pytest.raises(ConfigError, match=r"nowhere: no folder seed_0 or the like"):
         told(tmp_path, [tmp_path / "nowhere"])
+
+
+def test_a_row_that_was_made_of_something_else_is_not_told_of(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0)
+    texts = tmp_path / f"here/seed_0/{TEXTS}/manifest.json"
+    storage.write_json(str(texts), storage.Manifest(stage=TEXTS, key="others").model_dump())
+    with pytest.raises(DataError, match=rf"row_two_tower: made of another {TEXTS} than .*; finish that seed"):
+        told(tmp_path, [tmp_path / "here"])
+    texts.unlink()
+    with pytest.raises(DataError, match=rf"{TEXTS}/manifest\.json: not there; copy it, or finish that run"):
+        told(tmp_path, [tmp_path / "here"])
 
 
 def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
