@@ -25,6 +25,7 @@ import typer
 from benchmarks import command
 from rgalign_ray import config, schema, storage
 from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import environment
 
 SESSIONS = 8
@@ -93,6 +94,7 @@ def _task(folder: Path, workers: int) -> LearnerTask:
         data=str(folder / "data"),
         pair=None,
         prompt=config.Prompt(),
+        template=Template.load("shop"),
         rollout=config.Rollout(),
         out=str(folder / "out"),
         version="tiny+1.sft",

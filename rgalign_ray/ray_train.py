@@ -30,7 +30,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from rgalign_ray import config, progress, ray_stacks, storage
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import InfrastructureError, UserError
 
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited", re.IGNORECASE)
 """What gloo and NCCL tell of in the ranks that are left."""
@@ -67,9 +67,10 @@ def run(
         trainer: more for `TorchTrainer`, as `datasets`.
 
     Raises:
+        UserError, InfrastructureError: what a worker raised of these.
         InfrastructureError: when processes died more often than that.
         KeyboardInterrupt: at Ctrl-C, when the processes have ended.
-        ray.train.TrainingFailedError: when the worker raised.
+        ray.train.TrainingFailedError: when the worker raised anything else.
     """
     stacks = storage.join(storage_uri, f"{name}.{ray_stacks.STACKS}")
     storage.delete(stacks)
@@ -85,6 +86,9 @@ def run(
                 progress.note(f"{section}: waits for {settings.workers} processes' room on the cluster, {needs} each")
                 while_waiting()
                 continue
+            causes = (getattr(each, "_base_exc", each) for each in met)  # Ray Train keeps them beside their tracebacks
+            if told_by_worker := [each for each in causes if isinstance(each, (UserError, InfrastructureError))]:
+                raise told_by_worker[0] from None
             if not all(_died(each) or LOST_PEER.search(str(each)) for each in met):
                 raise
             hung = storage.entries(stacks)

@@ -82,7 +82,7 @@ class Embedding(Optimisation):
 
     lr: Positive = 2e-4
     readouts: Annotated[list[Literal["prompt", "query"]], Field(min_length=1)] = ["prompt", "query"]
-    """Which embeddings learn; a session without a selected query is read at e(x) alone."""
+    """Which embeddings learn; a session without a selected query has e(x) alone."""
     text_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of RG-SFT's loss on the selected query, in nats a token, beside the objective's and in the same pass: a
     reasoner whose embedding alone is asked for forgets how to write."""

@@ -24,7 +24,7 @@ class World(Settings):
     """Share of intents that never occur as need or in a slate before the test period."""
     clicks: Literal["position", "cascade"] = "position"
     """How users click: each position for itself, or reading from the top until the need is resolved."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class TauRetail(Settings):
@@ -94,7 +94,7 @@ class Roles(Settings):
     and in the history, and test sessions rank nothing else. The shop has `world.cold_share`."""
     slices: Count | None = None
     """Into how many parts align is cut, one a round; None: as many as there are rounds."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _sum(self) -> Roles:

@@ -25,7 +25,7 @@ class Config(Settings):
     name: str = "run"
     run_dir: Place = "runs/{name}"
     """Folder or URI of the run; {name} is filled in."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     world: World = World()
     log: Log = Log()
     roles: Roles = Roles()

@@ -84,7 +84,7 @@ class Compare(Settings):
     """Ranker settings of one model that differ from `ranker`, as `rgalign tune` found them."""
     trials: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=8)] = [{}]
     """Ranker settings that `rgalign tune` tries for every model alike; {} is `ranker` as it stands."""
-    tuning_seed: int = 1000
+    tuning_seed: Annotated[int, Field(ge=0)] = 1000
     """World of the trials; none of those that are judged."""
     encoder: Reasoner = Reasoner(model="minilm", engine="sentence", dtype="float32")
     """What rows without an LLM read texts with."""

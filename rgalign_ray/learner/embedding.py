@@ -26,7 +26,6 @@ from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.token_rows import Layout
-from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner import models, reading
 from rgalign_ray.reasoner.transformers_engine import stop_tokens
 
@@ -189,7 +188,7 @@ class Rows:
         tokenizer = models.load_tokenizer(task.reasoner.model)
         self.stops = stop_tokens(tokenizer)
         self.reasoner = task.reasoner
-        self.prefix = len(tokenizer(Template.load(task.prompt.template).prefix, add_special_tokens=False)["input_ids"])
+        self.prefix = len(tokenizer(task.template.prefix, add_special_tokens=False)["input_ids"])
         self.layout = Layout(model, tokenizer.pad_token_id)
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rgalign_ray import config, storage
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner import models
 
 if TYPE_CHECKING:  # likewise in training.py
@@ -73,6 +74,8 @@ class LearnerTask:
     pair: FrozenPair | None
     """Of objectives that ask the ranker itself."""
     prompt: config.Prompt
+    template: Template
+    """Of `prompt`, as the driver has read it: a path says nothing where a learner works."""
     rollout: config.Rollout
     """Of RG-GRPO, which samples as it learns."""
     stream: Stream | None = None

@@ -18,7 +18,6 @@ from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.learner.frozen import FrozenRankers
-from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
 from rgalign_ray.reward.functions import fault
 
@@ -77,11 +76,10 @@ class Sessions:
     """The round's sessions as prompts."""
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
-        template = Template.load(task.prompt.template)
-        self.prefix, self.suffix = template.prefix, template.suffix
+        self.prefix, self.suffix = task.template.prefix, task.template.suffix
         ids: list[str] = table["session_id"].to_pylist()
         self.row = {session: row for row, session in enumerate(ids)}
-        self.text = dict(zip(ids, template.sessions(table), strict=True))
+        self.text = dict(zip(ids, task.template.sessions(table), strict=True))
 
     def prompts(self, session_ids: Sequence[str]) -> Prompts:
         return Prompts(self.prefix, [self.text[session] for session in session_ids], self.suffix)
@@ -181,5 +179,8 @@ class OwnSource:
     def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[JudgedGroup]:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.sampler.engine.use(causal, self.task.version)
-        groups = self.sampler.sample(step, places)
-        return self.judge.judge([self.steps[step][place] for place in places], groups)
+        judged, size = [], self.task.rollout.unit_sessions  # TRL asks for the groups of a whole step at once
+        for part in (places[start : start + size] for start in range(0, len(places), size)):
+            ids = [self.steps[step][place] for place in part]
+            judged += self.judge.judge(ids, self.sampler.sample(step, part))
+        return judged

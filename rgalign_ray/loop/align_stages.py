@@ -17,7 +17,7 @@ from rgalign_ray.hashing import session_keys
 from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import PAIRS, POSITIVES, SELECTED, FrozenPair, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
-from rgalign_ray.logs.prompts import Template
+from rgalign_ray.logs.prompts import Template, neutral
 from rgalign_ray.loop import model_card, on_policy, round_sessions
 from rgalign_ray.loop.judge_stages import SCORED
 from rgalign_ray.loop.rank_stages import reward_names
@@ -221,7 +221,7 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
 def titles(run: Run, part: _Part) -> pa.Table:
     """`schema.SELECTED` with the title of each session's first clicked intent in place of a query."""
     clicked = np.take_along_axis(part.candidates, part.clicks.argmax(axis=1)[:, None], axis=1)[:, 0]
-    names = [part.catalogue.titles[intent] for intent in clicked]
+    names = [neutral(part.catalogue.titles[intent]) for intent in clicked]
     tokenizer = models.load_tokenizer(run.config.reasoner.model)
     suffix = Template.load(run.config.prompt.template).suffix
     return pa.table(
@@ -286,6 +286,7 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
             reward=config.reward,
         ),
         prompt=config.prompt,
+        template=Template.load(config.prompt.template),
         rollout=config.rollout,
         out=out,
         version=f"{config.reasoner.model}+{round_}.{objective}@{run.stage_key[:KEY_LETTERS]}",
@@ -293,7 +294,10 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
     )
     table = storage.join(task.data, LEARNS_FROM.get(objective, POSITIVES))
     rows = storage.read_table(table, columns=["session_id"]).num_rows
-    if not rows:
+    learns = rows
+    if "prompt" not in getattr(optimisation, "readouts", ["prompt"]):
+        learns -= storage.read_table(table, columns=["completion_ids"])["completion_ids"].null_count
+    if not learns:
         raise DataError(
             f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."
         )

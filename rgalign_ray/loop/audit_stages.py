@@ -162,7 +162,8 @@ def hearing_sentence(auditors: Sequence[storage.Manifest]) -> str:
 def auditor_spec(run: Run) -> AuditorSpec:
     """How to start the auditor."""
     reads = run.config.compare
-    return AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, run.config.prompt.template)
+    template = Template.load(run.config.prompt.template)
+    return AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, template)
 
 
 def ask(run: Run, out: str) -> Outcome:

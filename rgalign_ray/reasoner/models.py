@@ -32,6 +32,8 @@ DESCRIPTION = "reasoner.json"
 LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 """What some models do to their logits after the output head (Granite, Cohere, Falcon-H1, Gemma), with the values that
 change nothing."""
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose cache holds keys and values; others, as linear attention's, hold a state."""
 PART_BYTES = 1 << 16
 """Of a file, read to tell whether it is another one."""
 PRODUCTS = 10
@@ -160,13 +162,31 @@ def load_base(settings: config.Reasoner) -> PreTrainedModel:
         kind = type(model).__name__
         raise ConfigError(f"reasoner.model: '{settings.model}' is a {kind}, not a decoder built as Llama and Qwen are.")
     told = model.config.get_text_config()
+    if told is not model.config or set(getattr(told, "layer_types", None) or ()) - ATTENTION:
+        raise ConfigError(
+            f"reasoner.model: '{settings.model}' is more than attention over text; choose one that is that alone, as "
+            "Llama, Qwen3 or SmolLM."
+        )
     odd = [name for name, plain in LOGITS.items() if getattr(told, name, plain) not in (plain, None)]
     if odd:
         raise ConfigError(
             f"reasoner.model: '{settings.model}' changes its logits ({odd[0]}), which sampling here does not; choose "
             "one that does not, as Llama, Qwen or SmolLM."
         )
+    if settings.lora:
+        _check_targets(model, settings.lora)
     return model.eval()
+
+
+def _check_targets(model: PreTrainedModel, lora: config.Lora) -> None:
+    """Whether the model has all parts that adapters are for: peft is content with some."""
+    import torch
+
+    parts = (name for name, part in model.model.named_modules() if isinstance(part, torch.nn.Linear))
+    there = sorted({name.rpartition(".")[2] for name in parts})
+    lost = [name for name in lora.target_modules if name not in there]
+    if lost:
+        raise ConfigError(f"reasoner.lora.target_modules: the model has no {lost[0]}; it has {', '.join(there)}.")
 
 
 def load_reasoner(settings: config.Reasoner, weights: str | None) -> PreTrainedModel:

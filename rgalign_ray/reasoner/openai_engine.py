@@ -119,6 +119,13 @@ class OpenAIEngine:
         except self._openai.APIStatusError as error:
             said = _short(error.message.replace(self._key, "…"))
             raise ConfigError(f"{where} refuses the request ({error.status_code}: {said}).") from None
+        except ValueError:
+            answer = None
+        if not getattr(answer, "choices", None):
+            raise ConfigError(
+                f"{where} gives no answer of OpenAI's protocol; see that "
+                f"teachers.{self.teacher.name}.endpoint.base_url is right, which mostly ends in /v1."
+            )
         tokens = answer.usage.total_tokens if answer.usage else _at_most(request)
         self.tokens += tokens
         choice = answer.choices[0]

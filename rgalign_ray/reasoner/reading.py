@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgalign_ray import config
@@ -26,14 +26,24 @@ class Forward(Protocol):
 
 
 def forward(model: PreTrainedModel, settings: config.Reasoner) -> Forward:
-    """A model's passes, with the states at `reasoner.depth`."""
-    layers = model.config.num_hidden_layers
-    layer = max(round(settings.depth * layers), 1)
+    """A model's passes, with the states at `reasoner.depth`: those of one layer, where `output_hidden_states` would
+    keep all.
+    """
+    count = model.config.num_hidden_layers
+    layers = next(part for part in model.model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    layer = layers[max(round(settings.depth * count), 1) - 1]
 
     def run(**inputs: Any) -> tuple[Tensor, Tensor]:
-        output = model.model(**inputs, output_hidden_states=layer < layers)
-        last = output.last_hidden_state
-        return last, output.hidden_states[layer] if layer < layers else last
+        if layer is layers[-1]:
+            last = model.model(**inputs).last_hidden_state
+            return last, last
+        read: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _, __, out: read.append(out[0] if isinstance(out, tuple) else out))
+        try:
+            last = model.model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
+        return last, read[0]
 
     return run
 

@@ -41,7 +41,8 @@ class LocalTeacher:
 
     def __init__(self, spec: TeacherSpec) -> None:
         model = spec.teacher.model or spec.reasoner.model
-        settings = spec.reasoner.model_copy(update={"model": model, "engine": spec.teacher.engine, "lora": None})
+        as_usual = {"lora": None, "pooling": "last", "depth": 1.0}  # nothing is learned of it, nor read
+        settings = spec.reasoner.model_copy(update={"model": model, "engine": spec.teacher.engine, **as_usual})
         self.engine = EngineSpec(settings, spec.max_session_tokens, None).start()
         self.sampling = sampling(spec.teacher, spec.sampling)
 

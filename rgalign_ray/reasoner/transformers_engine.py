@@ -66,6 +66,8 @@ class TransformersEngine:
         self._forward = reading.forward(model, self.settings)
         self.version = version
         self.hidden_size: int = model.config.hidden_size
+        sliding = getattr(model.config, "layer_types", None) or ["sliding_attention"]
+        self._window = getattr(model.config, "sliding_window", None) if "sliding_attention" in sliding else None
         self._prefix: tuple[str, list[tuple[torch.Tensor, torch.Tensor]], int] | None = None
 
     def prompt_ids(self, prompts: Prompts) -> list[list[int]]:
@@ -183,6 +185,12 @@ class TransformersEngine:
         """Token rows behind the shared prefix."""
         keys_values, prefix_length = self._prefix_cache(prefix)
         width = max(len(row) for row in rows)
+        window = self._window
+        if window and prefix_length + width > window:  # padding stands in the cache, and would count
+            raise ConfigError(
+                f"reasoner.model: '{self.settings.model}' looks {window} tokens back, and a prompt has "
+                f"{prefix_length + width}; choose a model that sees all of it, or shorten prompt.template."
+            )
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
         mask = torch.ones(len(rows), prefix_length + width, dtype=torch.long, device=self.device)
@@ -223,7 +231,10 @@ class TransformersEngine:
 
     def _tails(self, prompts: Prompts) -> list[list[int]]:
         suffix = self._ids(prompts.suffix)
-        return [self._ids(text)[: self.max_session_tokens] + suffix for text in prompts.texts]
+        tails = [self._ids(text)[: self.max_session_tokens] + suffix for text in prompts.texts]
+        if not all(tails):
+            raise ConfigError("prompt.template: a text is empty, and so is the suffix; there is nothing to read.")
+        return tails
 
     def _content(self, completion: Sequence[int]) -> list[int]:
         return [token for token in completion if token not in self.stop_ids]
@@ -236,11 +247,14 @@ def half(vectors: torch.Tensor) -> np.ndarray:
     """As embeddings are kept: float16.
 
     Raises:
-        ConfigError: for numbers beyond it, which some large models have before their last norm.
+        ConfigError: for numbers beyond it, which some large models have before their last norm, and for none.
     """
     kept = vectors.cpu().to(torch.float16)
-    if kept.isinf().any():
-        raise ConfigError("reasoner.depth: this model's states are too large there to be kept; set it to 1.0.")
+    if not kept.isfinite().all():
+        raise ConfigError(
+            "reasoner.depth: this model's states are too large there to be kept, or no numbers; set it to 1.0, or "
+            "reasoner.dtype to float32."
+        )
     return kept.numpy()
 
 

@@ -28,7 +28,7 @@ class AuditorSpec:
     """Ranker artefact."""
     encoder: config.Reasoner
     max_text_tokens: int
-    template: str
+    template: Template
     """How sessions are written as text."""
 
 
@@ -38,7 +38,7 @@ class Auditor:
     def __init__(self, spec: AuditorSpec) -> None:
         self.ranker = scoring.load(spec.ranker)
         self.encoder = SentenceEncoder(spec.encoder, spec.max_text_tokens)
-        self.template = Template.load(spec.template)
+        self.template = spec.template
         self.ranker.require(reasoner_version=self.encoder.version)
 
     def embeddings(self, sessions: pa.Table, queries: list[str]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from rgalign_ray import config, schema, storage
+from rgalign_ray.logs.prompts import neutral
 from rgalign_ray.reasoner.engine import Engine, EngineSpec, Group, Prompts, Sample, sample_seed
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward.functions import fault
@@ -120,7 +121,7 @@ class RolloutWorker:
     def _with_proposals(self, groups: list[Group], texts: list[str], proposed: list[list[Proposed]]) -> list[Group]:
         """The groups with teachers' queries behind the policy's own, as the policy reads them."""
         flat = [(row, one) for row, ones in enumerate(proposed) for one in ones]
-        there = [(row, one.query) for row, one in flat if one.query]
+        there = [(row, neutral(one.query)) for row, one in flat if one.query]
         read = iter(
             self.engine.read(self.instruction.prompts([texts[row] for row, _ in there]), [query for _, query in there])
             if there

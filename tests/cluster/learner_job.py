@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from rgalign_ray import config, schema, storage
 from rgalign_ray.learner.engine import LearnerTask
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import connection
 
 REASONER = config.Reasoner(model="tiny", dtype="float32", lora=config.Lora(rank=4, upper_layers=1.0))
@@ -41,6 +42,7 @@ def task(folder: Path) -> LearnerTask:
         data=str(folder / "data"),
         pair=None,
         prompt=config.Prompt(),
+        template=Template.load("shop"),
         rollout=config.Rollout(),
         out=str(folder / "out"),
         version="tiny+1.sft",

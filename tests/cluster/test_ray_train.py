@@ -19,7 +19,7 @@ from ray.train import WorkerGroupError
 
 from rgalign_ray import ray_train
 from rgalign_ray.config import Trained
-from rgalign_ray.errors import InfrastructureError
+from rgalign_ray.errors import DataError, InfrastructureError
 from rgalign_ray.learner.training import TrainHost
 from rgalign_ray.ranker.group import Group
 
@@ -39,6 +39,13 @@ def dies(argument: dict[str, Any], alive: ray_train.Alive) -> float:
     if rank == 1 and len(tries.read_text()) <= argument["at_start"] + argument["later"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return float(Group().sum(np.ones(1))[0])
+
+
+def refuses(argument: dict[str, Any], alive: ray_train.Alive) -> None:
+    """Rank 1 has something to tell the user, which ends rank 0's connection too."""
+    if ray.train.get_context().get_world_rank() == 1:
+        raise DataError("the log has no click.")
+    Group().sum(np.ones(1))
 
 
 def raises(argument: dict[str, Any], alive: ray_train.Alive) -> None:
@@ -185,6 +192,11 @@ def test_ctrl_c_is_an_interrupt_while_processes_train_and_afterwards(ray_cluster
     with pytest.raises(KeyboardInterrupt):
         run(interrupts, tmp_path, retries=0)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_worker_tells_the_user_is_told_as_it_is(ray_cluster: object, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^the log has no click\.$"):
+        run(refuses, tmp_path, retries=2)
 
 
 @pytest.mark.slow

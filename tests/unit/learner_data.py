@@ -18,6 +18,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.features import FeatureSpace
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.ranker.embeddings import Embeddings
 from rgalign_ray.ranker.fit import Fit
 from rgalign_ray.ranker.group import Group
@@ -41,13 +42,7 @@ OBJECTIVES: dict[str, config.Optimisation] = {
 WORDS = ["slow parcel", "card refused", "broken vase", "new password"]
 INTENTS = [f"i{number:02d}" for number in range(12)]
 SESSIONS = 32
-TEMPLATE = """
-version: words
-prefix: "Q: "
-session: "{{ word }}"
-suffix: "\\nA:"
-item: "{{ title }}"
-"""
+TEMPLATE = Template(version="words", prefix="Q: ", session="{{ word }}", suffix="\nA:", item="{{ title }}")
 
 
 class Counts(Host):
@@ -66,7 +61,6 @@ def write_round(folder: Path, count: int = SESSIONS, reasoner: config.Reasoner =
     engine = TransformersEngine(reasoner, max_session_tokens=64)
     intents = [{"intent_id": i, "title": i, "description": i, "category": "c"} for i in INTENTS]
     storage.write_table(str(folder / "log/intents.parquet"), pa.Table.from_pylist(intents, schema=schema.INTENTS))
-    (folder / "template.yaml").write_text(TEMPLATE)
     train_ranker(folder, engine)
     meant = [INTENTS[(i + 1) % len(WORDS) * 3] for i in range(count)]
     chosen = sessions(meant)
@@ -149,7 +143,8 @@ def task(folder: Path, out: Path, optimisation: config.Optimisation, **changes: 
             log=str(folder / "log"),
             reward=config.Reward(),
         ),
-        "prompt": config.Prompt(template=str(folder / "template.yaml")),
+        "prompt": config.Prompt(template="not here.yaml"),
+        "template": TEMPLATE,
         "rollout": config.Rollout(max_new_tokens=4),
     }
     return LearnerTask(**(arguments | changes))

@@ -131,6 +131,21 @@ def test_an_epochs_last_batch_is_filled_up_and_samples_anew(start: LearnerTask, 
     assert figures["sessions"] == SESSIONS and figures["steps"] == 2
 
 
+def test_no_more_sessions_are_sampled_and_judged_at_once_than_a_unit_has(
+    start: LearnerTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = replace(start, rollout=start.rollout.model_copy(update={"unit_sessions": 3}))
+    steps = groups.plan(work)
+    source, policy = groups.OwnSource(work, steps), models.load_reasoner(REASONER, work.weights)
+    sizes: list[int] = []
+    embed = source.judge.encoder.embed
+    monkeypatch.setattr(source.judge.encoder, "embed", lambda asked, ids: sizes.append(len(ids)) or embed(asked, ids))
+    found = source.take(policy, 0, range(8))
+    assert sizes == [3 * GRPO.n, 3 * GRPO.n, 2 * GRPO.n]
+    whole = groups.OwnSource(start, steps).take(policy, 0, range(8))
+    assert [group.completion_ids for group in found] == [group.completion_ids for group in whole]
+
+
 def test_the_plan_has_every_session_once_an_epoch_and_fills_up_the_last_step() -> None:
     ids = [f"s{i}" for i in range(10)]
     steps = engine.in_steps(ids, GRPO.model_copy(update={"epochs": 3, "batch_sessions": 4}), seed=5)

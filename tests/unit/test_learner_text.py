@@ -15,6 +15,7 @@ from learner_data import Counts
 from rgalign_ray import config, schema, storage
 from rgalign_ray.learner import dpo, sft, token_rows, training
 from rgalign_ray.learner.engine import Host, LearnerTask
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -43,6 +44,7 @@ def task(folder: Path, objective: str, optimisation: config.Optimisation, **chan
         "data": str(folder / "data"),
         "pair": None,
         "prompt": config.Prompt(),
+        "template": Template.load("shop"),
         "rollout": config.Rollout(),
         "out": str(folder / "out"),
         "version": "tiny+1",

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from rgalign_ray import config, storage
+from rgalign_ray.errors import DataError
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.loop import align_stages
 from rgalign_ray.loop.stage import Run
@@ -29,6 +30,21 @@ def test_no_two_alignments_give_their_reasoner_one_version(tmp_path: Path, monke
     for key in ("0123456789abcdef", "fedcba9876543210"):
         align_stages.align(Run(chosen, stage_key=key), str(tmp_path / "out"), "sft", 1, None)
     assert [task.version for task in tasks] == ["tiny+1.sft@01234567", "tiny+1.sft@fedcba98"]
+
+
+def test_without_a_query_nothing_is_learned_from_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align_stages.training, "fit", lambda *_: {"sessions": 1, "steps": 1})
+    monkeypatch.setattr(align_stages.model_card, "write", lambda *_: None)
+    rows = pa.table({"session_id": ["s"], "completion_ids": pa.array([None], pa.list_(pa.int32()))})
+    storage.write_table(str(tmp_path / "selected_1" / align_stages.POSITIVES), rows)
+    for readouts in (["prompt", "query"], ["query"]):
+        asked = {"run_dir": str(tmp_path), "gradient": {"readouts": readouts}}
+        run = Run(config.validate(asked))
+        if readouts == ["query"]:
+            with pytest.raises(DataError, match=r"^align_1_gradient: no session to learn from; lower select\.margin"):
+                align_stages.align(run, str(tmp_path / "out"), "gradient", 1, None)
+        else:
+            assert align_stages.align(run, str(tmp_path / "out"), "gradient", 1, None).rows["sessions"] == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
@@ -227,3 +227,24 @@ def test_seeds_depend_on_every_part() -> None:
         )
         == 5
     )
+
+
+def test_a_text_of_no_token_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(ConfigError, match=r"^prompt\.template: a text is empty, and so is the suffix"):
+        engine.embed(Prompts("What is asked?", ["a refund", ""], ""))
+
+
+def test_a_model_that_does_not_see_all_of_a_prompt_is_refused(tmp_path: Path) -> None:
+    """Padding would stand in its window: what is read of a text would depend on the others of its batch."""
+    models.load_tokenizer("tiny").save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = MistralConfig(
+        **sizes, vocab_size=len(models.load_tokenizer("tiny")), num_key_value_heads=2, sliding_window=32
+    )
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    small = TransformersEngine(config.Reasoner(model=str(tmp_path), dtype="float32"), max_session_tokens=64)
+    assert small.embed(prompts(["a refund"], "Ask: ")).shape == (1, 16)
+    with pytest.raises(
+        ConfigError, match=r"^reasoner\.model: .* looks 32 tokens back, and a prompt has \d+; choose a mod"
+    ):
+        small.embed(prompts(["a refund", "a parcel of " * 9], "Ask: "))

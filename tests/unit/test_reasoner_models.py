@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, Lfm2Config, PretrainedConfig
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError, DataError
@@ -43,13 +43,25 @@ SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
             GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2),
             "is a GPT2LMHeadModel, not a decoder",
         ),
+        (
+            Lfm2Config(**SMALL, intermediate_size=32, num_key_value_heads=2, layer_types=["conv"]),
+            "is more than attention over text; choose",
+        ),
     ],
-    ids=["logits", "layers"],
+    ids=["logits", "layers", "convolutions"],
 )
 def test_a_model_that_would_be_sampled_wrongly_is_refused(made: PretrainedConfig, says: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"^reasoner\.model: '{tmp_path}' {says}"):
         models.load_base(config.Reasoner(model=str(tmp_path), dtype="float32"))
+
+
+def test_adapters_for_parts_that_a_model_lacks_are_refused() -> None:
+    lora = config.Lora(target_modules=["q_proj", "qkv_proj"])
+    with pytest.raises(
+        ConfigError, match=r"^reasoner\.lora\.target_modules: the model has no qkv_proj; it has down_proj"
+    ):
+        models.load_base(config.Reasoner(model="tiny", dtype="float32", lora=lora))
 
 
 @pytest.mark.parametrize(("half", "chosen"), [(0.5, "bfloat16"), (0.95, "float32"), (7.0, "float32")])

@@ -39,6 +39,8 @@ class Server(ThreadingHTTPServer):
         """Whether it says how many tokens an answer took."""
         self.statuses: list[int] = []
         """Of the next requests; 200 afterwards."""
+        self.says: bytes | None = None
+        """In place of an answer."""
 
     @property
     def url(self) -> str:
@@ -67,9 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         answer |= {"usage": usage} if server.counts else {}
         if status != 200:
             answer = {"error": {"message": f"refused, with key {KEY}", "type": "t"}}
-        body = json.dumps(answer).encode()
+        body = server.says or json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -183,6 +185,15 @@ def test_a_refusal_says_who_refused_what(
     with pytest.raises(error, match=says) as raised:
         engine(server, tmp_path, retries=0).propose(PROMPTS, [[1], [2]])
     assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("says", [b"<html></html>", b"{", b'{"error": "busy"}', b'{"choices": []}'])
+def test_what_is_no_answer_is_refused_with_the_way_out(server: Server, tmp_path: Path, says: bytes) -> None:
+    server.says = says
+    with pytest.raises(
+        ConfigError, match=r"teachers\.big: http.* gives no answer of OpenAI's protocol; .* ends in /v1"
+    ):
+        engine(server, tmp_path).propose(PROMPTS, [[1], [2]])
 
 
 @pytest.mark.slow

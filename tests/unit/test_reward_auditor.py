@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from test_reward_model import INTENTS, SESSIONS, N, place, random_ranker, sessions_table, unit
 
 from rgalign_ray import config
 from rgalign_ray.errors import DataError
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
+from rgalign_ray.logs.prompts import Template
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.batches import score_rows
 from rgalign_ray.ranker.sizes import Sizes
@@ -49,8 +51,7 @@ def spec(place: Path) -> AuditorSpec:
             figures={},
         )
         scoring.save(model, str(place / name), meta)
-    (place / "template.yaml").write_text(TEMPLATE)
-    return AuditorSpec(str(place / "auditor"), ENCODER, 32, str(place / "template.yaml"))
+    return AuditorSpec(str(place / "auditor"), ENCODER, 32, Template.model_validate(yaml.safe_load(TEMPLATE)))
 
 
 def test_it_reads_query_and_session_and_judges_each_rollout(place: Path, spec: AuditorSpec, tmp_path: Path) -> None:
