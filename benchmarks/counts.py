@@ -42,12 +42,12 @@ def counts() -> dict[str, int]:
     engine.stop_ids = set()  # how long a sample is must not depend on what it says
     prompts = Prompts("What would the user ask? " * 4, TEXTS, "\nQuestion:")
     seeds = [[row * N + place for place in range(N)] for row in range(len(TEXTS))]
-    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": NEW}
+    sampling = config.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=NEW)
     found: dict[str, int] = {}
     with counted(engine) as first:
-        engine.sample(prompts, seeds, **sampling)
+        engine.sample(prompts, seeds, sampling)
     with counted(engine) as next_unit:
-        groups = engine.sample(prompts, seeds, **sampling)
+        groups = engine.sample(prompts, seeds, sampling)
     with counted(engine) as read:
         engine.embed(prompts)
     for what, seen in (("first unit", first), ("next unit", next_unit), ("embeddings", read)):
@@ -64,8 +64,8 @@ def counts() -> dict[str, int]:
     return found
 
 
-def _rollouts(engine: TransformersEngine, sampling: dict[str, Any], groups: list) -> pa.Table:
-    settings = config.Rollout(n=N, **sampling)
+def _rollouts(engine: TransformersEngine, sampling: config.Sampling, groups: list) -> pa.Table:
+    settings = config.Rollout(n=N, **sampling.model_dump())
     worker = object.__new__(RolloutWorker)  # as if its engine had just sampled these
     worker.engine, worker.settings, worker.instruction = engine, settings, Instruction("", "", "v1")
     table = worker._rollout_table(Unit([f"s{row}" for row in range(len(TEXTS))], TEXTS), groups)

@@ -110,7 +110,7 @@ def _ours(settings: config.Reasoner, texts: list[str], length: int, n: int, new:
 
     def call(repetition: int) -> int:
         seeds = [[(repetition * len(texts) + row) * n + place for place in range(n)] for row in range(len(texts))]
-        groups = engine.sample(Prompts("", texts, ""), seeds, **SAMPLING, max_new_tokens=new)
+        groups = engine.sample(Prompts("", texts, ""), seeds, config.Sampling(**SAMPLING, max_new_tokens=new))
         return sum(len(sample.completion_ids) for group in groups for sample in group.samples)
 
     return call

@@ -79,10 +79,10 @@ def measure(
         engine = TransformersEngine(config.Reasoner(model=model), 64)
         prompts = Prompts("What would the user ask?\n", [f"{row} {TEXT}" for row in range(sessions)], "\nQuestion:")
         seeds = [[row * n + place for place in range(n)] for row in range(sessions)]
-        sampling = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 16}
-        engine.sample(prompts, seeds, **sampling)
+        sampling = config.Sampling(temperature=0.7, top_p=0.95, max_new_tokens=16)
+        engine.sample(prompts, seeds, sampling)
         found["sampling"] = [
-            _cpu_seconds(lambda: engine.sample(prompts, seeds, **sampling), advance) for _ in range(repetitions)
+            _cpu_seconds(lambda: engine.sample(prompts, seeds, sampling), advance) for _ in range(repetitions)
         ]
     out.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, int | str] = {"sessions": sessions, "n": n, "candidates": candidates, "model": model}

@@ -22,7 +22,7 @@ from rgalign_ray.config.alignment import (
 from rgalign_ray.config.base import DATA_CPUS, Placed, Settings, Trained, commented
 from rgalign_ray.config.data import Features, Log, Roles, TauRetail, World
 from rgalign_ray.config.ranking import Baseline, Model, QueryInput, RankBy, Ranker, Reward
-from rgalign_ray.config.reasoning import Encode, Endpoint, Lora, Prompt, Reasoner, Rollout, Teacher, Vllm
+from rgalign_ray.config.reasoning import Encode, Endpoint, Lora, Prompt, Reasoner, Rollout, Sampling, Teacher, Vllm
 from rgalign_ray.config.root import Config, available, changed, load, validate, with_setting
 from rgalign_ray.config.service import Cluster, Folder, Serve, Tracking, Variant
 from rgalign_ray.config.study import ROW_NAMES, Compare, Evaluate, RowName
@@ -61,6 +61,7 @@ __all__ = [
     "Roles",
     "Rollout",
     "RowName",
+    "Sampling",
     "Select",
     "Serve",
     "Settings",

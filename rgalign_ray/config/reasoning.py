@@ -120,13 +120,18 @@ class Teacher(Settings):
         return self
 
 
-class Rollout(Placed):
-    n: Annotated[int, Field(ge=2)] = 4
-    """Queries that the policy samples per session."""
+class Sampling(Settings):
+    """How a query is drawn."""
+
     max_new_tokens: Count = 16
     """Tokens of a query at most; a longer one is over length, and not judged."""
     temperature: Positive = 0.7
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+
+
+class Rollout(Sampling, Placed):
+    n: Annotated[int, Field(ge=2)] = 4
+    """Queries that the policy samples per session."""
     unit_sessions: Count = 16
     """Sessions of one work unit: it fixes batch and padding, hence the floats."""
     workers: Count = 2
@@ -165,6 +170,10 @@ class Rollout(Placed):
         if self.least_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) is above workers ({self.workers})")
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
 
     @property
     def least_workers(self) -> int:

@@ -160,9 +160,11 @@ class Sampler:
         return self.engine.sample(
             self.sessions.prompts([self.steps[step][place] for place in places]),
             seeds(self.steps[step], step, places, self.settings.n, self.task.seed),
-            temperature=self.settings.temperature,
-            top_p=1.0,  # the trainer's probabilities know no nucleus
-            max_new_tokens=self.task.rollout.max_new_tokens,
+            config.Sampling(
+                max_new_tokens=self.task.rollout.max_new_tokens,
+                temperature=self.settings.temperature,
+                top_p=1.0,  # the trainer's probabilities know no nucleus
+            ),
         )
 
 

@@ -76,7 +76,12 @@ def versions(config: Config) -> Finding:
         if not wanted.specifier.contains(there, prereleases=True):
             wrong.append(f"{wanted.name} is {there}, not {wanted.specifier}")
     if wrong:
-        return Finding("versions", "failure", "; ".join(wrong), "in the checkout: pip install --constraint constraints.txt --editable .")
+        return Finding(
+            "versions",
+            "failure",
+            "; ".join(wrong),
+            "in the checkout: pip install --constraint constraints.txt --editable .",
+        )
     told = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     return Finding("versions", "ok", f"Python {sys.version.split()[0]}, {told}")
 

@@ -63,15 +63,7 @@ class Engine(Protocol):
     """Version of the weights in use; every embedding carries it."""
     hidden_size: int
 
-    def sample(
-        self,
-        prompts: Prompts,
-        seeds: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         """One group per prompt, with one sample per seed; equal seeds and logits give equal samples."""
         ...
 

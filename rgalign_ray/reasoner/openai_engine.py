@@ -31,7 +31,7 @@ class OpenAIEngine:
         ConfigError: without the package `openai`.
     """
 
-    def __init__(self, teacher: config.Teacher, shared: config.Rollout, cache_uri: str) -> None:
+    def __init__(self, teacher: config.Teacher, shared: config.Sampling, cache_uri: str) -> None:
         try:
             import openai
         except ImportError:
@@ -41,7 +41,7 @@ class OpenAIEngine:
         self.teacher, self.endpoint = teacher, teacher.endpoint
         self.cache_uri = storage.join(cache_uri, teacher.name)
         drawn = sampling(teacher, shared)
-        self.sampling = {"max_tokens": drawn.pop("max_new_tokens"), **drawn}
+        self.sampling = {"max_tokens": drawn.max_new_tokens, "temperature": drawn.temperature, "top_p": drawn.top_p}
         self.tokens = 0 if self.endpoint.max_tokens is None else self._tokens_before()
         self._openai = openai
 

@@ -51,15 +51,7 @@ class SentenceEncoder:
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().to(torch.float16).numpy()
 
-    def sample(
-        self,
-        prompts: Prompts,
-        seeds: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         raise NotImplementedError("a sentence encoder writes no queries")
 
     def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:

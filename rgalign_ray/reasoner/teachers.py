@@ -23,7 +23,7 @@ class TeacherSpec:
     teacher: config.Teacher
     reasoner: config.Reasoner
     """How models are run here; the teacher's own model stands in `teacher`."""
-    sampling: config.Rollout
+    sampling: config.Sampling
     max_session_tokens: int
     cache_uri: str
     """Keeps answers of endpoints."""
@@ -47,14 +47,14 @@ class LocalTeacher:
         self.sampling = sampling(spec.teacher, spec.sampling)
 
     def propose(self, prompts: Prompts, seeds: Sequence[Sequence[int]]) -> list[list[Proposal | None]]:
-        groups = self.engine.sample(prompts, seeds, **self.sampling)
+        groups = self.engine.sample(prompts, seeds, self.sampling)
         return [[Proposal(sample.query, sample.finish) for sample in group.samples] for group in groups]
 
 
-def sampling(teacher: config.Teacher, shared: config.Rollout) -> dict:
-    """temperature, top_p and max_new_tokens of a teacher, its own or those of all."""
-    return {
-        "temperature": teacher.temperature or shared.temperature,
-        "top_p": teacher.top_p or shared.top_p,
-        "max_new_tokens": shared.max_new_tokens,
-    }
+def sampling(teacher: config.Teacher, shared: config.Sampling) -> config.Sampling:
+    """How a teacher's queries are drawn: as it asks, or as all are."""
+    return config.Sampling(
+        max_new_tokens=shared.max_new_tokens,
+        temperature=teacher.temperature or shared.temperature,
+        top_p=teacher.top_p or shared.top_p,
+    )

@@ -92,15 +92,7 @@ class TransformersEngine:
         ]
 
     @torch.inference_mode()
-    def sample(
-        self,
-        prompts: Prompts,
-        seeds: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         n = len(seeds[0])
         flat_seeds = [seed for group in seeds for seed in group]
         tails = self._tails(prompts)
@@ -111,10 +103,9 @@ class TransformersEngine:
             prefill.last.repeat_interleave(n, dim=0),
             read.repeat_interleave(n, dim=0),
             torch.tensor(lengths, device=self.device).repeat_interleave(n)[:, None],
-            continuation.of(self.model, self._forward, prefill.cache, prefill.mask, n, max_new_tokens),
-            uniforms(flat_seeds, max_new_tokens).to(self.device),
-            temperature,
-            top_p,
+            continuation.of(self.model, self._forward, prefill.cache, prefill.mask, n, sampling.max_new_tokens),
+            uniforms(flat_seeds, sampling.max_new_tokens).to(self.device),
+            sampling,
         )
         samples = [Sample(**row, seed=seed) for row, seed in zip(decoded, flat_seeds, strict=True)]
         return [
@@ -129,8 +120,7 @@ class TransformersEngine:
         count: torch.Tensor,
         rows: continuation.Continuation,
         uniform: torch.Tensor,
-        temperature: float,
-        top_p: float,
+        sampling: config.Sampling,
     ) -> list[dict]:
         """Samples every row to its stop token or its end.
 
@@ -148,8 +138,8 @@ class TransformersEngine:
         alive = torch.arange(total, device=self.device)
         stops = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)
         for step in range(steps):
-            logits = self.model.lm_head(hidden).float() / temperature
-            tokens = choose(logits, uniform[alive, step], top_p)
+            logits = self.model.lm_head(hidden).float() / sampling.temperature
+            tokens = choose(logits, uniform[alive, step], sampling.top_p)
             picked = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
             for row, token, logprob in zip(alive.tolist(), tokens.tolist(), picked.tolist(), strict=True):
                 ids[row].append(token)

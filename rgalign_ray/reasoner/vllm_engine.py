@@ -45,15 +45,7 @@ class VllmEngine(TransformersEngine):
             self._llm.reset_prefix_cache()  # what it holds was computed by the weights before
         self._loaded = False
 
-    def sample(
-        self,
-        prompts: Prompts,
-        seeds: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         """As the protocol says, but `logprobs` are of the distribution that was sampled from, top-p included."""
         from vllm import SamplingParams
 
@@ -63,9 +55,9 @@ class VllmEngine(TransformersEngine):
             [{"prompt_token_ids": ids} for ids in token_ids for _ in range(n)],
             [
                 SamplingParams(
-                    temperature=temperature,
-                    top_p=top_p,
-                    max_tokens=max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
                     seed=seed,
                     stop_token_ids=sorted(self.stop_ids),
                     logprobs=0,

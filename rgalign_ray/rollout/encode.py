@@ -52,7 +52,7 @@ class EncodePlan:
     query_sessions: tuple[str, ...]
     """Further sessions that get one."""
     encode: config.Encode
-    sampling: config.Rollout
+    sampling: config.Sampling
     run_seed: int
     kept_uri: str | None = None
     """Where units are kept for other runs; None keeps none."""
@@ -151,21 +151,15 @@ class SessionEncoder:
         ]
 
     def _sample(self, prompts: Prompts, ids: list[str]) -> list[Group]:
-        sampling = self.plan.sampling
-        groups = self.engine.sample(
-            prompts,
-            # the same in every round, so that a query that changes has changed by the reasoner alone
-            [[sample_seed(self.plan.run_seed, 0, session, 0)] for session in ids],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens,
-        )
+        # seeds are the same in every round, so that a query that changes has changed by the reasoner alone
+        seeds = [[sample_seed(self.plan.run_seed, 0, session, 0)] for session in ids]
+        groups = self.engine.sample(prompts, seeds, self.plan.sampling)
         return [replace(group, samples=[s for s in group.samples if fault(s) is None]) for group in groups]
 
 
 def _kept_context(engine: EngineSpec, plan: EncodePlan, sampled: bool) -> str:
     """What decides a unit's vectors besides its sessions, which stand in its key; `sampled` where it has queries."""
-    sampling = plan.sampling.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+    sampling = plan.sampling.model_dump(include=set(config.Sampling.model_fields))
     return storage.content_key(
         __version__,
         models.identity(engine.reasoner.model),

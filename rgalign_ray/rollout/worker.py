@@ -103,13 +103,7 @@ class RolloutWorker:
             [sample_seed(self.run_seed, self.round, session, sample) for sample in range(self.settings.n)]
             for session in unit.session_ids
         ]
-        groups = self.engine.sample(
-            self.instruction.prompts(unit.texts),
-            seeds,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            max_new_tokens=self.settings.max_new_tokens,
-        )
+        groups = self.engine.sample(self.instruction.prompts(unit.texts), seeds, self.settings)
         if unit.proposed is not None:
             groups = self._with_proposals(groups, unit.texts, unit.proposed)
         embeddings = embedding_table(unit.session_ids, groups, self.engine)

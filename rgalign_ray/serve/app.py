@@ -61,7 +61,6 @@ WAKES_EVERY_S = 3600.0
 QUIET = {"log_level": "WARNING"}
 FAULTS = (RuntimeError, TimeoutError, RayError, RayServeException)
 """What Ray Serve raises where it does not start, or an application does not."""
-QUERY = {"temperature", "top_p", "max_new_tokens"}
 
 Loaded = TypeVar("Loaded")
 
@@ -128,7 +127,7 @@ class Reasoner:
 
     def __init__(self, settings: Config) -> None:
         self.served = Served(settings, Versions[FrozenReasoner](FrozenReasoner))
-        self.sampling = settings.rollout.model_dump(include=QUERY)
+        self.sampling = settings.rollout.sampling
         self._read.set_max_batch_size(settings.serve.batch)
         self._read.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
 
@@ -136,7 +135,7 @@ class Reasoner:
         if seed is None:
             return await self._read((source, text)), None
         model = await self.served.model(source)
-        (found,) = await self.served.alone(model.write, [text], [seed], **self.sampling)
+        (found,) = await self.served.alone(model.write, [text], [seed], self.sampling)
         return found
 
     @serve.batch

@@ -308,16 +308,10 @@ class FrozenReasoner:
         return list(self.engine.embed(self.prompts(texts)))
 
     def write(
-        self, texts: Sequence[str], seeds: Sequence[int], temperature: float, top_p: float, max_new_tokens: int
+        self, texts: Sequence[str], seeds: Sequence[int], sampling: config.Sampling
     ) -> list[tuple[np.ndarray, str | None]]:
         """e(x) and a latent query each, None where what was sampled is no valid one."""
-        groups = self.engine.sample(
-            self.prompts(texts),
-            [[seed] for seed in seeds],
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-        )
+        groups = self.engine.sample(self.prompts(texts), [[seed] for seed in seeds], sampling)
         return [
             (group.embedding, group.samples[0].query if fault(group.samples[0]) is None else None) for group in groups
         ]

@@ -67,7 +67,7 @@ class Troubled:
     def start(self) -> Troubled:
         return self
 
-    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> None:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> None:
         with Path(self.notes).open("a") as notes:
             notes.write(".")
         if self.trouble == "die":

@@ -60,7 +60,7 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         return self
 
-    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         first = prompts.texts[0]
         note = Path(self.notes) / f"{first}.{os.getpid()}.{time.monotonic_ns()}"
         note.touch()

@@ -17,7 +17,7 @@ from rgalign_ray.reasoner import models, transformers_engine
 from rgalign_ray.reasoner.engine import Prompts, sample_seed
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine, choose, stop_tokens, uniforms
 
-SAMPLING = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 24}
+SAMPLING = config.Sampling(temperature=0.7, top_p=0.95, max_new_tokens=24)
 TEXTS = ["to receive, 7 days", "paid twice", "refund?", "the parcel was returned to the hub, number unknown"]
 
 
@@ -35,10 +35,10 @@ def seeds(texts: list[str], n: int = 3) -> list[list[int]]:
 
 
 def test_fanned_out_samples_equal_those_sampled_alone(engine: TransformersEngine) -> None:
-    together = engine.sample(prompts(TEXTS), seeds(TEXTS), **SAMPLING)
+    together = engine.sample(prompts(TEXTS), seeds(TEXTS), SAMPLING)
     for text, group in zip(TEXTS, together, strict=True):
         for seed, sample in zip(seeds([text])[0], group.samples, strict=True):
-            alone = engine.sample(prompts([text]), [[seed]], **SAMPLING)[0].samples[0]
+            alone = engine.sample(prompts([text]), [[seed]], SAMPLING)[0].samples[0]
             assert (sample.completion_ids, sample.finish, sample.query) == (
                 alone.completion_ids,
                 alone.finish,
@@ -51,13 +51,13 @@ def test_fanned_out_samples_equal_those_sampled_alone(engine: TransformersEngine
 
 def test_samples_equal_a_plain_loop_without_cache_or_batch(engine: TransformersEngine) -> None:
     """The reference: the whole sequence through the model at every step, one sample at a time."""
-    group = engine.sample(prompts(TEXTS[:1]), seeds(TEXTS[:1]), **SAMPLING)[0]
+    group = engine.sample(prompts(TEXTS[:1]), seeds(TEXTS[:1]), SAMPLING)[0]
     for seed, sample in zip(seeds(TEXTS[:1])[0], group.samples, strict=True):
         ids, logprobs = list(group.prompt_ids), []
-        for number in uniforms([seed], SAMPLING["max_new_tokens"])[0]:
+        for number in uniforms([seed], SAMPLING.max_new_tokens)[0]:
             with torch.inference_mode():
-                logits = engine.model(torch.tensor([ids])).logits[:, -1] / SAMPLING["temperature"]
-            ids.append(int(choose(logits, number[None], SAMPLING["top_p"])))
+                logits = engine.model(torch.tensor([ids])).logits[:, -1] / SAMPLING.temperature
+            ids.append(int(choose(logits, number[None], SAMPLING.top_p)))
             logprobs.append(float(logits.log_softmax(dim=-1)[0, ids[-1]]))
             if ids[-1] in engine.stop_ids:
                 break
@@ -66,7 +66,7 @@ def test_samples_equal_a_plain_loop_without_cache_or_batch(engine: TransformersE
 
 
 def test_embeddings_of_the_sampling_pass_equal_those_read_afresh(engine: TransformersEngine) -> None:
-    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), **SAMPLING)
+    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), SAMPLING)
     fresh = engine.embed(prompts(TEXTS))
     np.testing.assert_allclose(np.stack([g.embedding for g in groups]), fresh, atol=2e-3)
     completions = [g.samples[0].completion_ids for g in groups]
@@ -95,7 +95,7 @@ def test_embeddings_are_means_of_a_text_s_states_in_the_plain_model(depth: float
 def test_an_embedding_may_be_the_last_hidden_state_of_the_plain_model() -> None:
     settings = config.Reasoner(model="tiny", dtype="float32", pooling="last", depth=1.0)
     engine = TransformersEngine(settings, max_session_tokens=64)
-    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), **SAMPLING)
+    groups = engine.sample(prompts(TEXTS), seeds(TEXTS, 1), SAMPLING)
     for row, vector, group in zip(engine.prompt_ids(prompts(TEXTS)), engine.embed(prompts(TEXTS)), groups, strict=True):
         written = engine._content(group.samples[0].completion_ids)
         with torch.inference_mode():
@@ -166,7 +166,7 @@ def test_session_text_is_cut_at_its_end() -> None:
     long, cut = prompts(["abcdefgh"]), prompts(["abcde"])
     assert short.prompt_ids(long) == short.prompt_ids(cut)
     np.testing.assert_array_equal(short.embed(long), short.embed(cut))
-    of_long, of_cut = (short.sample(asked, [[1]], **SAMPLING)[0].samples[0] for asked in (long, cut))
+    of_long, of_cut = (short.sample(asked, [[1]], SAMPLING)[0].samples[0] for asked in (long, cut))
     assert of_long.completion_ids == of_cut.completion_ids
 
 

@@ -16,9 +16,9 @@ SHARED = config.Rollout(temperature=0.8, top_p=0.9, max_new_tokens=7)
 
 class Engine:
     def __init__(self) -> None:
-        self.asked: dict[str, Any] = {}
+        self.asked: config.Sampling | None = None
 
-    def sample(self, prompts: Prompts, seeds: list[list[int]], **sampling: Any) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: list[list[int]], sampling: config.Sampling) -> list[Group]:
         self.asked = sampling
         vector = np.zeros(2, np.float16)
         return [Group([1], vector, [Sample(text, [2], [0.0], "stop", 0, vector)]) for text in prompts.texts]
@@ -44,5 +44,5 @@ def test_it_is_the_model_that_it_names_and_is_sampled_by_its_own_settings(
     (of,) = started
     assert (of.reasoner.model, of.reasoner.engine, of.max_session_tokens) == (model, engine, 64)
     assert of.weights is None and of.reasoner.lora is None, "the base model, never what was aligned"
-    assert fake.asked == sampling | {"max_new_tokens": 7}
+    assert fake.asked == config.Sampling(**sampling, max_new_tokens=7)
     assert found == [[Proposal("where is it?", "stop")], [Proposal("refund", "stop")]]

@@ -42,9 +42,9 @@ class FakeEngine:
     def start(self) -> FakeEngine:
         return self
 
-    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         self.calls.append(
-            {"sample": list(prompts.texts), "prefix": prompts.prefix, "suffix": prompts.suffix} | sampling
+            {"sample": list(prompts.texts), "prefix": prompts.prefix, "suffix": prompts.suffix, "sampling": sampling}
         )
         return [
             Group([len(text)], vector(text), [self._say(text, seed) for seed in row])
@@ -149,8 +149,7 @@ def test_a_unit_becomes_two_tables(tmp_path: Path) -> None:
     tokens = worker(tmp_path, engine).run(unit, "key")
     assert tokens == 2 * 3 * 2
     assert engine.calls == [
-        {"sample": ["text of b", "of a"], "prefix": "Prefix. ", "suffix": " Question:"}
-        | {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 8}
+        {"sample": ["text of b", "of a"], "prefix": "Prefix. ", "suffix": " Question:"} | {"sampling": SETTINGS}
     ]
     rollouts = storage.read_table(str(tmp_path / "rollouts/key.parquet"))
     embeddings = storage.read_table(str(tmp_path / "embeddings/key.parquet"))

@@ -56,7 +56,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def sample(engine, prompts: Prompts, seeds: list[list[int]], temperature: float = 0.8) -> list[Group]:
-    return engine.sample(prompts, seeds, temperature=temperature, top_p=1.0, max_new_tokens=12)
+    return engine.sample(prompts, seeds, config.Sampling(temperature=temperature, top_p=1.0, max_new_tokens=12))
 
 
 def seeds(first: int, n: int = 3) -> list[list[int]]:
