@@ -76,7 +76,8 @@ class Compare(Settings):
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0
-    """The seeds are this one and those after it; a study may be run in parts, in one run directory."""
+    """The seeds are this one and those after it; a study of the shop may be run in parts, in one run directory (a real
+    log would be read again in each)."""
     trainings: Count = 1
     """Rankers that a row trains under a seed, of different initial weights, order and dropout; its figures are their
     mean. Training is cheap beside reading, and its noise may be as large as a gain. More may be added later."""
