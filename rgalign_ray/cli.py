@@ -61,7 +61,7 @@ Address = Annotated[
         help="Job server, as in http://127.0.0.1:8265; else $RAY_API_SERVER_ADDRESS, else this machine's cluster."
     ),
 ]
-RunName = Annotated[str, typer.Argument(help="Name of the run, as `rgalign status` shows it.")]
+RunName = Annotated[str, typer.Argument(help="Name of the run, or id of its job, as `rgalign status` shows them.")]
 Scale = Annotated[float, typer.Option(help="Factor of world.sessions and world.users, of the simulated shop.")]
 
 
@@ -431,7 +431,7 @@ def resume(
     from rgalign_ray.ops import jobs
 
     client = jobs.connect(address)
-    _follow(client, jobs.resume(client, jobs.latest(client, name), say=_tell), wait)
+    _follow(client, jobs.resume(client, jobs.latest(client, name, over=True), say=_tell), wait)
 
 
 def _with_token() -> None:

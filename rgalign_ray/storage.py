@@ -29,10 +29,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from rgalign_ray.errors import DataError
+from rgalign_ray.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 RESUME_KEY = ".tmp-resume-key"
+OWNER = ".tmp-owner"
 """Beside the units of an artefact that is in work where it lies, under its `resume_key`; named as partial writes are,
 which nothing lists."""
 REQUESTS_AT_ONCE = 32
@@ -253,10 +254,13 @@ def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     the working folder carries the key in its name, and folders of other keys are removed. The block must write the
     manifest, last. Where folders cannot be renamed (object stores) the block works in `uri` itself, which is emptied
     unless it holds units of that very key; the manifest alone marks the artefact as complete.
+
+    Raises:
+        ConfigError: when another process has begun to write the same artefact meanwhile.
     """
     fs, path = filesystem(uri)
     if not _renames(fs):
-        with _in_place(uri, resume_key):
+        with _in_place(uri, resume_key), _alone(uri, uri):
             yield uri
         return
     parent, name = posixpath.split(path)
@@ -270,10 +274,23 @@ def writing(uri: str, *, resume_key: str | None = None) -> Iterator[str]:
     fs.create_dir(work, recursive=True)
     place, query = _split(_absolute(uri))
     work_uri = join(posixpath.dirname(place.rstrip("/")) + query, hidden)
-    yield work_uri
+    with _alone(uri, work_uri):
+        yield work_uri
     assert read_manifest(work_uri) is not None, f"{uri}: written without a manifest"
     delete(uri)
     fs.move(work, path)
+
+
+@contextmanager
+def _alone(uri: str, work_uri: str) -> Iterator[None]:
+    """Sees to it that what the block writes is whole: another process that begins empties the folder first."""
+    place, owner = join(work_uri, OWNER), token_hex(8)
+    write_json(place, owner)
+    yield
+    if not exists(place) or read_json(place) != owner:
+        delete(join(work_uri, MANIFEST))
+        raise ConfigError(f"{uri}: another process has begun to write it; end one of the two.")
+    delete(place)
 
 
 @contextmanager

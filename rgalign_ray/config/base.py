@@ -120,7 +120,10 @@ def read_yaml(name_or_path: str, folder: str, where: str) -> Any:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"{where}: no such file.")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: cannot be read as text in UTF-8 ({error}).") from None
     elif name_or_path in (known := packaged_yaml(folder)):
         text = packaged.joinpath(f"{name_or_path}.yaml").read_text()
     else:

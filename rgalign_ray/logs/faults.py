@@ -10,11 +10,13 @@ import pyarrow.compute as pc
 
 from rgalign_ray.logs import lists
 from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.logs.partitions import fits
 
 REASONS = {
     "null_id": "session_id or user_id is null or empty",
     "null_time": "ts is null",
     "null_region": "region is null or empty",
+    "region_name": "region is too long for a folder's name, or stands for null there",
     "duplicate_session": "an earlier row has the same session_id",
     "no_candidates": "there is nothing to rank",
     "unknown_candidate_set": "candidate_set names no candidate set",
@@ -23,6 +25,7 @@ REASONS = {
     "shown_length": "shown is not as long as the candidates",
     "clicks_length": "clicks is not as long as the candidates",
     "other_length": "position, propensity or resolved is not as long as the candidates",
+    "position_range": "a position does not fit 16 bits",
     "null_label": "shown or clicks holds a null",
     "click_not_shown": "a click on a candidate that was not shown",
     "non_finite_feature": "a numeric feature is infinite or not a number",
@@ -66,6 +69,9 @@ class Examiner:
         found.mark("null_id", _empty(table["session_id"]) | _empty(table["user_id"]), _constant(""))
         found.mark("null_time", _null(table["ts"]), _constant(""))
         found.mark("null_region", _empty(table["region"]), _constant(""))
+        regions = np.array(table["region"].to_pylist(), dtype=object)
+        odd = [region for region in set(regions) if region and not fits(region)]
+        found.mark("region_name", np.isin(regions, odd), lambda row: f"region {regions[row][:20]}…")
         found.mark("duplicate_session", duplicate, lambda row: f"session_id {ids[row]}")
         counts = self._candidates(table, found)
         self._labels(table, counts, found)
@@ -107,6 +113,11 @@ class Examiner:
             long, given = lists.lengths(table[name]), ~_null(table[name])
             wrong = (long != counts) & (given | (name in reasons))  # an optional list may be absent
             found.mark(reasons.get(name, "other_length"), wrong, _lengths_detail(name, long, counts))
+        if "position" in table.column_names:
+            position = pc.cast(lists.flat(table["position"]), pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+            row_of = lists.rows(lists.lengths(table["position"]))
+            large = np.abs(position) > np.iinfo(np.int16).max
+            found.mark("position_range", _any(row_of[large], counts), _constant(""))
         for name in reasons:
             null = _null(lists.flat(table[name]))
             row_of = lists.rows(lists.lengths(table[name]))

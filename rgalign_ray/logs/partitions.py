@@ -18,7 +18,17 @@ from rgalign_ray import storage
 BUFFER_BYTES = 256 * 2**20
 """Rows held back to be written in larger files."""
 
+LONGEST = 240
+"""Bytes of a region in a folder's name, percent-encoded; filesystems take 255 for the whole name."""
+NULL = "__HIVE_DEFAULT_PARTITION__"
+"""A folder's name that readers take for null."""
+
 Partition = tuple[str, str]
+
+
+def fits(region: str) -> bool:
+    """Whether a folder may be named after a region."""
+    return region != NULL and len(quote(region, safe="")) <= LONGEST
 
 
 class PartitionWriter:

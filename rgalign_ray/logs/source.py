@@ -64,13 +64,18 @@ def open_sessions(uri: str, spec: FeatureSpec, log: Log) -> list[SourceFile]:
 
     Raises:
         DataError: when the folder is missing or holds no Parquet file, or none of these days and regions,
-            when a file is empty, damaged or lacks a column, when files disagree on a column's type, or when
-            there is no row at all.
+            when a file is empty, damaged or lacks a column, when files disagree on a column's type or on
+            how sessions say their candidates, or when there is no row at all.
     """
     uris = session_uris(uri, log)
     if not uris:
         raise none_asked_for(uri, log)
     files = [_open(uri, each, spec) for each in uris]
+    listing, naming = (next((f.uri for f in files if each in f.schema.names), None) for each in CANDIDATES)
+    if listing and naming:
+        raise DataError(
+            f"{naming}: sessions name candidate sets, and those of {listing} list candidates; expected one way."
+        )
     types: dict[str, tuple[pa.DataType, str]] = {}
     for file in files:
         for field in file.schema:

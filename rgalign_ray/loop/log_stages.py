@@ -89,6 +89,7 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
         sets = run.uri("log", CANDIDATE_SETS_FILE)
         sources = (run.uri("log", "sessions"), run.uri("log", INTENTS_FILE), sets if storage.exists(sets) else None)
     spec = FeatureSpec.load(config.features.spec)
+    stamp = {"log": _stamp(config)} if log.source == "parquet" else {}  # before: what comes meanwhile is not read
     summary = ingest.ingest(
         *sources,
         out,
@@ -101,8 +102,7 @@ def ingest_sessions(run: Run, out: str) -> Outcome:
     quarantined = sum(summary.quarantined.values())
     for reason, count in sorted(summary.quarantined.items()):
         progress.note(f"{count:,} rows set aside: {reason} (see {run.uri('sessions', ingest.QUARANTINE_FILE)})")
-    figures = summary.to_dict() | ({"log": _stamp(config)} if log.source == "parquet" else {})
-    return Outcome(rows={"sessions": summary.kept, "quarantined": quarantined}, figures=figures)
+    return Outcome({"sessions": summary.kept, "quarantined": quarantined}, summary.to_dict() | stamp)
 
 
 def log_changed(run: Run) -> str | None:

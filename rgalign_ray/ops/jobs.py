@@ -177,9 +177,12 @@ def submit(
     busy = [job for job in here if SERVES not in (verb, job.verb)]
     if busy:
         raise ConfigError(
-            f"run_dir: {busy[0].id} is at work on {config.run_uri}; `rgalign logs {config.name}` shows it, and "
-            f"`rgalign stop {config.name}` ends it."
+            f"run_dir: {busy[0].id} is at work on {config.run_uri}; `rgalign logs {busy[0].id}` shows it, and "
+            f"`rgalign stop {busy[0].id}` ends it."
         )
+    up = [job for job in list_jobs(client) if verb == job.verb == SERVES and not job.over]
+    if up:
+        raise ConfigError(f"serve: {up[0].id} serves on this cluster; `rgalign stop {up[0].id}` ends it.")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)  # a job's id is part of addresses
     with tempfile.TemporaryDirectory(prefix="rgalign-submit-") as folder:
         files = pack(config, Path(folder))
@@ -245,9 +248,19 @@ def pack(config: Config, folder: Path) -> list[Path]:
 def anywhere(config: Config) -> dict[str, Any]:
     """The settings as plain data that mean the same in every folder: paths are absolute."""
     data = config.model_dump(mode="json") | {"run_dir": config.run_uri}
-    for section, key in _files(data):
-        section[key] = str(Path(section[key]).resolve())
+    for section, key in [*_files(data), *_places(data)]:
+        if section[key] and "://" not in section[key]:
+            section[key] = os.path.abspath(os.path.expanduser(section[key]))
     return data
+
+
+def _places(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where settings name folders and files that do not travel, likewise: the cluster's nodes must see them."""
+    places = [(data["log"], key) for key in ("uri", "intents", "candidate_sets")]
+    places += [(data["encode"], "kept"), *((data["serve"], key) for key in ("store", "feedback", "keys"))]
+    places += [(variant, "run_dir") for variant in data["serve"]["variants"] or []]
+    llms = [data["reasoner"], data["compare"]["encoder"], *data["teachers"]]
+    return places + [(llm, "model") for llm in llms if os.path.isdir(llm["model"] or "")]
 
 
 def _files(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -257,14 +270,17 @@ def _files(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 
 def list_jobs(client: Client, name: str | None = None) -> list[Job]:
-    """The jobs of this package that the cluster knows, of one run if named, the latest last."""
+    """The jobs of this package that the cluster knows, of one run, or the one of an id, if named; the latest last."""
     with _asking(client.get_address()):
         found = [_job(details) for details in client.list_jobs() if RUN in (details.metadata or {})]
-    return sorted((job for job in found if name in (None, job.name)), key=lambda job: job.started)
+    return sorted((job for job in found if name in (None, job.name, job.id)), key=lambda job: job.started)
 
 
-def latest(client: Client, name: str) -> Job:
-    """The last job of a run.
+def latest(client: Client, name: str, *, over: bool = False) -> Job:
+    """The last job of a run: of those at work if there are any, or, to go on with one, of those that are over.
+
+    Args:
+        name: of the run, or the job's id.
 
     Raises:
         ConfigError: when the cluster knows none.
@@ -276,7 +292,7 @@ def latest(client: Client, name: str) -> Job:
             f"{name}: no run of that name on {client.get_address()} (there: {known}). One of another cluster goes on "
             "by `rgalign submit` with its run directory."
         )
-    return found[-1]
+    return next((job for job in reversed(found) if job.over == over), found[-1])
 
 
 def follow(client: Client, job_id: str, out: Callable[[str], Any]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow.fs as pafs
 
 from rgalign_ray import storage
+from rgalign_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,8 +39,14 @@ class RunFolder:
 
 
 def list_runs(folder: str) -> list[RunFolder]:
-    """The runs in a folder or under a URI, the latest last; empty where it is absent."""
+    """The runs in a folder or under a URI, the latest last; empty where it is absent.
+
+    Raises:
+        ConfigError: when it is a file.
+    """
     fs, root = storage.filesystem(folder)
+    if fs.get_file_info(root).is_file:
+        raise ConfigError(f"{folder}: a file; expected a folder that holds run directories.")
     files: dict[str, list[pafs.FileInfo]] = defaultdict(list)
     for info in fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True)):
         if info.type == pafs.FileType.File:

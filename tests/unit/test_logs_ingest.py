@@ -28,6 +28,8 @@ ROW_FAULTS = {
     "no user id": (session(1, user_id=None), "null_id", ""),
     "no time": (session(1, ts=None), "null_time", ""),
     "no region": (session(1, region=None), "null_region", ""),
+    "a region too long for a folder": (session(1, region="é" * 60), "region_name", "region é"),
+    "a region that stands for null": (session(1, region="__HIVE_DEFAULT_PARTITION__"), "region_name", "__HIVE"),
     "session id of an earlier row": (session(0, user_id="another"), "duplicate_session", "s0"),
     "no candidates": (session(1, candidates=[], shown=[], clicks=[]), "no_candidates", ""),
     "null candidates": (session(1, candidates=None), "no_candidates", ""),
@@ -90,7 +92,7 @@ def test_a_batch_of_many_faults_names_each_by_its_own_row(tmp_path: Path) -> Non
 
 def test_every_reason_is_documented_and_tried() -> None:
     tried = {reason for _, reason, _ in ROW_FAULTS.values()}
-    assert tried | {"unknown_candidate_set", "other_length"} == set(faults.REASONS)
+    assert tried | {"unknown_candidate_set", "other_length", "position_range"} == set(faults.REASONS)
 
 
 SOUND_ODDITIES = {
@@ -154,6 +156,7 @@ def intents_and(intent_id: str, title: str | None = "Another") -> pa.Table:
 
 
 BUYERS = SOUND.append_column("role", pa.array(["buyer"]))
+SETS = SOUND.drop_columns("candidates").append_column("candidate_set", pa.array(["all"]))
 NOTES = [table(session(i)).append_column("note", pa.array([note])) for i, note in enumerate(("a", 1))]
 
 # What stops the run: the spoilt source, and what the one line must say.
@@ -162,6 +165,7 @@ STRUCTURAL_FAULTS = {
     "missing feature": (files(without("days_late")), ["0.parquet", "'days_late' is missing", "numeric"]),
     "missing in the second file": (files(SOUND, without("ts")), ["1.parquet", "'ts' is missing"]),
     "no candidates column": (files(without("candidates")), ["0.parquet", "'candidates'", "both are missing"]),
+    "two kinds of candidates": (files(SOUND, SETS), ["1.parquet", "name candidate sets", "0.parquet", "list cand"]),
     "wrong type": (files(recast("clicks", "yes")), ["0.parquet", "'clicks' is string", "expected list<"]),
     "wrong type of a feature": (files(recast("days_late", "7")), ["0.parquet", "'days_late' is string", "a number"]),
     "clicks as numbers": (files(recast("clicks", [1.0, math.nan, 0.0])), ["'clicks' is list<", "expected list<"]),
@@ -204,6 +208,15 @@ def test_null_descriptions_and_categories_of_intents_become_empty(tmp_path: Path
     rows = storage.read_table(str(tmp_path / "out/intents.parquet")).to_pylist()
     assert rows[-1] == {"intent_id": "x", "title": "Another", "description": "", "category": ""}
     assert rows[:-1] == sorted(INTENTS.to_pylist(), key=lambda row: row["intent_id"])
+
+
+def test_a_position_that_would_not_fit_is_set_aside(tmp_path: Path) -> None:
+    columns = pa.schema([*SCHEMA, ("position", pa.list_(pa.int64()))])
+    rows = [session(0, position=[1, 2, None]), session(1, position=[1, 70_000, 3]), session(2, position=None)]
+    write(tmp_path, table(*rows, columns=columns))
+    assert run(tmp_path).quarantined == {"position_range": 1}
+    kept = storage.read_table(str(tmp_path / "out/sessions")).sort_by("session_id")
+    assert kept["position"].to_pylist() == [[1, 2, None], None]
 
 
 def test_sessions_that_name_a_candidate_set(tmp_path: Path) -> None:

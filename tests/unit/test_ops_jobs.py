@@ -150,11 +150,54 @@ def test_two_jobs_are_not_given_one_run_directory(tmp_path: Path) -> None:
 
 def test_a_service_and_a_run_may_share_a_run_directory(tmp_path: Path) -> None:
     client = Client()
-    jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    serves = jobs.submit(client, "serve", settings(tmp_path), say=quiet)
     first = jobs.submit(client, "loop", settings(tmp_path), say=quiet)
-    jobs.submit(client, "serve", settings(tmp_path), say=quiet)
     with pytest.raises(ConfigError, match=rf"^run_dir: {first} is at work"):
         jobs.submit(client, "loop", settings(tmp_path, run_dir=f"{tmp_path}/run/"), say=quiet)
+    with pytest.raises(ConfigError, match=rf"^serve: {serves} serves on this cluster; `rgalign stop {serves}` ends it"):
+        jobs.submit(client, "serve", settings(tmp_path / "another"), say=quiet)
+    client.known[0] = client.known[0].model_copy(update={"status": JobStatus.STOPPED})
+    assert jobs.submit(client, "serve", settings(tmp_path), say=quiet) != serves
+
+
+def test_a_service_beside_a_run_of_its_name_can_be_reached(tmp_path: Path) -> None:
+    client = Client()
+    serves = jobs.submit(client, "serve", settings(tmp_path), say=quiet)
+    runs = jobs.submit(client, "loop", settings(tmp_path), say=quiet)
+    for number in (0, 1):  # the later one began later
+        client.known[number] = client.known[number].model_copy(update={"start_time": 5000 + number})
+    assert jobs.latest(client, "shop").id == runs and jobs.latest(client, serves).id == serves
+    client.known[1] = client.known[1].model_copy(update={"status": JobStatus.FAILED})
+    assert jobs.latest(client, "shop").id == serves, "what is at work, not what was last"
+    assert jobs.latest(client, "shop", over=True).id == runs
+
+
+def test_paths_mean_the_same_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    named = config.validate(
+        {
+            "log": {"source": "parquet", "uri": "log", "intents": "s3://bucket/intents", "candidate_sets": "sets"},
+            "encode": {"kept": "~/kept"},
+            "reasoner": {"model": "model"},
+            "teachers": [{"name": "same"}, {"name": "big", "model": "model"}],
+            "serve": {"variants": [{"name": "a", "run_dir": "runs/a"}, {"name": "b"}], "store": "store"},
+        }
+    )
+    data = jobs.anywhere(named)
+    assert [data["log"][name] for name in ("uri", "intents", "candidate_sets")] == [
+        f"{tmp_path}/log",
+        "s3://bucket/intents",
+        f"{tmp_path}/sets",
+    ]
+    assert data["encode"]["kept"] == str(Path("~/kept").expanduser())
+    assert data["reasoner"]["model"] == data["teachers"][1]["model"] == f"{tmp_path}/model"
+    assert data["teachers"][0]["model"] is None and data["compare"]["encoder"]["model"] == "minilm"
+    assert (
+        data["serve"]["variants"][0]["run_dir"] == f"{tmp_path}/runs/a"
+        and data["serve"]["store"] == f"{tmp_path}/store"
+    )
+    config.validate(data)
 
 
 def test_a_run_goes_on_with_the_settings_it_had_whatever_folder_it_is_resumed_from(

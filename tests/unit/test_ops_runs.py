@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rgalign_ray import cli, storage
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.ops import runs
 
 NOW = datetime.datetime(2026, 6, 30, tzinfo=datetime.UTC)
@@ -106,3 +107,9 @@ def test_what_is_said_to_be_removed_is_removed_whatever_the_uri(tmp_path: Path) 
     shown = CliRunner().invoke(cli.app, ["runs", "prune", uri, "--keep", "0", "--yes"])
     assert "1 of 1 runs" in shown.stdout
     assert not (place / "old run").exists()
+
+
+def test_a_file_holds_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(ConfigError, match=r"notes: a file; expected a folder that holds run directories"):
+        runs.list_runs(str(tmp_path / "notes"))

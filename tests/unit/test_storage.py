@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgalign_ray import storage
-from rgalign_ray.errors import DataError, is_no_space
+from rgalign_ray.errors import ConfigError, DataError, is_no_space
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4),
@@ -200,6 +200,29 @@ def test_an_error_in_the_block_leaves_the_old_artefact(tmp_path: Path) -> None:
         write_and_fail(place)
     found = storage.read_manifest(place)
     assert found is not None and found.key == "old"
+
+
+@pytest.mark.parametrize("resume_key", ["k", None])
+@pytest.mark.parametrize("store", ["folder", "object store"])
+def test_of_two_that_write_an_artefact_at_once_the_first_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, resume_key: str | None
+) -> None:
+    """What the first has written before the second began is gone: what is left must not be taken for whole."""
+    if store == "object store":
+        as_object_store(monkeypatch)
+    place = str(tmp_path / "artefact")
+
+    def write() -> None:
+        with storage.writing(place, resume_key=resume_key) as work:
+            storage.write_bytes(storage.join(work, "unit"), b"1")
+            if store == "folder" and resume_key is None:
+                monkeypatch.setattr(os, "getpid", lambda: 1)
+            storage.writing(place, resume_key=resume_key).__enter__()
+            finish(work)
+
+    with pytest.raises(ConfigError, match=rf"^{place}: another process has begun to write it; end one of the two"):
+        write()
+    assert storage.read_manifest(place) is None
 
 
 def test_a_block_that_writes_no_manifest_is_a_bug(tmp_path: Path) -> None:
