@@ -33,7 +33,7 @@ def rankers(task: LearnerTask) -> list[QERec]:
 
 def _load(task: LearnerTask) -> list[scoring.LoadedRanker]:
     assert task.pair is not None
-    return [scoring.load(uri) for uri in task.pair.rankers]
+    return [scoring.load(uri, task.pair.reward.rank_by) for uri in task.pair.rankers]
 
 
 def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:

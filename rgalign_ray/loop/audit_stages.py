@@ -163,7 +163,8 @@ def auditor_spec(run: Run) -> AuditorSpec:
     """How to start the auditor."""
     reads = run.config.compare
     template = Template.load(run.config.prompt.template)
-    return AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, template)
+    by = run.config.reward.rank_by
+    return AuditorSpec(run.uri(AUDITOR, AUDITOR), reads.encoder, reads.max_text_tokens, template, by)
 
 
 def ask(run: Run, out: str) -> Outcome:

@@ -85,7 +85,7 @@ class RewardModel:
         self, rankers: list[list[str]], log_uri: str, settings: config.Reward, auditor: AuditorSpec | None = None
     ) -> None:
         torch.set_num_threads(1)
-        self.judges = [[scoring.load(uri) for uri in folds] for folds in rankers]
+        self.judges = [[scoring.load(uri, settings.rank_by) for uri in folds] for folds in rankers]
         self.first = self.judges[0][0]
         self.catalogue = Catalogue.load(log_uri)
         self.settings = settings

@@ -30,13 +30,15 @@ class AuditorSpec:
     max_text_tokens: int
     template: Template
     """How sessions are written as text."""
+    rank_by: config.RankBy = "log"
+    """As `reward.rank_by`."""
 
 
 class Auditor:
     """Its ranker, and how it reads a session's queries."""
 
     def __init__(self, spec: AuditorSpec) -> None:
-        self.ranker = scoring.load(spec.ranker)
+        self.ranker = scoring.load(spec.ranker, spec.rank_by)
         self.encoder = SentenceEncoder(spec.encoder, spec.max_text_tokens)
         self.template = spec.template
         self.ranker.require(reasoner_version=self.encoder.version)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from learner_data import INTENTS, REASONER, SESSIONS, WORDS, task, write_round
 
 from rgalign_ray import config, storage
-from rgalign_ray.learner import contrastive, embedding, gradient, latent, token_rows, training
+from rgalign_ray.learner import contrastive, embedding, frozen, gradient, latent, token_rows, training
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRankers, Read
@@ -229,6 +229,30 @@ def test_several_rankers_are_one_judge(
     one, another, both = found
     assert not torch.allclose(one, another, rtol=1e-2)
     torch.testing.assert_close(both, (one + another) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_rankers_are_asked_as_the_reward_says(folder: Path, tmp_path: Path) -> None:
+    """These compare no texts: towers are all that there is, and as rankers rank they weigh less."""
+    loaded = scoring.load(str(folder / "ranker"))
+    loaded.model.shown_weight.fill_(0.3)
+    scoring.save(loaded.model, str(tmp_path / "ranker"), loaded.meta)
+    work, found = task(folder, tmp_path, config.Gradient()), []
+    assert work.pair is not None
+    embeddings, is_null = torch.randn(4, 2, 32), torch.zeros(4, 2, dtype=torch.bool)
+
+    def read(ranker: QERec) -> torch.Tensor:
+        return ranker.queries(embeddings, is_null)
+
+    by: config.RankBy
+    for by in ("log", "click"):
+        reward = config.Reward(rank_by=by)
+        asked = replace(work, pair=replace(work.pair, rankers=(str(tmp_path / "ranker"),), reward=reward))
+        both = FrozenRankers(asked)
+        (scores,) = both.scores(read, both.batch([0, 1, 2, 3]))
+        (ranker,) = frozen.rankers(asked)
+        found.append((scores, ranker.query_logits(read(ranker))))
+    for log, click in zip(*found, strict=True):
+        torch.testing.assert_close(click, 0.3 * log)
 
 
 @given(seed=st.integers(0, 2**32), width=st.integers(3, 12))

@@ -191,6 +191,15 @@ def test_a_faulty_query_gets_no_reward_and_spoils_no_other(place: Path, tmp_path
             assert {found[name] for name in ("reward", "uplift", "second")} == {None}
 
 
+def test_judges_are_asked_as_the_reward_says(place: Path, tmp_path: Path) -> None:
+    *files, _ = unit(tmp_path)
+    by_log, by_click = (reward_model(place, rank_by=by) for by in ("log", "click"))
+    (judge,) = by_click.judges[0]
+    assert judge.model.tower_weight == pytest.approx(float(judge.model.shown_weight)) != 1
+    rewards = [model.score(sessions_table(), *files)["reward"].to_numpy() for model in (by_log, by_click)]
+    assert np.nanmax(np.abs(rewards[0] - rewards[1])) > 1e-3
+
+
 def test_a_query_that_says_nothing_more_than_none_has_no_uplift(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
