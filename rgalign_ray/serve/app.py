@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
@@ -31,7 +31,7 @@ from ray.serve.schema import DeploymentStatus
 
 from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
-from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
+from rgalign_ray.errors import ConfigError, InfrastructureError, UserError, first_line
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.loop import plan
 from rgalign_ray.loop.connection import join
@@ -111,14 +111,19 @@ async def _again(method: Any, *arguments: Any) -> Any:
     """Calls a model's method, of another replica once more where the first one died over it.
 
     Raises:
-        RefusedError: 503 where that one died as well.
+        RefusedError: 503 where that one died as well, or has no such version to answer by.
     """
+    later = {"Retry-After": str(RETRY_AFTER_S)}
     for _ in range(TRIES):
         try:
             return await method.remote(*arguments)
         except RayActorError:
             continue
-    raise RefusedError(503, f"{TRIES} replicas of the model died over it", {"Retry-After": str(RETRY_AFTER_S)})
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise RefusedError(503, first_line(error.cause), later) from None
+            raise
+    raise RefusedError(503, f"{TRIES} replicas of the model died over it", later)
 
 
 @serve.deployment(name="Reasoner")

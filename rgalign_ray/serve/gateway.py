@@ -76,6 +76,8 @@ class Prepared:
     request: api.RankRequest
     variant: Variant
     row: Row
+    place: str
+    """The session's, as refusals name it."""
     candidates: np.ndarray
     received: datetime
     """In UTC."""
@@ -124,7 +126,8 @@ class Gateway:
         """Answers one request.
 
         Raises:
-            SessionError: for a field that is wrong.
+            SessionError: for a field that is wrong; PromptError for a session that the template fails on, where `live`
+                is asked for by name.
             RefusedError: 429 where more are in work than are answered in time, 503 where a model does not answer.
         """
         self._enter(1)
@@ -152,7 +155,7 @@ class Gateway:
         """Reads a user's situation ahead of her visit, for every variant that keeps vectors.
 
         Raises:
-            SessionError: for a field that is wrong.
+            SessionError: for a field that is wrong; PromptError for a session that the template fails on.
             RefusedError: 503 where the reasoner does not answer, 507 where it cannot be written.
         """
         written: set[QueryStore] = set()
@@ -162,8 +165,7 @@ class Gateway:
                 continue
             if variant.store not in written:
                 row = variant.reader.row(request.session)
-                (text,) = variant.reader.texts([row])
-                vector, _ = await self._in_time("reasoner", variant.read(text, None))
+                vector, _ = await self._in_time("reasoner", variant.read(variant.reader.text(row), None))
                 with _on_disk():
                     await asyncio.to_thread(variant.store.put, Kept(request.session.user_id, row["ts"], vector))
                 written.add(variant.store)
@@ -216,8 +218,9 @@ class Gateway:
             variant = variants.by_name[request.variant]
         else:
             raise SessionError(f"{where}variant", f"is none of {', '.join(variants.by_name)}")
-        row = variant.reader.row(request.session, f"{where}session")
-        return Prepared(request, variant, row, _candidates(request, variant, where), received, watch)
+        place = f"{where}session"
+        row = variant.reader.row(request.session, place)
+        return Prepared(request, variant, row, place, _candidates(request, variant, where), received, watch)
 
     async def _answer(self, asked: Prepared) -> api.RankResponse:
         request, variant, watch = asked.request, asked.variant, asked.watch
@@ -278,16 +281,18 @@ class Gateway:
                 if kept is not None:
                     return "store", *kept
         if wanted in ("auto", "live"):
-            (text,) = variant.reader.texts([asked.row])
-            reading = variant.read(text, seed if request.explain else None)
             if wanted == "live":  # a path that is asked for by name is waited for
-                return "live", *await self._in_time("reasoner", reading)
+                return "live", *await self._in_time("reasoner", self._read(asked, seed))
             left = self.settings.budget_ms - self.settings.ranker_ms - asked.watch.elapsed_ms
             try:
-                return "live", *await asyncio.wait_for(reading, max(left, 0.0) / 1000)
-            except Exception as error:  # late, overloaded or dead: there is an answer without it
+                return "live", *await asyncio.wait_for(self._read(asked, seed), max(left, 0.0) / 1000)
+            except Exception as error:  # late, overloaded, dead or given no text: there is an answer without it
                 self._passed_over("the reasoner", error)
         return "null", None, None
+
+    async def _read(self, asked: Prepared, seed: int) -> tuple[np.ndarray, str | None]:
+        text = asked.variant.reader.text(asked.row, asked.place)
+        return await asked.variant.read(text, seed if asked.request.explain else None)
 
     def _passed_over(self, what: str, error: Exception) -> None:
         reason = type(error).__name__

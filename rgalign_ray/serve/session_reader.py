@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rgalign_ray import storage
+from rgalign_ray.errors import DataError
 from rgalign_ray.logs import lists
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
-from rgalign_ray.schema import SESSIONS
+from rgalign_ray.schema import SESSIONS, is_list
 from rgalign_ray.serve import api
 
 GIVEN = ("region", "ts", "history")
@@ -26,6 +27,10 @@ class SessionError(Exception):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field, self.message = field, message
+
+
+class PromptError(SessionError):
+    """A session that the prompt's template fails on."""
 
 
 class SessionReader:
@@ -57,7 +62,7 @@ class SessionReader:
             if name not in self.features:
                 raise SessionError(place, "no feature of this model; /v1/models lists them")
             kind = self.schema.field(name).type
-            if isinstance(value, str) and pa.types.is_list(kind):  # Arrow would take its letters for a list
+            if isinstance(value, str) and is_list(kind):  # Arrow would take its letters for a list
                 raise SessionError(place, f"must be of type {kind}")
         ts = session.ts or api.now()
         # a log of what was served is a log: one whose events lie after the entry would be set aside
@@ -94,6 +99,18 @@ class SessionReader:
         """What the reasoner reads of each."""
         return self.template.sessions(self.table(rows))
 
+    def text(self, row: Mapping[str, Any], where: str = "session") -> str:
+        """What the reasoner reads of one session.
+
+        Raises:
+            PromptError: where the template fails on it, as it may on nulls and on an empty history.
+        """
+        try:
+            (text,) = self.texts([row])
+        except DataError as error:
+            raise PromptError(where, str(error)) from None
+        return text
+
     def texts_of(self, log: pa.Table) -> list[str]:
         """The same of sessions of a log, whose histories may be longer."""
         if "history" in log.column_names:
@@ -104,7 +121,7 @@ class SessionReader:
 
 def _fits(kind: pa.DataType) -> Callable[[Any], bool]:
     """Whether a value is surely of a type; of others Arrow decides, which takes milliseconds."""
-    if pa.types.is_list(kind):
+    if is_list(kind):
         of_one = _fits(kind.value_type)
         return lambda value: value is None or (isinstance(value, list) and all(map(of_one, value)))
     if pa.types.is_boolean(kind):

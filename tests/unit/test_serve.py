@@ -15,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
-from serve_data import INTENTS, SESSION, VECTOR, Models, gateway, read_as, variant
+from serve_data import INTENTS, SESSION, TEMPLATE, VECTOR, Models, gateway, read_as, variant
 
-from rgalign_ray import config
+from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
+from rgalign_ray.logs.feature_spec import FeatureSpec
+from rgalign_ray.schema import EVENT, TIMESTAMP
 from rgalign_ray.serve import api, app, feedback, query_store, web
 from rgalign_ray.serve import gateway as gateways
 from rgalign_ray.serve.access import Access, RefusedError, digest, digests
@@ -89,6 +92,31 @@ def test_a_reasoner_that_is_late_or_dead_is_done_without(reader: SessionReader, 
     if models.fails:
         with pytest.raises(RuntimeError, match="dead"):
             ask(made, path="live")
+
+
+def test_a_session_that_the_template_fails_on_is_answered_without_the_reasoner_or_refused(tmp_path: Path) -> None:
+    reader = read_as(tmp_path)
+    reader.template = reader.template.model_copy(update={"session": "{{ tab.upper() }}: {{ history[0].text }}"})
+    store = QueryStore(str(tmp_path / "store"), "r", dim=4, max_age_s=3600)
+    made = gateway(reader, Models(), store)
+    whole = SESSION | {"ts": "2026-01-02T00:00:00Z"}
+    whole |= {"history": [{"event": "chat", "text": "hi", "ts": "2026-01-01T00:00:00Z"}]}
+    no_tab = whole | {"features": {"hour": 3}}
+    with client(made) as http:
+        assert http.post("/v1/rank", json={"session": whole}).json()["path"] == "live"
+        for session in (SESSION, no_tab):
+            assert http.post("/v1/rank", json={"session": session}).json()["path"] == "null"
+            live = {"session": session, "path": "live"}
+            for path, body, place in (
+                ("/v1/rank", live, "session"),
+                ("/v1/rank:batch", {"requests": [{"session": whole}, live]}, "requests.1.session"),
+                ("/v1/refresh", {"session": session}, "session"),
+            ):
+                refused = http.post(path, json=body)
+                assert refused.status_code == 422 and refused.json()[0]["field"] == place, refused.text
+                assert "let it expect nulls and an empty history" in refused.json()[0]["message"]
+    assert made.counts.others == {("fallbacks", "PromptError"): 2} and made.admission.in_work == 0
+    store.close()
 
 
 def test_beyond_what_is_answered_in_time_requests_are_refused_at_once(reader: SessionReader) -> None:
@@ -203,6 +231,22 @@ def test_a_wrong_body_is_refused_by_its_field(reader: SessionReader, changes: di
         ):
             answer = http.post(path, json=body)
             assert answer.status_code == 422 and [each["field"] for each in answer.json()] == [where], answer.text
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.string()), pa.list_(pa.string(), 4)], ids=str)
+def test_a_text_is_no_list_of_its_letters_whatever_kind_of_list_the_log_has(tmp_path: Path, kind: pa.DataType) -> None:
+    log = pa.schema(
+        [("tab", pa.string()), ("cards", kind), ("ts", TIMESTAMP), ("history", pa.list_(EVENT))]
+    ).empty_table()
+    storage.write_table(str(tmp_path / "sessions/dt=2026-01-01/region=SG/0.parquet"), log)
+    spec = FeatureSpec.model_validate({"fields": [{"name": "cards", "kind": "multi"}]})
+    reader = SessionReader(str(tmp_path), spec, TEMPLATE, spec.history.length)
+    cards = ["visa", "amex", "jcb", "none"]
+    row = reader.row(api.Session(user_id="u1", region="SG", features={"cards": cards}))
+    assert reader.table([row])["cards"].to_pylist() == [cards]
+    assert reader._fits["cards"](cards), "else every request takes milliseconds"
+    with pytest.raises(SessionError, match=r"^session\.features\.cards: must be of type .*list"):
+        reader.row(api.Session(user_id="u1", region="SG", features={"cards": "visa"}))
 
 
 def test_over_http(reader: SessionReader) -> None:

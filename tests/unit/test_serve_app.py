@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.schema import DeploymentStatus
 
 from rgalign_ray import config
-from rgalign_ray.errors import ConfigError, InfrastructureError
+from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
 from rgalign_ray.serve import app, pair
 from rgalign_ray.serve.access import RefusedError, digest
 
@@ -158,6 +158,20 @@ def test_a_request_is_asked_of_another_replica_and_then_refused() -> None:
     with pytest.raises(RefusedError, match="2 replicas of the model died over it") as met:
         asyncio.run(app._again(dying(2), 7))
     assert met.value.status == 503 and met.value.headers
+
+
+def test_a_version_that_a_replica_does_not_have_is_refused_in_a_sentence_and_a_bug_is_not() -> None:
+    def failing(cause: Exception) -> Any:
+        async def remote() -> None:
+            raise RayTaskError("read", "Traceback", cause, "ray::Ranker", 1, "127.0.0.1").as_instanceof_cause()
+
+        return SimpleNamespace(remote=remote)
+
+    with pytest.raises(RefusedError, match=r"^run holds version b of round 1, not a\.$") as met:
+        asyncio.run(app._again(failing(DataError("run holds version b of round 1, not a."))))
+    assert met.value.status == 503 and met.value.headers["Retry-After"] == "1"
+    with pytest.raises(KeyError):
+        asyncio.run(app._again(failing(KeyError("bug"))))
 
 
 def test_a_service_ends_with_whoever_serves(monkeypatch: pytest.MonkeyPatch) -> None:
