@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from rgalign_ray.logs import partitions
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Text = Annotated[str, StringConstraints(max_length=4000)]
 Scalar = str | bool | int | float | None
@@ -32,6 +34,13 @@ def _utc(moment: datetime) -> datetime:
         raise ValueError("is, in UTC, not within the years 1 to 9999") from None
 
 
+def _region(region: str) -> str:
+    if not partitions.fits(region):
+        most, null = partitions.LONGEST, partitions.NULL
+        raise ValueError(f"must have at most {most} bytes, percent-encoded, and not be {null}: logs name folders by it")
+    return region
+
+
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_utc)]
 """In UTC and without a zone, as logs hold it."""
 
@@ -55,7 +64,8 @@ class Session(Strict):
     """The situation of a user as the chat opens."""
 
     user_id: Id
-    region: Annotated[Id, Field(examples=["SG"])]
+    region: Annotated[Id, AfterValidator(_region), Field(examples=["SG"])]
+    """At most 240 bytes, percent-encoded: logs have a folder for each."""
     ts: Moment | None = None
     """Time of the entry; UTC where no zone is given, and now where none is."""
     history: Annotated[list[Event], Field(max_length=500)] = []

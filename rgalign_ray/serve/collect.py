@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from rgalign_ray import progress, schema, storage
 from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.logs import partitions
 from rgalign_ray.logs.catalogue import INTENTS_FILE, Catalogue
-from rgalign_ray.logs.partitions import PartitionWriter
 from rgalign_ray.serve import feedback
 from rgalign_ray.serve.feedback import Answer
 from rgalign_ray.serve.pair import PairSpec
@@ -40,6 +40,8 @@ COUNTS = {
     "untold": "answers that nothing was told of, left out",
     "repeated": "answers to a request id that another machine had answered, left out",
     "forgotten": "answers to users who asked to be forgotten, left out",
+    "retired": "answers with an intent that the knowledge base no longer has, left out",
+    "no_folder": "answers of a region that no folder can be named after, left out",
     "unanswered": "feedback on answers that are not there",
     "not_shown": "clicks and resolutions of intents that were not shown, left out",
 }
@@ -94,9 +96,9 @@ def collect(folder: str, specs: Sequence[PairSpec], out_uri: str) -> dict[str, i
     counts = Counter(dict.fromkeys(COUNTS, 0))
     with storage.writing(out_uri) as out, progress.track("collect", len(told), "answers") as advance:
         storage.write_table(storage.join(out, INTENTS_FILE), catalogue.intents)
-        writer = PartitionWriter(storage.join(out, "sessions"))
+        writer = partitions.PartitionWriter(storage.join(out, "sessions"))
         met: set[str] = set()
-        found = _kept(files, told, forgotten, counts, met)
+        found = _kept(files, told, forgotten, catalogue, counts, met)
         while batch := list(islice(found, BATCH)):
             rows = [_row(answer, told[answer.request_id], catalogue.ids, counts) for answer in batch]
             writer.write(pa.Table.from_pylist(rows, schema=columns))
@@ -122,6 +124,7 @@ def _kept(
     files: Sequence[Path],
     told: dict[str, Told],
     forgotten: dict[str, datetime],
+    catalogue: Catalogue,
     counts: Counter[str],
     met: set[str],
 ) -> Iterator[Answer]:
@@ -137,6 +140,10 @@ def _kept(
                 counts["untold"] += 1
             elif repeated:
                 counts["repeated"] += 1
+            elif not catalogue.index.keys() >= {*answer.body["slate"], *(answer.body["candidates"] or ())}:
+                counts["retired"] += 1
+            elif not partitions.fits(answer.body["row"]["region"]):
+                counts["no_folder"] += 1
             else:
                 yield answer
 

@@ -168,7 +168,7 @@ def _answers(app: FastAPI, gateway: Gateway) -> None:
         """Reads a user's situation ahead of her visit."""
         return await gateway.refresh(request)
 
-    @app.delete("/v1/users/{user_id}", responses=BODY | KEPT)
+    @app.delete("/v1/users/{user_id:path}", responses=BODY | KEPT)
     async def forget(user_id: api.Id) -> api.ForgetResponse:
         """Removes what is kept of a user."""
         return await gateway.forget(user_id)

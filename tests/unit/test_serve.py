@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -209,6 +210,8 @@ def test_what_is_drawn_has_its_probability_and_is_drawn_alike_for_a_request(read
         ({"session": {**SESSION, "features": {"cards": "visa"}}}, "session.features.cards"),
         ({"session": {**SESSION, "features": {"need": "x"}}}, "session.features.need"),
         ({"session": {"user_id": "u1"}}, "session.region"),
+        ({"session": {**SESSION, "region": "é" * 41}}, "session.region"),
+        ({"session": {**SESSION, "region": "__HIVE_DEFAULT_PARTITION__"}}, "session.region"),
         ({"session": {**SESSION, "ts": "0001-01-01T00:00:00+14:00"}}, "session.ts"),
         ({"session": {**SESSION, "ts": "9999-12-31T23:00:00-10:00"}}, "session.ts"),
         ({"session": {**SESSION, "history": [{"event": "e", "ts": "0001-01-01T00:00+01:00"}]}}, "session.history.0.ts"),
@@ -465,6 +468,18 @@ def test_feedback_is_refused_where_the_disk_is_behind(
     assert refused.status_code == 507 and "others wait for the disk" in refused.json()[0]["message"]
     held.set()
     assert first.result(10) == 1
+    log.close()
+
+
+def test_whoever_is_answered_can_be_forgotten_whatever_her_id(reader: SessionReader, tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), lost=lambda _: None)
+    with client(gateway(reader, Models(), feedback=log)) as http:
+        for user_id in ("a/b", "/", "a/b/", "?", "../u1", "x" * 200):
+            assert http.post("/v1/rank", json={"session": SESSION | {"user_id": user_id}}).status_code == 200
+            assert http.delete(f"/v1/users/{quote(user_id, safe='')}").json() == {"answers": 1}, user_id
+        for user_id in ("", "x" * 201):
+            refused = http.delete(f"/v1/users/{user_id}")
+            assert refused.status_code == 422 and refused.json()[0]["field"] == "user_id"
     log.close()
 
 

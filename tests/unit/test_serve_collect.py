@@ -90,6 +90,8 @@ def test_answers_with_feedback_become_sessions(tmp_path: Path, spec: Any) -> Non
         "untold": 1,
         "repeated": 1,
         "forgotten": 1,
+        "retired": 0,
+        "no_folder": 0,
         "unanswered": 1,
         "not_shown": 1,
     }
@@ -125,6 +127,26 @@ def test_who_is_forgotten_is_so_whatever_time_her_client_told(tmp_path: Path, sp
     assert (counts["sessions"], counts["forgotten"]) == (1, 1)
     (row,) = storage.read_table(str(tmp_path / "log/sessions")).to_pylist()
     assert (row["session_id"], row["ts"]) == ("after", NOON)
+
+
+def test_answers_about_intents_that_are_no_more_are_left_out(tmp_path: Path, spec: Any) -> None:
+    given = [answer("here"), answer("shown", slate=["i2", "old"]), answer("asked", candidates=["i0", "i2", "old"])]
+    written(tmp_path / "one", given, [(each.request_id, {"clicks": [each.body["slate"][1]]}) for each in given])
+    counts = collect(str(tmp_path / "one"), [spec], str(tmp_path / "log"))
+    assert {name: count for name, count in counts.items() if count} == {"sessions": 1, "clicked": 1, "retired": 2}
+    assert storage.read_table(str(tmp_path / "log/sessions"))["session_id"].to_pylist() == ["here"]
+
+
+def test_answers_of_a_region_that_no_folder_can_be_named_after_are_left_out(tmp_path: Path, spec: Any) -> None:
+    regions = {"a": "é" * 40, "b": "é" * 41, "c": "x" * 255, "d": "__HIVE_DEFAULT_PARTITION__", "e": "A/B"}
+    given = [answer(name) for name in regions]
+    for each in given:
+        each.body["row"] = each.body["row"] | {"region": regions[each.request_id]}
+    written(tmp_path / "one", given, [(name, {}) for name in regions])
+    counts = collect(str(tmp_path / "one"), [spec], str(tmp_path / "log"))
+    assert {name: count for name, count in counts.items() if count} == {"sessions": 2, "no_folder": 3}
+    rows = storage.read_table(str(tmp_path / "log/sessions")).to_pylist()
+    assert {row["session_id"]: row["region"] for row in rows} == {name: regions[name] for name in "ae"}
 
 
 def test_the_next_run_reads_it(tmp_path: Path, spec: Any) -> None:
