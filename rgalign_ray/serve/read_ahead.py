@@ -10,10 +10,12 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rgalign_ray import config, progress, ray_stacks
 from rgalign_ray.logs import stream
 from rgalign_ray.rollout.encode import as_user_errors, by_encoders, room
+from rgalign_ray.schema import TIMESTAMP
 from rgalign_ray.serve import query_store
 from rgalign_ray.serve.pair import FrozenReasoner, PairSpec
 from rgalign_ray.serve.query_store import Kept
@@ -30,6 +32,8 @@ class Reader:
             return self._vectors(batch)
 
     def _vectors(self, batch: pa.Table) -> pa.Table:
+        at = batch.column_names.index("ts")  # of a log that no ingest has read it may have a zone
+        batch = batch.set_column(at, "ts", pc.cast(batch["ts"], TIMESTAMP, safe=False))
         texts = self.reader.texts_of(batch)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # of like length, so that little is padding
         vectors: list[bytes] = [b""] * len(texts)
