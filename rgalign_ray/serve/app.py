@@ -131,7 +131,7 @@ class Reasoner:
     """Reads session texts, many at once."""
 
     def __init__(self, settings: Config) -> None:
-        self.served = Served(settings, Versions[FrozenReasoner](FrozenReasoner))
+        self.served = Served(settings, Versions[FrozenReasoner](FrozenReasoner, settings.reasoner))
         self.sampling = settings.rollout.sampling
         self._read.set_max_batch_size(settings.serve.batch)
         self._read.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
@@ -159,7 +159,7 @@ class Ranker:
     """Scores sessions, many at once."""
 
     def __init__(self, settings: Config) -> None:
-        self.served = Served(settings, Versions[FrozenRanker](FrozenRanker), self.tell_drift)
+        self.served = Served(settings, Versions[FrozenRanker](FrozenRanker, settings.reasoner), self.tell_drift)
         self._score.set_max_batch_size(settings.serve.batch)
         self._score.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
 

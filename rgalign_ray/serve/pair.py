@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Generic, TypeVar
 from urllib.parse import unquote
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from pydantic import ValidationError
 
 from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError, DataError
@@ -87,8 +89,11 @@ class Source:
     version: str
 
 
-def find(run_uri: str, round_: int | None = None) -> PairSpec:
+def find(run_uri: str, round_: int | None = None, here: config.Reasoner | None = None) -> PairSpec:
     """The pair that a run directory holds: that of a round, or of the last round that is whole.
+
+    Args:
+        here: whose device and threads count where the pair is served, all else being the run's; None: the run's too.
 
     Raises:
         ConfigError: where there is no such run, or the round is not whole.
@@ -104,11 +109,15 @@ def find(run_uri: str, round_: int | None = None) -> PairSpec:
     if not whole or storage.read_manifest(run.uri("sessions")) is None:
         raise ConfigError(f"serve.round: {run_uri} has no whole {missing}; `rgalign loop` makes it.")
     ranker_uri, embeddings = run.uri(f"rankers_{whole[0]}", "qe_rec"), run.uri(f"embeddings_{whole[0]}")
+    engine = engine_of_run(run, whole[0])
+    if here is not None:
+        its = engine.reasoner.model_copy(update={"device": here.device, "threads": here.threads})
+        engine = replace(engine, reasoner=its)
     return PairSpec(
         run_uri=run_uri,
         sessions_uri=run.uri("sessions"),
         ranker_uri=ranker_uri,
-        engine=engine_of_run(run, whole[0]),
+        engine=engine,
         prompt=Template.of_run(embeddings),
         round_=whole[0],
         meta=scoring.load_meta(ranker_uri),
@@ -133,7 +142,7 @@ def pairs(settings: config.Config) -> dict[str, PairSpec]:
     for variant in variants_of(settings.serve):
         run_uri = settings.model_copy(update={"run_dir": variant.run_dir or settings.run_dir}).run_uri
         round_ = settings.serve.round if variant.round is None else variant.round
-        found[variant.name] = find(run_uri, round_)
+        found[variant.name] = find(run_uri, round_, settings.reasoner)
     return found
 
 
@@ -142,10 +151,11 @@ class Versions(Generic[Model]):
 
     Args:
         make: loads one.
+        here: as for `find`.
     """
 
-    def __init__(self, make: Callable[[PairSpec], Model]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[PairSpec], Model], here: config.Reasoner) -> None:
+        self._make, self._here = make, here
         self._models: dict[Source, Model] = {}
         self._wanted: list[Source] = []
         self._used: dict[Source, float] = {}
@@ -163,7 +173,7 @@ class Versions(Generic[Model]):
             return model
         with self._lock:
             if source not in self._models:
-                spec = find(source.run_uri, source.round_)
+                spec = find(source.run_uri, source.round_, self._here)
                 if spec.version != source.version:
                     raise DataError(
                         f"{source.run_uri} holds version {spec.version} of round {source.round_}, not {source.version}."
@@ -257,14 +267,26 @@ class FrozenRanker:
 
 
 def example_sessions(spec: PairSpec, number: int) -> list[Row]:
-    """Sessions of test users with what their clients would send, for people to try: those who said most."""
+    """Sessions of test users with what their clients would send, for people to try: those who said most.
+
+    What the API would refuse, as a longer text or a column that is no JSON, is left out.
+    """
     if not number:
         return []
-    columns = ["session_id", "user_id", *spec.reader().schema.names]
+    reader = spec.reader()
+    columns = ["session_id", "user_id", *reader.schema.names]
     found: list[Row] = [row for table in _sessions(spec, "test", columns, EXAMPLE_FILES) for row in table.to_pylist()]
     said = [sum(len(event["text"] or "") for event in row["history"] or []) for row in found]
     order = sorted(range(len(found)), key=lambda at: (-said[at], found[at]["session_id"]))
-    return [found[at] for at in order[:number]]
+    return list(islice((found[at] for at in order if _can_be_asked(reader, found[at])), number))
+
+
+def _can_be_asked(reader: SessionReader, row: Row) -> bool:
+    try:
+        reader.session(row)
+    except ValidationError:
+        return False
+    return True
 
 
 def _learned_from(spec: PairSpec, columns: list[str]) -> pa.Table:
@@ -279,7 +301,7 @@ def _sessions(spec: PairSpec, role: str, columns: list[str], files: int) -> Iter
     stored = [name for name in columns if name != "region"]
     for file in found[:: max(1, len(found) // files)]:
         table = storage.read_table(file, columns=stored, filters=pc.field("role") == role)
-        (region,) = (unquote(part[7:]) for part in storage.pure_path(file).parts if part.startswith("region="))
+        region = unquote(storage.pure_path(file).parent.name.removeprefix("region="))
         yield table.append_column("region", pa.repeat(region, len(table))).select(columns)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
+import pytest
 from serve_data import SESSION, read_as
 
 from rgalign_ray import config, storage
@@ -17,7 +18,7 @@ from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker import scoring
 from rgalign_ray.reasoner.engine import EngineSpec
 from rgalign_ray.schema import EVENT, TIMESTAMP
-from rgalign_ray.serve import api
+from rgalign_ray.serve import api, pair
 from rgalign_ray.serve.pair import PairSpec
 
 
@@ -64,3 +65,55 @@ def test_the_service_reads_as_much_history_as_training_did(tmp_path: Path) -> No
     history = pa.array([events], pa.list_(EVENT))
     log = pa.table({"tab": ["open"], "ts": pa.array(when[-1:], TIMESTAMP), "history": history})
     assert reader.texts_of(log) == ["open: 5, 4, 3"]
+
+
+def test_device_and_threads_are_where_it_is_served_and_all_else_is_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = {"model": "tiny", "dtype": "float32", "device": "cuda", "threads": 8}
+    made = config.validate({"run_dir": str(tmp_path), "reasoner": trained})
+    run = Run(made)
+    storage.write_json(run.uri("config.json"), made.model_dump(mode="json"))
+    for stage in ("sessions", "rankers_0"):
+        storage.write_json(run.uri(stage, storage.MANIFEST), storage.Manifest(stage=stage, key="k").model_dump())
+    keep_reader(engine_spec(run, 0), run.uri("embeddings_0"))
+    Template.load("shop").keep(run.uri("embeddings_0"))
+    meta = SimpleNamespace(reasoner_version="tiny", version="1")
+    monkeypatch.setattr(scoring, "load_meta", lambda _: meta)
+    here = {"model": "smollm2", "dtype": "bfloat16", "device": "cpu", "threads": 2}
+    (spec,) = pair.pairs(config.validate({"run_dir": str(tmp_path), "reasoner": here})).values()
+    assert spec.engine.reasoner == made.reasoner.model_copy(
+        update={"engine": "transformers", "device": "cpu", "threads": 2}
+    )
+    assert pair.find(str(tmp_path)).engine == engine_spec(run, 0)
+    assert pair.find(str(tmp_path)).source == spec.source, "they change no version"
+    versions = pair.Versions[PairSpec](lambda its: its, config.Reasoner(device="cpu", threads=2))
+    assert versions.get(spec.source) == spec, "so it is where the model is loaded"
+
+
+def served(folder: Path, rows: list[dict[str, Any]]) -> PairSpec:
+    """A pair whose log holds these test sessions."""
+    reader = read_as(folder)
+    storage.delete(str(folder / "sessions"))  # which has no role
+    types: list[Any] = [("session_id", pa.string()), ("user_id", pa.string()), ("role", pa.string())]
+    stored = pa.schema([*types, *(field for field in reader.schema if field.name != "region")])
+    table = pa.Table.from_pylist([{"role": "test"} | row for row in rows], schema=stored)
+    storage.write_table(str(folder / "sessions/dt=2026-01-01/region=A%2FB/0.parquet"), table)
+    return cast(PairSpec, SimpleNamespace(sessions_uri=str(folder), reader=lambda: reader))
+
+
+def test_the_region_is_the_folder_of_the_file_wherever_the_run_lies(tmp_path: Path) -> None:
+    spec = served(tmp_path / "region=SG/run", [{"session_id": "s1", "user_id": "u1", "ts": datetime(2026, 1, 1)}])
+    (row,) = pair.example_sessions(spec, 3)
+    assert row["region"] == "A/B"
+
+
+def test_examples_are_sessions_that_the_service_would_answer(tmp_path: Path) -> None:
+    entry = datetime(2026, 1, 2)
+    said = {"longest": "x" * 4001, "long": "x" * 4000, "short": "x", "silent": ""}
+    rows = [
+        {"session_id": name, "user_id": "u1", "ts": entry, "history": [{"event": "chat", "text": text, "ts": entry}]}
+        for name, text in said.items()
+    ]
+    found = pair.example_sessions(served(tmp_path, rows), 2)
+    assert [row["session_id"] for row in found] == ["long", "short"]
