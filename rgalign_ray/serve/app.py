@@ -16,18 +16,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from rgalign_ray import config, progress, ray_metrics
 from rgalign_ray.config import Config
@@ -53,6 +54,8 @@ READY_DEADLINE_S = 5.0
 LOAD_DEADLINE_S = 600.0
 UP_DEADLINE_S, GROWN_DEADLINE_S = 600.0, 1800.0
 """For the service to come up; the latter where nodes for it are added first."""
+ENDED_DEADLINE_S, LOOKS_EVERY_S = 60.0, 0.5
+"""For one that is being ended to be gone, and how often that is looked at."""
 PROBE_S = 3.0
 TRIES = 2
 EXAMPLES = 12
@@ -61,6 +64,8 @@ WAKES_EVERY_S = 3600.0
 QUIET = {"log_level": "WARNING"}
 FAULTS = (RuntimeError, TimeoutError, RayError, RayServeException)
 """What Ray Serve raises where it does not start, or an application does not."""
+_own: set[tuple[str, str]] = set()
+"""Jobs of Ray by which this process has deployed the service."""
 
 Loaded = TypeVar("Loaded")
 
@@ -389,17 +394,53 @@ def _unused(host: str, port: int) -> None:
     raise ConfigError(f"serve.port: something listens on {host}:{port} already; set another.")
 
 
+def _job() -> tuple[str, str]:
+    """The cluster, and this driver's job on it."""
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_job_id()
+
+
+def _is_up() -> bool:
+    """Whether the cluster has the service, whoever deployed it; one that is being ended is waited for."""
+    end = time.monotonic() + ENDED_DEADLINE_S
+    while True:
+        try:
+            found = serve.status().applications.get(NAME)
+        except ActorDiedError:  # Ray Serve has ended with it
+            return False
+        if found is None or found.status != ApplicationStatus.DELETING or time.monotonic() > end:
+            return found is not None
+        time.sleep(LOOKS_EVERY_S)
+
+
+def _withdraw() -> None:
+    """Ends the service, and Ray Serve where it serves nothing else: proxies that stay keep the address they have."""
+    with suppress(*FAULTS):  # where Ray Serve is gone, so is the service
+        if serve.status().applications.keys() - {NAME}:
+            serve.delete(NAME, _blocking=False)
+        else:
+            serve.shutdown()
+
+
 def _deploy(app: Application, it: config.Serve, deadline_s: float) -> None:
     """Has Ray Serve bring the application up; one that was not there before, and does not come up, is withdrawn.
 
     Raises:
+        ConfigError: where another driver serves on this cluster.
         InfrastructureError: when it fails, or is not up within `deadline_s` seconds, with what is not, and why.
     """
     try:
+        is_new = not _is_up()
+        if is_new:
+            _own.discard(_job())  # somebody may have ended what it had deployed
+        elif _job() not in _own:
+            raise ConfigError(
+                "cluster.address: this cluster serves already, and holds no second service; end that one first, by "
+                "`rgalign stop` with its job in `rgalign status`, or by `serve shutdown` if its driver was killed."
+            )
         serve.start(http_options={"host": it.host, "port": it.port}, logging_config=QUIET)
     except FAULTS as error:
         raise InfrastructureError(f"Ray Serve did not start on {it.host}:{it.port} ({first_line(error)}).") from None
-    is_new = NAME not in serve.status().applications
     up: Future[DeploymentHandle] = Future()
 
     def deploy() -> None:
@@ -411,12 +452,14 @@ def _deploy(app: Application, it: config.Serve, deadline_s: float) -> None:
     threading.Thread(target=deploy, name="deploy", daemon=True).start()  # it waits for room as long as there is none
     try:
         up.result(deadline_s)
+        _own.add(_job())
     except FAULTS as error:
         how = "failed to start" if up.done() else f"is not up after {deadline_s:g} s"
         told = f"the service {how}: {_not_up() or first_line(error)}; {_room()}."
-        if is_new:
-            serve.delete(NAME, _blocking=False)
         raise InfrastructureError(told) from None
+    finally:
+        if is_new and _job() not in _own:  # also where who waits for it is interrupted
+            _withdraw()
 
 
 def _not_up() -> str:
@@ -441,7 +484,7 @@ def run(settings: Config, blocking: bool = True) -> None:
 
     Raises:
         ConfigError: as `application`, where the host cannot be resolved, or the port is taken, and where the cluster
-            could never hold the replicas.
+            could never hold the replicas, and as `_deploy`.
         InfrastructureError: when Ray does not start, or the address does not answer, and as `_deploy`.
     """
     app, it = application(settings), settings.serve
@@ -461,4 +504,4 @@ def run(settings: Config, blocking: bool = True) -> None:
             time.sleep(WAKES_EVERY_S)
     finally:
         if blocking:  # on a cluster it would outlive whoever deployed it, and nobody could tell whose it is
-            serve.delete(NAME, _blocking=False)
+            _withdraw()

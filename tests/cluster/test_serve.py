@@ -263,6 +263,15 @@ def test_feedback_becomes_a_log(address: str, run: Config, log: pa.Table, tmp_pa
         ] == [1]
 
 
+def test_another_driver_is_refused_and_the_service_goes_on(
+    address: str, run: Config, log: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_own", set())
+    with pytest.raises(ConfigError, match="this cluster serves already"):
+        app.run(run)
+    assert call(f"{address}/v1/rank", bodies(run, log.slice(0, 1), "null")[0] | {"request_id": None})["intents"]
+
+
 def test_what_is_not_there_cannot_be_served(run: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^run_dir: .* holds no run; `rgalign loop` makes one"):
         pair.find(str(tmp_path))

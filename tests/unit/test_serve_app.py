@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.schema import DeploymentStatus
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError, DataError, InfrastructureError
@@ -73,10 +73,12 @@ def test_a_host_that_is_none_is_refused_by_name(host: str) -> None:
 class Serve:
     """As `ray.serve`, with an application that comes up, fails, or never does either."""
 
-    def __init__(self, deploys: Callable[[], object], there: tuple[str, ...] = ()) -> None:
+    def __init__(self, deploys: Callable[[], object], there: tuple[str, ...] = (), status: str = "RUNNING") -> None:
         self.deploys = deploys
-        self.applications: dict[str, Any] = dict.fromkeys(there)
+        its = SimpleNamespace(status=ApplicationStatus(status))
+        self.applications: dict[str, Any] = dict.fromkeys(there, its)
         self.withdrawn: list[str] = []
+        self.ended = False
 
     def start(self, **_: Any) -> None:
         pass
@@ -88,7 +90,7 @@ class Serve:
             deployment: SimpleNamespace(status=DeploymentStatus(status), message=message)
             for deployment, (status, message) in told.items()
         }
-        self.applications[name] = SimpleNamespace(deployments=deployments)
+        self.applications[name] = SimpleNamespace(status=ApplicationStatus("DEPLOYING"), deployments=deployments)
         return self.deploys()
 
     def status(self) -> Any:
@@ -97,10 +99,26 @@ class Serve:
     def delete(self, name: str, _blocking: bool) -> None:
         self.withdrawn.append(name)
 
+    def shutdown(self) -> None:
+        self.ended = True
 
+
+JOB = ("127.0.0.1:6379", "01000000")
 RAY = SimpleNamespace(
-    available_resources=lambda: {"CPU": 0.5}, cluster_resources=lambda: {"CPU": 2.0, "GPU": 1.0, "memory": 1e9}
+    available_resources=lambda: {"CPU": 0.5},
+    cluster_resources=lambda: {"CPU": 2.0, "GPU": 1.0, "memory": 1e9},
+    get_runtime_context=lambda: SimpleNamespace(gcs_address=JOB[0], get_job_id=lambda: JOB[1]),
 )
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Of a process that has deployed nothing yet."""
+    monkeypatch.setattr(app, "ray", RAY)
+    monkeypatch.setattr(app, "_own", set())
+    return app._own
+
+
 FAULT = (
     r"Ranker: updating; Reasoner: The deployment failed to start 3 times\. DataError: no weights; "
     r"the cluster has 0\.5 of 2 CPUs and 0 of 1 GPUs free\.$"
@@ -119,23 +137,28 @@ def fails() -> None:
     ],
     ids=["fails", "waits"],
 )
-@pytest.mark.parametrize("there", [(), (app.NAME,)], ids=["new", "there before"])
+@pytest.mark.parametrize("there", [(), (app.NAME,), ("other",)], ids=["new", "its own before", "beside another"])
 def test_a_service_that_does_not_come_up_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, deploys: Callable[[], object], told: str, there: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    own: set[tuple[str, str]],
+    deploys: Callable[[], object],
+    told: str,
+    there: tuple[str, ...],
 ) -> None:
     serve = Serve(deploys, there)
     monkeypatch.setattr(app, "serve", serve)
-    monkeypatch.setattr(app, "ray", RAY)
+    own.add(JOB)  # of now, or of one that has been ended since
     with pytest.raises(InfrastructureError, match=told) as met:
         app._deploy(None, config.Serve(), deadline_s=0.2)  # type: ignore[arg-type]
     assert met.value.__cause__ is None, "else the command line would show where"
-    assert serve.withdrawn == ([] if there else [app.NAME])
+    assert (serve.withdrawn, serve.ended) == ([app.NAME] * ("other" in there), not there)
 
 
 def test_a_service_that_comes_up_is_left_there_and_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "serve", up := Serve(lambda: "handle"))
     app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
-    assert not up.withdrawn
+    assert not up.withdrawn and not up.ended
+    app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
     monkeypatch.setattr(app, "serve", Serve(lambda: {}["bug"]))  # type: ignore[index]
     with pytest.raises(KeyError):
         app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
@@ -182,12 +205,55 @@ def test_a_service_ends_with_whoever_serves(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(app.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         app.run(config.Config())
-    assert up.withdrawn == [app.NAME]
+    assert up.ended and not up.withdrawn, "proxies that stay keep their address"
+    monkeypatch.setattr(app, "serve", up := Serve(lambda: "handle", ("other",)))
     app.run(config.Config(), blocking=False)
-    assert up.withdrawn == [app.NAME], "whoever does not wait for it has it"
+    assert not up.ended and not up.withdrawn, "whoever does not wait for it has it"
+    with pytest.raises(KeyboardInterrupt):
+        app.run(config.Config())
+    assert up.withdrawn == [app.NAME] and not up.ended, "what else is served goes on"
 
 
-def interrupted(_: float) -> None:
+@pytest.mark.parametrize("its", ["RUNNING", "DEPLOYING", "DEPLOY_FAILED", "UNHEALTHY"])
+def test_a_second_service_on_a_cluster_is_refused_and_the_first_goes_on(
+    monkeypatch: pytest.MonkeyPatch, its: str
+) -> None:
+    monkeypatch.setattr(app, "serve", up := Serve(lambda: pytest.fail("deployed"), (app.NAME,), its))
+    with pytest.raises(ConfigError, match=r"^cluster\.address: this cluster serves already.* `rgalign stop`"):
+        app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+    assert not up.withdrawn and not up.ended
+
+
+@pytest.mark.parametrize("serve_ends", [False, True])
+def test_a_service_that_is_being_ended_is_waited_for(monkeypatch: pytest.MonkeyPatch, serve_ends: bool) -> None:
+    up = Serve(lambda: "handle", (app.NAME,), "DELETING")
+    looks: list[int] = []
+    status = up.status
+
+    def look() -> Any:
+        looks.append(len(looks))
+        if len(looks) == 3:
+            up.applications.clear()
+            if serve_ends:
+                raise ActorDiedError
+        return status()
+
+    monkeypatch.setattr(up, "status", look)
+    monkeypatch.setattr(app, "serve", up)
+    monkeypatch.setattr(app, "LOOKS_EVERY_S", 0.0)
+    app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+    assert len(looks) == 3 and app.NAME in up.applications
+
+
+def test_a_service_that_is_interrupted_as_it_comes_up_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "serve", up := Serve(threading.Event().wait))
+    monkeypatch.setattr(app.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        app._deploy(None, config.Serve(), deadline_s=10.0)  # type: ignore[arg-type]
+    assert up.ended
+
+
+def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -195,7 +261,8 @@ def test_proxies_that_do_not_start_are_one_sentence(monkeypatch: pytest.MonkeyPa
     def start(**_: Any) -> None:
         raise TimeoutError("HTTP proxies not available after 60s.")
 
-    monkeypatch.setattr(app, "serve", SimpleNamespace(start=start))
+    monkeypatch.setattr(app, "serve", up := Serve(lambda: pytest.fail("deployed")))
+    monkeypatch.setattr(up, "start", start)
     with pytest.raises(InfrastructureError, match=r"^Ray Serve did not start on 127\.0\.0\.1:8000 \(HTTP proxies"):
         app._deploy(None, config.Serve(), deadline_s=1.0)  # type: ignore[arg-type]
 
