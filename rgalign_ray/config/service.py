@@ -22,11 +22,15 @@ class Cluster(Settings):
     not refused."""
 
 
+def _anywhere(place: str) -> str:
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
 class Variant(Settings):
     """A pair that some of the users are answered by."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    run_dir: Place | None = None
+    run_dir: Annotated[Place, AfterValidator(_anywhere)] | None = None
     """None: the configuration's own."""
     round: Annotated[int, Field(ge=0)] | None = None
     """As `serve.round`."""

@@ -257,8 +257,7 @@ def anywhere(config: Config) -> dict[str, Any]:
 def _places(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Where settings name folders and files that do not travel, likewise: the cluster's nodes must see them."""
     places = [(data["log"], key) for key in ("uri", "intents", "candidate_sets")]
-    places += [(data["encode"], "kept"), *((data["serve"], key) for key in ("store", "feedback", "keys"))]
-    places += [(variant, "run_dir") for variant in data["serve"]["variants"] or []]
+    places.append((data["encode"], "kept"))
     llms = [data["reasoner"], data["compare"]["encoder"], *data["teachers"]]
     return places + [(llm, "model") for llm in llms if os.path.isdir(llm["model"] or "")]
 

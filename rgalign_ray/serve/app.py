@@ -342,6 +342,7 @@ def application(settings: Config) -> Application:
     Raises:
         ConfigError: as `pair.find`, and where keys cannot be read.
     """
+    settings = settings.model_copy(update={"run_dir": settings.run_uri})  # replicas work in other folders
     it = settings.serve
     pair.pairs(settings)
     keys = access.digests(it)
