@@ -92,7 +92,9 @@ def test_clicked_validation_sessions_with_a_query_are_audited(place: Path, spec:
     written = pa.table({"id": ["s0", "s1", "s1", "s3", "s4"], "readout": ["query", "query", "prompt", "query", "query"],
                         "query": ["a", "refund", None, "parcel", "card"]})  # fmt: skip
     storage.write_table(str(tmp_path / "embeddings_1/part.parquet"), written)
-    made = settings(tmp_path, prompt={"template": spec.template}, compare={"max_text_tokens": spec.max_text_tokens})
+    (tmp_path / "template.yaml").write_text(spec.template.model_dump_json())
+    prompt = {"template": str(tmp_path / "template.yaml")}
+    made = settings(tmp_path, prompt=prompt, compare={"max_text_tokens": spec.max_text_tokens})
     assert made.compare.encoder == ENCODER
     run = Run(made, {"sessions": str(tmp_path / "log"), "auditor": str(place)})
     outcome = audit_stages.audit(run, str(tmp_path / "audited_1"), 1)
