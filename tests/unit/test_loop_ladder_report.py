@@ -115,9 +115,9 @@ def test_the_best_rival_is_chosen_as_rows_rank() -> None:
 
 
 def test_what_learned_from_fewer_sessions_is_not_held_against_what_learned_from_more() -> None:
-    names: list[config.RowName] = ["din", "din_more", "qe_rec", "rgalign", "true_need"]
-    pairs = ladder_report.claims(names, {"din": 0.6, "din_more": 0.7})
+    names: list[config.RowName] = ["din", "din_more", "din_sentence", "qe_rec", "rgalign", "true_need"]
+    pairs = ladder_report.claims(names, {"din_sentence": 0.5, "din": 0.6, "din_more": 0.7})
     assert ("qe_rec", "din") in pairs and ("true_need", "din") in pairs
     assert not [pair for pair in pairs if pair[1] == "din_more" and pair[0] != "rgalign"]
     held = [worse for better, worse in pairs if better == "rgalign" and ladder_report.ROWS[worse].rival]
-    assert held == ["din_more", "din"], "its share of the headroom is told of the first, which knows as much"
+    assert held == ["din_more", "din", "din_sentence"], "its share of the headroom is told of the first, which knows as much"
