@@ -99,6 +99,9 @@ class Gradient(Embedding):
     lr: Positive = 1e-3
     epochs: Count = 3
     text_weight: Annotated[float, Field(ge=0.0)] = 0.1
+    through: Literal["all", "match"] = "all"
+    """What of the ranker the loss goes back through: all, or the match of texts alone. The query tower has learned from
+    the log what is shown, and moves all sessions alike towards that; the match says which intents a text is near."""
 
 
 class Latent(Embedding):

@@ -3,7 +3,8 @@
   e ──▶ query tower ──▶ z ──▶ the whole ranker ──▶ scores ──▶ ListNet against the session's clicks
 
 Nothing is sampled, judged or selected: whatever does so must do better than this. Of several rankers it is the mean
-loss. With `reward.resolved_weight` the loss asks for resolved clicks in the same proportion as the reward.
+loss; with `gradient.through: match` it goes back through the match of texts alone. With `reward.resolved_weight` it
+asks for resolved clicks in the same proportion as the reward.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rgalign_ray import config
+from rgalign_ray.errors import DataError
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.frozen import FrozenRankers
 from rgalign_ray.ranker.losses import masked_log_softmax
+from rgalign_ray.ranker.qe_rec import QERec
 
 
 def train(task: LearnerTask, host: Host) -> dict[str, Any]:
@@ -30,18 +34,33 @@ def train(task: LearnerTask, host: Host) -> dict[str, Any]:
 
 
 class RankingLoss:
-    """ListNet (top one) of the frozen ranker's scores."""
+    """ListNet (top one) of the frozen ranker's scores.
+
+    Raises:
+        DataError: where it shall go through the match of texts, and a ranker has none.
+    """
 
     measure = "reward"
 
     def __init__(self, task: LearnerTask, table: pa.Table) -> None:
+        assert isinstance(task.optimisation, config.Gradient)
+        self.through = task.optimisation.through
         self.rankers = FrozenRankers(task)
+        if self.through == "match" and not all(ranker.match and ranker.match.dim for ranker in self.rankers.models):
+            raise DataError(
+                "gradient.through: the ranker compares no texts; set it to all, or ranker.text_match to true."
+            )
         assert self.rankers.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         batch = self.rankers.batch(rows)
         is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        scores = self.rankers.scores(lambda ranker: ranker.queries(embeddings, is_null), batch)
+
+        def read(ranker: QERec) -> Tensor:
+            z, match = ranker.parted(ranker.queries(embeddings, is_null))
+            return torch.cat([z.detach() if self.through == "match" else z, match], dim=-1)
+
+        scores = self.rankers.scores(read, batch)
         exists, labels = batch["candidates"] >= 0, self.rankers.labels.take(np.asarray(rows))
 
         def reward_of(relevant: np.ndarray) -> Tensor:

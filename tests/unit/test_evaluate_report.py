@@ -157,7 +157,16 @@ def page_text() -> str:
 def test_the_page_holds_every_figure(page_text: str) -> None:
     page = Page(page_text)
     assert page.open == []
-    for figure in ("0.9123", "0.6000 … 0.8000", "not separated", "−0.0030", "25 %", "0.7500", "1 min 15 s", "1,234 MiB"):
+    for figure in (
+        "0.9123",
+        "0.6000 … 0.8000",
+        "not separated",
+        "−0.0030",
+        "25 %",
+        "0.7500",
+        "1 min 15 s",
+        "1,234 MiB",
+    ):
         assert figure in page.text, figure
     assert "2,500 sessions came in; 5 were set aside" in page.text
     for figure in ("+0.0123", "± 0.0040", "0.3100", "−0.0021"):

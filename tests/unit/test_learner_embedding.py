@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from learner_data import INTENTS, REASONER, SESSIONS, WORDS, task, write_round
 
 from rgalign_ray import config, storage
+from rgalign_ray.errors import DataError
 from rgalign_ray.learner import contrastive, embedding, frozen, gradient, latent, token_rows, training
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRankers, Read
 from rgalign_ray.ranker import scoring
 from rgalign_ray.ranker.qe_rec import QERec
+from rgalign_ray.ranker.sizes import Sizes
+from rgalign_ray.ranker.whitening import Moments
 from rgalign_ray.reasoner import models
 from rgalign_ray.reasoner.engine import Prompts
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine
@@ -229,6 +232,41 @@ def test_several_rankers_are_one_judge(
     one, another, both = found
     assert not torch.allclose(one, another, rtol=1e-2)
     torch.testing.assert_close(both, (one + another) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ranking_loss_may_go_through_the_match_of_texts_alone(folder: Path, tmp_path: Path) -> None:
+    table = storage.read_table(str(folder / "data/positives/0.parquet"))
+    through_match = config.Gradient(through="match")
+    with pytest.raises(DataError, match=r"^gradient\.through: the ranker compares no texts; set it to all, or ranker"):
+        gradient.RankingLoss(task(folder, tmp_path, through_match), table)
+    loaded, draw = scoring.load(str(folder / "ranker")), np.random.default_rng(0)
+    settings, sizes = loaded.meta.settings.changed({"text_match": True}), loaded.meta.sizes | {"match_dim": 8}
+    ranker = QERec(Sizes(**sizes), settings)
+    assert ranker.match is not None
+    for tensor in ranker.state_dict().values():
+        if tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.4)
+    prompt = Moments.of(draw.normal(size=(50, 32)))
+    ranker.match.fit(draw.normal(size=(len(INTENTS), 32)), prompt, prompt)
+    meta = loaded.meta.model_copy(update={"settings": settings, "sizes": sizes})
+    scoring.save(ranker, str(tmp_path / "ranker"), meta)
+    moved = []
+    for optimisation in (config.Gradient(), through_match):
+        work = task(folder, tmp_path, optimisation)
+        assert work.pair is not None
+        asked = gradient.RankingLoss(replace(work, pair=replace(work.pair, rankers=(str(tmp_path / "ranker"),))), table)
+        embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss, _ = asked(embeddings, [0, 1, 2, 3], 0)
+        loss.sum().backward()
+        moved.append((loss.detach(), embeddings.grad))
+        (model,) = asked.rankers.models
+        assert model.match is not None
+        model.match.gate.zero_()  # then nothing is left to go through but the towers
+        again = embeddings.detach().requires_grad_()
+        asked(again, [0, 1, 2, 3], 0)[0].sum().backward()
+        assert again.grad is not None and bool(again.grad.abs().max() > 1e-4) == (optimisation.through == "all")
+    torch.testing.assert_close(moved[0][0], moved[1][0])
+    assert not torch.allclose(moved[0][1], moved[1][1], rtol=1e-2)
 
 
 def test_rankers_are_asked_as_the_reward_says(folder: Path, tmp_path: Path) -> None:
