@@ -120,6 +120,4 @@ def test_what_learned_from_fewer_sessions_is_not_held_against_what_learned_from_
     assert ("qe_rec", "din") in pairs and ("true_need", "din") in pairs
     assert not [pair for pair in pairs if pair[1] == "din_more" and pair[0] != "rgalign"]
     held = [worse for better, worse in pairs if better == "rgalign" and ladder_report.ROWS[worse].rival]
-    assert held == ["din_more", "din", "din_sentence"], (
-        "its headroom is told of the first, which knows as much"
-    )
+    assert held == ["din_more", "din", "din_sentence"], "its headroom is told of the first, which knows as much"
