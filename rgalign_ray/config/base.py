@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import textwrap
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,11 @@ def _without_credentials(place: str) -> str:
     if "@" in urlsplit(place).netloc:
         raise ValueError("an address is written into manifests and logs; keys belong in the environment, not in it")
     return place
+
+
+def absolute(place: str) -> str:
+    """A place that means the same in every folder: paths of this machine are made absolute, URIs are already."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 Place = Annotated[str, AfterValidator(_without_credentials)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rgalign_ray.config.alignment import AlignName, Contrastive, Dpo, Gradient, Grpo, Latent, Learner, Select, Sft
-from rgalign_ray.config.base import Count, Distinct, Place, Settings, packaged_yaml, read_yaml, sentence
+from rgalign_ray.config.base import Count, Distinct, Place, Settings, absolute, packaged_yaml, read_yaml, sentence
 from rgalign_ray.config.data import Features, Log, Roles, World
 from rgalign_ray.config.ranking import Baseline, Ranker, Retrain, Reward
 from rgalign_ray.config.reasoning import Encode, Prompt, Reasoner, Rollout, Teacher
@@ -69,8 +68,7 @@ class Config(Settings):
     @property
     def run_uri(self) -> str:
         """`run_dir` with the name filled in; a path is made absolute, since workers run in other folders."""
-        place = self.run_dir.replace("{name}", self.name)
-        return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+        return absolute(self.run_dir.replace("{name}", self.name))
 
     @property
     def align_slices(self) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rgalign_ray.config.base import Count, Place, Positive, Settings
+from rgalign_ray.config.base import Count, Place, Positive, Settings, absolute
 
 
 class Cluster(Settings):
@@ -22,15 +21,11 @@ class Cluster(Settings):
     not refused."""
 
 
-def _anywhere(place: str) -> str:
-    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
-
-
 class Variant(Settings):
     """A pair that some of the users are answered by."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    run_dir: Annotated[Place, AfterValidator(_anywhere)] | None = None
+    run_dir: Annotated[Place, AfterValidator(absolute)] | None = None
     """None: the configuration's own."""
     round: Annotated[int, Field(ge=0)] | None = None
     """As `serve.round`."""
@@ -41,7 +36,7 @@ class Variant(Settings):
 def _folder(place: str) -> str:
     if "://" in place:
         raise ValueError("a folder of this machine, or one that is mounted on it, and no URI")
-    return os.path.abspath(os.path.expanduser(place))
+    return absolute(place)
 
 
 Folder = Annotated[str, AfterValidator(_folder)]

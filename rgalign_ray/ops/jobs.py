@@ -35,6 +35,7 @@ import rgalign_ray
 from rgalign_ray import config as configuration
 from rgalign_ray import storage
 from rgalign_ray.config import Config
+from rgalign_ray.config.base import absolute
 from rgalign_ray.errors import ConfigError, InfrastructureError, first_line
 from rgalign_ray.loop import log_stages, plan
 from rgalign_ray.ops import local_cluster
@@ -249,8 +250,8 @@ def anywhere(config: Config) -> dict[str, Any]:
     """The settings as plain data that mean the same in every folder: paths are absolute."""
     data = config.model_dump(mode="json") | {"run_dir": config.run_uri}
     for section, key in [*_files(data), *_places(data)]:
-        if section[key] and "://" not in section[key]:
-            section[key] = os.path.abspath(os.path.expanduser(section[key]))
+        if section[key]:
+            section[key] = absolute(section[key])
     return data
 
 
