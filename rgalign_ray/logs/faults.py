@@ -69,9 +69,10 @@ class Examiner:
         found.mark("null_id", _empty(table["session_id"]) | _empty(table["user_id"]), _constant(""))
         found.mark("null_time", _null(table["ts"]), _constant(""))
         found.mark("null_region", _empty(table["region"]), _constant(""))
-        regions = np.array(table["region"].to_pylist(), dtype=object)
-        odd = [region for region in set(regions) if region and not fits(region)]
-        found.mark("region_name", np.isin(regions, odd), lambda row: f"region {regions[row][:20]}…")
+        regions = pc.cast(table["region"], pa.string())
+        odd = [region for region in pc.unique(regions).to_pylist() if region and not fits(region)]
+        unfit = lists.combined(pc.is_in(regions, value_set=pa.array(odd, pa.string())))
+        found.mark("region_name", unfit.to_numpy(zero_copy_only=False), lambda row: f"region {str(regions[row])[:20]}…")
         found.mark("duplicate_session", duplicate, lambda row: f"session_id {ids[row]}")
         counts = self._candidates(table, found)
         self._labels(table, counts, found)
