@@ -65,7 +65,7 @@ class WaitingEngine:
     def note(self, what: str) -> None:
         Path(self.notes, f"{os.getpid()}.{time.time_ns()}.{what}").touch()
 
-    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         self.note("begin")
         time.sleep(self.seconds)
         vector = np.ones(self.hidden_size, np.float16)

@@ -37,7 +37,7 @@ class Engine:
     def start(self) -> Engine:
         return self
 
-    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], **sampling: float) -> list[Group]:
+    def sample(self, prompts: Prompts, seeds: Sequence[Sequence[int]], sampling: config.Sampling) -> list[Group]:
         Path(self.notes, ray.get_runtime_context().get_node_id()).touch()
         time.sleep(0.5)
         vector = np.ones(1, np.float16)
