@@ -109,7 +109,7 @@ ROWS: dict[config.RowName, LadderRow] = {
         control=True,
     ),
     "template": LadderRow(
-        "QE-Rec, template query",
+        "QE-Rec, sentence encoder",
         "qe_rec",
         "the session's text by a sentence encoder instead of an LLM",
         "sentence",
