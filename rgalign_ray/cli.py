@@ -301,7 +301,8 @@ def prepare(
     # files of another log have other names, so they would stay and be read as a part of this one
     if storage.list_files(out):
         raise ConfigError(f"--out: {out} is not empty; name another folder, or remove it.")
-    counts = log_stages.stages(settings)[0].run(Run(settings), out).rows
+    with storage.writable(out, "--out"):
+        counts = log_stages.stages(settings)[0].run(Run(settings), out).rows
     print(f"{out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 
 

@@ -29,7 +29,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from rgalign_ray.errors import ConfigError, DataError
+from rgalign_ray.errors import ConfigError, DataError, is_no_space
 
 MANIFEST = "manifest.json"
 RESUME_KEY = ".tmp-resume-key"
@@ -244,6 +244,21 @@ def read_manifest(uri: str) -> Manifest | None:
     if not exists(target):
         return None
     return Manifest.model_validate(read_json(target))
+
+
+@contextmanager
+def writable(uri: str, setting: str) -> Iterator[None]:
+    """Around the first that is written below `uri`, which `setting` names.
+
+    Raises:
+        ConfigError: in place of an error of the filesystem, but for a full disk, which is none of the setting's.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_no_space(error):
+            raise
+        raise ConfigError(f"{setting}: {uri} cannot be written ({' '.join(str(error).split())})") from None
 
 
 @contextmanager

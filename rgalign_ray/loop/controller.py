@@ -21,7 +21,7 @@ from rich.console import Console
 
 from rgalign_ray import __version__, progress, storage
 from rgalign_ray.config import Config, Settings
-from rgalign_ray.errors import ConfigError, is_no_space
+from rgalign_ray.errors import ConfigError
 from rgalign_ray.logs.feature_spec import FeatureSpec
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import audit_stages, plan, summary
@@ -146,13 +146,9 @@ def settle(config: Config) -> Config:
             "has it by reasoner.vllm.python."
         )
     place = storage.join(config.run_uri, "settled.json")
-    try:
+    with storage.writable(config.run_uri, "run_dir"):
         if not storage.exists(place):
             storage.write_json(place, {"dtype": models.settle(config.reasoner).dtype})
-    except OSError as error:
-        if is_no_space(error):
-            raise
-        raise ConfigError(f"run_dir: {config.run_uri} cannot be written ({' '.join(str(error).split())})") from None
     reasoner, learner = config.reasoner, config.learner
     if reasoner.dtype == "auto":
         reasoner = reasoner.model_copy(update={"dtype": storage.read_json(place)["dtype"]})

@@ -327,6 +327,14 @@ def test_tau_retail_needs_its_folder(
     assert "users.json: no such file" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_said_in_a_sentence(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(["prepare", "shop", "--out", str(tmp_path / "file" / "log"), "-c", small], monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out: {tmp_path}/file/log cannot be written (")
+
+
 @pytest.mark.parametrize("command", [["runs", "list"], ["runs", "prune"], ["lineage"], ["prepare", "shop", "--out"]])
 def test_an_address_with_a_key_is_refused_and_the_key_not_repeated(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
