@@ -81,7 +81,7 @@ class Retrain(Settings):
 
     start: Literal["anew", "previous"] = "previous"
     """anew: with initial weights of their own. previous: with the weights of the round before (a warm start), which
-    stay unless validation prefers by `margin` what was learned since."""
+    stay unless validation prefers by `margin` what was learned since; what they read is centred anew."""
     lr_scale: Positive = 0.3
     """Learning rate of a warm start, relative to `ranker.lr`."""
     margin: Annotated[float, Field(ge=0.0)] = 2.0

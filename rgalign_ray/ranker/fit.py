@@ -68,8 +68,8 @@ class Fit:
 
     Args:
         start: state dict of a ranker of the same kind and sizes to begin with (a warm start), its base rates and
-            whitening included, and to keep unless validation prefers what was learned since; None begins with initial
-            weights drawn by `seed`.
+            whitening included, centred anew, and to keep unless validation prefers what was learned since; None begins
+            with initial weights drawn by `seed`.
         margin: standard errors by which validation must prefer it. An epoch that is better by chance is easily found,
             and undoes what a reasoner has learned from the ranker that it began with.
 
@@ -104,8 +104,9 @@ class Fit:
             self._statistics(items)
         else:
             self.model.load_state_dict(start)
-        self.start, self.margin = start, margin
+            self._recentre(items)
         group.same_(self.model)
+        self.start, self.margin = _copy(self.model) if start else None, margin
         self.agrees = isinstance(self.model, QERec) and settings.kl != "off"
         self.train = self._with_a_part(self.train)
         self.model.to(device)
@@ -225,16 +226,32 @@ class Fit:
         if items is not None and model.reads_text:
             model.item_tower.set_text(items)
         if model.reads_queries:
-            prompt = Moments.of(self.train["prompt"][self.train["has_prompt"]])
-            query = Moments.of(self.train["query"][self.train["has_query"]])
-            prompt, query = (
-                Moments.from_flat(self.group.sum(it.flat()), model.sizes.embedding_dim) for it in (prompt, query)
-            )
+            prompt, query = self._moments()
             model.fit_queries(prompt, query)
             if model.match and model.match.dim and items is not None:
                 model.match.fit(items, prompt, query)
                 if model.trained:
                     self._begin_match(model.match)
+
+    def _recentre(self, items: np.ndarray | None) -> None:
+        """Has a ranker read what a reasoner that it does not know says of a session beyond what that says of every one.
+
+        An objective asks its judge's towers too for what they lack of the log, which is much the same for all sessions:
+        a shift of the reasoner's mean, which the ranker would take for something that the session tells.
+        """
+        if not self.model.reads_queries:
+            return
+        prompt, query = self._moments()
+        self.model.query_tower.whitening.recentre(prompt + query)
+        if self.model.match and self.model.match.dim and items is not None:
+            self.model.match.fit(items, prompt, query)
+
+    def _moments(self) -> tuple[Moments, Moments]:
+        """Of the e(x) and the e(x,q) of all workers' training sessions."""
+        own = [Moments.of(self.train[name][self.train[f"has_{name}"]]) for name in ("prompt", "query")]
+        dim = self.model.sizes.embedding_dim
+        prompt, query = (Moments.from_flat(self.group.sum(it.flat()), dim) for it in own)
+        return prompt, query
 
     def _begin_match(self, match: TextMatch) -> None:
         """Begins the weight of the texts' match where it and the base rates make this log's clicks likeliest."""

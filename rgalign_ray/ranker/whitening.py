@@ -80,6 +80,11 @@ class Whitening(nn.Module):
         self.components.zero_()
         self.components[:, :k] = vectors * scale
 
+    def recentre(self, moments: Moments) -> None:
+        """Takes the mean alone from the moments, if they are of any vector."""
+        if moments.count:
+            self.mean.copy_(torch.from_numpy(moments.total / moments.count))
+
     @property
     def steps(self) -> Tensor:
         """[k, D], the moves of x that change one output by one and no other; zero for outputs that are always zero."""
