@@ -54,7 +54,7 @@ ROW_NAMES = (
     *(f"{row}_warm{reads}" for row in ("qe_rec", *ALIGNED_ROWS) for reads in READ_OTHERWISE),
     *(f"judge{reads}" for reads in READ_OTHERWISE),
     *(f"{row}_not_retrained{reads}" for row in ALIGNED_ROWS for reads in READ_OTHERWISE),
-    *(f"{row}_shift" for row in ALIGNED_ROWS),
+    *(f"{row}_{moved}" for row in ALIGNED_ROWS for moved in ("shift", "centred")),
 )
 """and those that differ from one of them in what their names end with (`loop/ladder_rows.py` says how)."""
 

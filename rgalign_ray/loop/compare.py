@@ -37,7 +37,7 @@ from rgalign_ray.loop import (
     log_stages,
     rank_stages,
 )
-from rgalign_ray.loop.ladder_rows import ROWS, LadderRow, check, rows_of, slice_name
+from rgalign_ray.loop.ladder_rows import MOVED, ROWS, LadderRow, check, rows_of, slice_name
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -188,7 +188,7 @@ def taught_by(row: LadderRow, number: int) -> list[str]:
     to see where the alignment is lost.
     """
     if not row.retrained:
-        return ["rankers_0", *(["embeddings_0"] if row.readout == "shift" else [])]
+        return ["rankers_0", *(["embeddings_0"] if row.readout in MOVED else [])]
     if row.ranker_of:
         return [slice_name(row.ranker_of, number)]
     held_against = ["embeddings_0", "rewards_1"] if row.aligned else []
@@ -263,14 +263,18 @@ def train_and_judge(run: Run, out: str, row: LadderRow, number: int) -> Outcome:
         uri, figures = trained.uri, trained.figures
     test = TestSessions(run.uri("sessions"), run.truth, run.config.evaluate)
     _, *embeddings = texts_of(row)
+    read, moved_from = (run.uri(embeddings[0]) if embeddings else None), None
+    if row.readout in MOVED:
+        frozen = run.uri("embeddings_0")
+        read, moved_from = (read, frozen) if row.readout == "shift" else (frozen, read)
     rung = Rung(
         row.title,
         uri,
-        run.uri(embeddings[0]) if embeddings else None,
+        read,
         query="shuffled" if row.shuffled or row.readout == "other" else "own",
         readout=row.readout if row.readout == "query" else None,
         any_version=not row.retrained,
-        moved_from=run.uri("embeddings_0") if row.readout == "shift" else None,
+        moved_from=moved_from,
     )
     judged = test.judge(test.score(rung))
     Verdict.of(test, judged).save(storage.join(out, VERDICT))

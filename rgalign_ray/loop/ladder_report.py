@@ -174,6 +174,8 @@ def _variant_claims(name: RowName) -> list[tuple[RowName, RowName]]:
         return []
     if row.readout in ("other", "shift"):
         return [(row.variant_of, name)]
+    if row.readout == "centred":
+        return [(name, "judge"), (name, row.variant_of)]
     ending = "_query" if row.readout == "query" else ""
     pairs = [(name, row.variant_of)] if row.retrained or ending else [(row.variant_of, name)]
     if row.warm:

@@ -31,8 +31,9 @@ class LadderRow:
         more: it also learns from the sessions that reasoners are aligned on, as the method as a whole does.
         variant_of: the row that it differs from in one thing.
         readout: what it reads of a test session, where that is not what `evaluate.readout` says: e(x,q) (query), what
-            the reasoner says of another user's session (other), or what the frozen reasoner says, moved by the aligned
-            one's mean way from there, the same for every session (shift).
+            the reasoner says of another user's session (other), what the frozen reasoner says, moved by the aligned
+            one's mean way from there, the same for every session (shift), or what the aligned one says, moved back by
+            that way (centred).
     """
 
     title: str
@@ -46,7 +47,7 @@ class LadderRow:
     warm: bool = False
     more: bool = False
     variant_of: config.RowName | None = None
-    readout: Literal["query", "other", "shift"] | None = None
+    readout: Literal["query", "other", "shift", "centred"] | None = None
 
     @property
     def ranker_of(self) -> config.RowName | None:
@@ -201,12 +202,23 @@ def _shift(of: config.RowName) -> LadderRow:
     return replace(row, title=title, note=note, variant_of=f"{of}_not_retrained", readout="shift")
 
 
+def _centred(of: config.RowName) -> LadderRow:
+    """What it gains over the row that is not retrained is what the shift that is the same for all sessions costs."""
+    row = _not_retrained(of)
+    note = "the ranker that taught the reasoner reads it moved back by its mean way"
+    title = f"{ROWS[of].title}, centred"
+    return replace(row, title=title, note=note, variant_of=f"{of}_not_retrained", readout="centred")
+
+
+MOVED = ("shift", "centred")
+"""Readouts that are e(x) moved by one vector, and need the frozen reasoner's beside the aligned one's."""
 ENDINGS: dict[str, Callable[[config.RowName], LadderRow]] = {
     "_query": _through_query,
     "_other": _other,
     "_warm": _warm,
     "_not_retrained": _not_retrained,
     "_shift": _shift,
+    "_centred": _centred,
 }
 """What a row does otherwise than the one whose name stands before the ending."""
 ROWS["judge"] = replace(
@@ -267,7 +279,7 @@ def check(rows: list[config.RowName], settings: config.Config) -> None:
             )
         if taken and taken not in rows:
             raise ConfigError(f"compare.rows: {name} takes the rankers of {taken}; name that row as well.")
-        if ROWS[name].readout == "shift" and settings.evaluate.readout == "query":
+        if ROWS[name].readout in MOVED and settings.evaluate.readout == "query":
             raise ConfigError(f"compare.rows: {name} moves e(x) alone; set evaluate.readout to prompt.")
         queries = settings.encode.test_queries or settings.evaluate.readout == "query"
         if ROWS[name].readout == "query" and not queries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ READ_OTHERWISE = (
     "judge",
     "rgalign_not_retrained_query",
     "rgalign_shift",
+    "rgalign_centred",
 )
 WARM = ("row_qe_rec_warm", "aligned_full/row_rgalign_warm")
 ALIGNMENTS = ("title", "gradient", "full", "leak")
@@ -85,7 +87,7 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     titles = storage.read_table(str(seed / "sessions/intents.parquet"))["title"].to_pylist()
     assert query and set(query) <= set(titles)
     taught = {path.name for path in (seed / "aligned_full").glob("row_*")}
-    ways = ("", "_not_retrained", "_not_retrained_query", "_shift", "_shuffled", "_warm", "_warm_other")
+    ways = ("", "_not_retrained", "_not_retrained_query", "_shift", "_centred", "_shuffled", "_warm", "_warm_other")
     read = [f"row_rgalign{how}" for how in ways]
     assert taught == {f"{row}{again}" for row in read for again in ("", "-1")}
     assert not (seed / "aligned_full/row_rgalign_not_retrained/ranker").exists(), "it is the ranker that taught"
@@ -106,11 +108,9 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
         for name in ("qe_rec", "qe_rec_query", "qe_rec_other")
     )
     assert (own != through_query).any() and (own != other).any() and (through_query != other).any()
-    judge, shifted, aligned = (
-        Verdict.load(str(seed / f"{row}/verdict.parquet")).values["GAUC"]
-        for row in ("row_judge", "aligned_full/row_rgalign_shift", "aligned_full/row_rgalign_not_retrained")
-    )
-    assert (judge != shifted).any() and (shifted != aligned).any()
+    moved = [f"aligned_full/row_rgalign{how}" for how in ("_shift", "_centred", "_not_retrained")]
+    values = [Verdict.load(str(seed / f"{row}/verdict.parquet")).values["GAUC"] for row in ("row_judge", *moved)]
+    assert all((one != other).any() for one, other in combinations(values, 2))
     assert made.facts["RGAlign-Rec's objectives"] == "sft"
     assert made.reward is not None and made.worth is not None
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"

@@ -57,7 +57,8 @@ def test_a_row_is_what_the_endings_of_its_name_say() -> None:
     row = ROWS["gradient_warm_query"]
     assert (row.retrained, row.warm, row.readout, row.ranker_of) == (True, True, "query", "gradient_warm")
     assert not row.control and ROWS["qe_rec_warm"].control
-    assert ROWS["rg_sft_shift"].variant_of == "rg_sft_not_retrained" and not ROWS["rg_sft_shift"].retrained
+    for moved in ("rg_sft_shift", "rg_sft_centred"):
+        assert ROWS[moved].variant_of == "rg_sft_not_retrained" and not ROWS[moved].retrained and ROWS[moved].control
     with pytest.raises(
         ConfigError, match=r"compare\.rows\.1: no such row as 'gradient_warn'; the nearest is gradient_wa"
     ):
@@ -252,6 +253,7 @@ def test_the_best_rival_is_chosen_by_validation_among_what_has_learned_without_a
     assert ("rg_sft_query", "rg_sft_random_query") in pairs and ("rg_sft_query", "rg_sft") in pairs
     assert ("gradient", "gradient_other") in pairs and ("gradient_not_retrained", "gradient_shift") in pairs
     assert ("gradient_warm", "qe_rec_warm") in pairs and ("gradient_warm_query", "qe_rec_warm_query") in pairs
+    assert {("gradient_centred", "judge"), ("gradient_centred", "gradient_not_retrained")} <= set(pairs)
     assert ("gradient_shift", "judge") not in pairs, "it stands beside the row whose control it is"
     assert ("rgalign_warm", "gradient_warm") in pairs and ("rg_sft_warm", "rg_sft_random_warm") in pairs
     assert ("gradient_not_retrained", "judge") in pairs and ("gradient_not_retrained_query", "judge_query") in pairs
@@ -311,10 +313,11 @@ def test_rows_that_learn_from_role_align_need_one() -> None:
         check(["din", "din_more"], crossed)
 
 
-def test_a_shift_of_one_readout_is_no_control_of_another() -> None:
-    rows = ["gradient_not_retrained", "gradient_shift", "gradient"]
+@pytest.mark.parametrize("moved", ["gradient_shift", "gradient_centred"])
+def test_a_shift_of_one_readout_is_no_control_of_another(moved: str) -> None:
+    rows = ["gradient_not_retrained", moved, "gradient"]
     check(rows, config.validate({}))
-    with pytest.raises(ConfigError, match=r"gradient_shift moves e\(x\) alone; set evaluate\.readout to prompt"):
+    with pytest.raises(ConfigError, match=rf"{moved} moves e\(x\) alone; set evaluate\.readout to prompt"):
         check(rows, config.validate({"evaluate": {"readout": "query"}}))
 
 
