@@ -96,8 +96,9 @@ class Reward(Placed):
     resolved_weight: Fraction = 0.0
     """Share of the reward that asks for the clicks that resolved the need instead of all clicks; above 0 it needs a log
     with the column `resolved`."""
-    rank_by: RankBy = "log"
-    """What the frozen rankers' scores are for as they judge, and as objectives ask them: as `evaluate.rank_by`."""
+    rank_by: RankBy = "click"
+    """What the frozen rankers' scores are for as they judge, and as objectives ask them. click: which is clicked, of
+    those that were shown. log: which is shown and clicked, of all candidates; a reasoner then learns what was shown."""
     halves: bool = False
     """Where sessions have several clicks: the reward reads one half of a session's, drawn by hash, and the auditor the
     other, so that the auditor confirms what the clicks have in common and not those that chose the query."""

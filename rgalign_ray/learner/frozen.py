@@ -61,6 +61,8 @@ class FrozenRankers:
         self.sessions = {name: arrays[name] for name in READ}
         self.settings = task.pair.reward
         self.labels = functions.Labels.of(self.settings, self.table, arrays, catalogue)
+        self.asked = functions.asked_of(self.settings, arrays)
+        """bool [S, C], the candidates from which a click is told."""
         self.models, self.device = [_placed(each, task) for each in loaded], str(task.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -76,9 +78,9 @@ class FrozenRankers:
     @torch.no_grad()
     def rewards(self, read: Read, rows: Sequence[int]) -> Tensor:
         """float32 [B, N], where the learner computes."""
-        batch = self.batch(rows)
-        exists, labels = batch["candidates"].cpu().numpy() >= 0, self.labels.take(np.asarray(rows))
+        labels, asked = self.labels.take(np.asarray(rows)), self.asked[np.asarray(rows)]
         found = [
-            functions.reward(self.settings, scores.cpu().numpy(), labels, exists) for scores in self.scores(read, batch)
+            functions.reward(self.settings, scores.cpu().numpy(), labels, asked)
+            for scores in self.scores(read, self.batch(rows))
         ]
         return torch.from_numpy(np.mean(found, axis=0).astype(np.float32)).to(self.device)

@@ -61,11 +61,12 @@ class RankingLoss:
             return torch.cat([z.detach() if self.through == "match" else z, match], dim=-1)
 
         scores = self.rankers.scores(read, batch)
-        exists, labels = batch["candidates"] >= 0, self.rankers.labels.take(np.asarray(rows))
+        labels = self.rankers.labels.take(np.asarray(rows))
+        asked = torch.from_numpy(self.rankers.asked[np.asarray(rows)]).to(embeddings.device)
 
         def reward_of(relevant: np.ndarray) -> Tensor:
             wanted = torch.from_numpy(relevant).to(embeddings.device)
-            return torch.stack([log_probability(each, wanted, exists) for each in scores]).mean(dim=0)
+            return torch.stack([log_probability(each, wanted, asked) for each in scores]).mean(dim=0)
 
         reward = reward_of(labels.clicks)
         if labels.resolved is not None:
@@ -74,11 +75,12 @@ class RankingLoss:
         return -reward, reward.detach()
 
 
-def log_probability(scores: Tensor, relevant: Tensor, exists: Tensor) -> Tensor:
+def log_probability(scores: Tensor, relevant: Tensor, asked: Tensor) -> Tensor:
     """[B, N], mean log-probability of the relevant candidates by softmax of scores [B, N, C]: the `logprob` reward.
 
-    `relevant` and `exists` are bool [B, C]; 0 where nothing is relevant.
+    `relevant` and `asked` are bool [B, C], the latter as `reward.functions.asked_of` has it; 0 where nothing is
+    relevant.
     """
-    relevant = relevant & exists
+    relevant = relevant & asked
     target = relevant / relevant.sum(dim=-1, keepdim=True).clamp(min=1)
-    return (target[:, None] * masked_log_softmax(scores, exists[:, None].expand(scores.shape))).sum(dim=-1)
+    return (target[:, None] * masked_log_softmax(scores, asked[:, None].expand(scores.shape))).sum(dim=-1)

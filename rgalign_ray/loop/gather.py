@@ -39,7 +39,12 @@ APART_IN = {
     "world": ["seed"],
 }
 """and settings of others: which rows are told of, and how. But for the world's seed, they are as asked now."""
-BEFORE = {"reasoner": readers.BEFORE, "ranker": {"text_match": False}, "evaluate": {"rank_by": "log"}}
+BEFORE = {
+    "reasoner": readers.BEFORE,
+    "ranker": {"text_match": False},
+    "evaluate": {"rank_by": "log"},
+    "reward": {"rank_by": "log"},
+}
 """How seeds were made that do not say so: those of before it could be set, where that is not the default since."""
 
 

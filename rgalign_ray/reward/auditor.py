@@ -30,7 +30,7 @@ class AuditorSpec:
     max_text_tokens: int
     template: Template
     """How sessions are written as text."""
-    rank_by: config.RankBy = "log"
+    rank_by: config.RankBy = "click"
     """As `reward.rank_by`."""
 
 

@@ -57,6 +57,16 @@ class Labels:
         return Labels(self.clicks[rows], None if self.resolved is None else self.resolved[rows])
 
 
+def asked_of(settings: config.Reward, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool [S, C]: the candidates from which a click is told.
+
+    A ranker that ranks by which intent is clicked if shown knows nothing of which is shown: held against all candidates
+    it would ask queries to say that instead.
+    """
+    exists: np.ndarray = arrays["candidates"] >= 0
+    return exists & arrays["shown"] if settings.rank_by == "click" else exists
+
+
 def halves(clicks: np.ndarray, candidates: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A session's clicks dealt to two hands in an order drawn by hash; the first has one more of an odd number.
 
@@ -100,7 +110,7 @@ def logprob(scores: np.ndarray, clicks: np.ndarray, mask: np.ndarray) -> np.ndar
     Args:
         scores: float [S, N, C], of N queries in S sessions over C candidates.
         clicks: bool [S, C].
-        mask: bool [S, C], False on padding.
+        mask: bool [S, C], as `asked_of` has it; False on padding.
 
     Returns:
         float64 [S, N]; nan for sessions without a click.

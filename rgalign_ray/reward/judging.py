@@ -26,7 +26,7 @@ def judge_queries(
     `arrays` of the sessions are as `logs.examples.examples` makes them.
     """
     scores = query_scores(ranker.model, to_batch(arrays), torch.from_numpy(embeddings.astype(np.float32)))
-    rewards = functions.reward(settings, scores, labels, arrays["candidates"] >= 0)
+    rewards = functions.reward(settings, scores, labels, functions.asked_of(settings, arrays))
     return rewards[:, :-1], rewards[:, -1]
 
 

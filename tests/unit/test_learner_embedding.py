@@ -183,6 +183,34 @@ def test_the_gradient_arm_asks_for_the_reward_of_the_rollouts(folder: Path, tmp_
     assert found[clicked] == pytest.approx(expected[clicked], rel=1e-5)
 
 
+@pytest.mark.parametrize("by", ["log", "click"])
+def test_what_was_not_shown_is_no_rival_of_a_click_where_rankers_rank_by_clicks(
+    folder: Path, tmp_path: Path, by: config.RankBy
+) -> None:
+    sessions = storage.read_table(str(folder / "sessions.parquet"))
+    shown = [[click or place < 2 for place, click in enumerate(row)] for row in sessions["clicks"].to_pylist()]
+    few = sessions.set_column(sessions.schema.get_field_index("shown"), "shown", pa.array(shown))
+    storage.write_table(str(tmp_path / "sessions.parquet"), few)
+    work = task(folder, tmp_path, config.Gradient())
+    assert work.pair is not None
+    reward = config.Reward(rank_by=by)
+    pair = replace(work.pair, sessions=str(tmp_path / "sessions.parquet"), reward=reward)
+    objective = gradient.RankingLoss(
+        replace(work, pair=pair), storage.read_table(str(folder / "data/positives/0.parquet"))
+    )
+    rows, null = [0, 1, 2, 3], torch.zeros(4, 2, dtype=torch.bool)
+    embeddings = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0))
+
+    def read(ranker: QERec) -> torch.Tensor:
+        return ranker.queries(embeddings, null)
+
+    (scores,) = objective.rankers.scores(read, objective.rankers.batch(rows))
+    among = np.array(shown[:4]) if by == "click" else np.ones((4, len(INTENTS)), bool)
+    expected = functions.logprob(scores.numpy(), np.array(few["clicks"].to_pylist()[:4]), among)
+    assert objective(embeddings, rows, 0)[1].numpy() == pytest.approx(expected, rel=1e-4)
+    assert objective.rankers.rewards(read, rows).numpy() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_the_gradient_arm_asks_for_resolved_clicks_as_the_reward_does(
     folder: Path, tmp_path: Path, weight: float

@@ -68,7 +68,7 @@ def test_a_seed_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> 
 
 def test_a_seed_of_before_a_default_changed_was_made_otherwise(tmp_path: Path) -> None:
     before = {"reasoner": {"pooling": "last", "depth": 1.0}, "ranker": {"text_match": False}}
-    before |= {"evaluate": {"rank_by": "log"}}
+    before |= {"evaluate": {"rank_by": "log"}, "reward": {"rank_by": "log"}}
     made(tmp_path / "here", 0, **before)
     made(tmp_path / "there", 1)
     with pytest.raises(ConfigError, match="seed_1 was made with another evaluate than"):

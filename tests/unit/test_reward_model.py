@@ -196,8 +196,17 @@ def test_judges_are_asked_as_the_reward_says(place: Path, tmp_path: Path) -> Non
     by_log, by_click = (reward_model(place, rank_by=by) for by in ("log", "click"))
     (judge,) = by_click.judges[0]
     assert judge.model.tower_weight == pytest.approx(float(judge.model.shown_weight)) != 1
-    rewards = [model.score(sessions_table(), *files)["reward"].to_numpy() for model in (by_log, by_click)]
-    assert np.nanmax(np.abs(rewards[0] - rewards[1])) > 1e-3
+    whole = sessions_table()
+    shown = pa.array([[place < 3 for place in range(len(row))] for row in whole["candidates"].to_pylist()])
+    part = whole.set_column(whole.schema.get_field_index("shown"), "shown", shown)
+    (log, click), (log_of_few, click_of_few) = (
+        [model.score(table, *files)["reward"].to_numpy() for model in (by_log, by_click)] for table in (whole, part)
+    )
+    assert np.nanmax(np.abs(log - click)) > 1e-3
+    np.testing.assert_array_equal(log, log_of_few)
+    wide = np.repeat([session != "s0" for session in sorted(SESSIONS)], N) & ~np.isnan(click)
+    assert (click_of_few[wide] > click[wide]).all(), "a click is likelier among fewer"
+    np.testing.assert_array_equal(click_of_few[:N], click[:N])
 
 
 def test_a_query_that_says_nothing_more_than_none_has_no_uplift(
