@@ -40,7 +40,8 @@ class Parts:
 
     @classmethod
     def of(cls, test: TestSessions, rung: Rung) -> Parts:
-        """
+        """Of a rung's scores.
+
         Raises:
             ConfigError: for a ranker that compares no texts.
         """
@@ -54,17 +55,17 @@ class Parts:
             alone = Rung(rung.name, silent, rung.embeddings, moved_from=rung.moved_from, any_version=True)
             towers = test.score(alone, "click")
         whole = test.score(rung, "click")
-        return cls(towers, np.where(test.mask, whole - np.where(test.mask, towers, 0.0), 0.0))
+        return cls(towers, np.subtract(whole, towers, out=np.zeros_like(whole), where=test.mask))
 
 
 def measure(
     run_dir: Annotated[str, typer.Argument(help="Of a comparison's seed, with the rows qe_rec and rgalign.")],
 ) -> None:
     """Print the true CTR of the frozen and the aligned reasoner's match beside each ranker's towers."""
-    place = storage.join(run_dir, "config.json")
-    if not storage.exists(place):
+    made = storage.join(run_dir, "config.json")
+    if not storage.exists(made):
         raise ConfigError(f"{run_dir}: no seed's folder of a comparison; name one, as runs/alignment/seed_0.")
-    settings = config.Config.model_validate(storage.read_json(place))
+    settings = config.Config.model_validate(storage.read_json(made))
     truth, aligned = storage.join(run_dir, "log"), storage.join(run_dir, "aligned_full")
     test = TestSessions(storage.join(run_dir, "sessions"), truth, settings.evaluate)
     read = [storage.join(run_dir, "embeddings_0"), storage.join(aligned, "embeddings_1")]

@@ -98,7 +98,8 @@ class Reward(Placed):
     with the column `resolved`."""
     rank_by: RankBy = "click"
     """What the frozen rankers' scores are for as they judge, and as objectives ask them. click: which is clicked, of
-    those that were shown. log: which is shown and clicked, of all candidates; a reasoner then learns what was shown."""
+    those that were shown. log: which is shown and clicked, of all candidates; a reasoner then learns what was shown, as
+    it does by RG-CL, which always asks so."""
     halves: bool = False
     """Where sessions have several clicks: the reward reads one half of a session's, drawn by hash, and the auditor the
     other, so that the auditor confirms what the clicks have in common and not those that chose the query."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgalign_ray import storage
+from rgalign_ray import config, storage
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
@@ -27,13 +27,15 @@ Read = Callable[[QERec], Tensor]
 
 
 def rankers(task: LearnerTask) -> list[QERec]:
-    """The rankers of the task's frozen pair, where its learner computes."""
-    return [_placed(loaded, task) for loaded in _load(task)]
+    """The rankers of the task's frozen pair as they were trained, where its learner computes: what asks them of the
+    whole knowledge base, shown or not, needs base rates at their full weight.
+    """
+    return [_placed(loaded, task) for loaded in _load(task, "log")]
 
 
-def _load(task: LearnerTask) -> list[scoring.LoadedRanker]:
+def _load(task: LearnerTask, rank_by: config.RankBy) -> list[scoring.LoadedRanker]:
     assert task.pair is not None
-    return [scoring.load(uri, task.pair.reward.rank_by) for uri in task.pair.rankers]
+    return [scoring.load(uri, rank_by) for uri in task.pair.rankers]
 
 
 def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:
@@ -52,7 +54,7 @@ class FrozenRankers:
 
     def __init__(self, task: LearnerTask) -> None:
         assert task.pair is not None
-        loaded = _load(task)
+        loaded = _load(task, task.pair.reward.rank_by)
         catalogue = Catalogue.load(task.pair.log)
         for each in loaded:
             each.require(space_version=loaded[0].meta.space_version, intent_ids=catalogue.ids)

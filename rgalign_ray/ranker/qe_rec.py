@@ -107,11 +107,11 @@ class QERec(Ranker):
         return torch.cat(torch.broadcast_tensors(*attended), dim=-1), products
 
     def query_logits(self, z: Tensor, items: Tensor | None = None) -> Tensor:
-        """w (⟨z, v_i⟩/τ + prior_i) + ⟨m, t_i⟩ for every intent, where w is 1 but for rankers that rank: [..., I] from
-        z ⊕ m [..., d + k]; `items` [I, d + k], where already computed.
+        """⟨z, v_i⟩/τ + prior_i + ⟨m, t_i⟩ for every intent, [..., I] from z ⊕ m [..., d + k]; `items` [I, d + k], where
+        already computed.
         """
         (v, texts), (z, match) = self.parted(self.items() if items is None else items), self.parted(z)
-        return self.tower_weight * (z @ v.T / self.settings.tau + self.prior) + match @ texts.T
+        return z @ v.T / self.settings.tau + self.prior + match @ texts.T
 
     def user_logits(self, u: User, items: Tensor) -> Tensor:
         """The user tower's ranking in the same form: ⟨u, v_i⟩/τ + prior_i, [B, I]."""
