@@ -73,6 +73,9 @@ class Compare(Settings):
 
     rows: Annotated[list[RowName], Field(min_length=1), Distinct] | None = None
     """Of the ladder (docs/the-ladder.md). None: every row that the log allows and that needs no alignment."""
+    exploratory: Annotated[list[RowName], Distinct] = []
+    """Those of the rows that are run under the first seed alone, too slow for every seed or not expected to win; tables
+    mark them."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0

@@ -19,7 +19,7 @@ from rgalign_ray.evaluate.ladder import TestSessions
 from rgalign_ray.evaluate.report import Diagnosis, Report, Written
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import align_stages, audit_stages, judge_stages, rank_stages, summary, worth_stages
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, slice_name
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, jobs_of, slice_name
 from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.rollout.encode import written_queries
 
@@ -146,7 +146,7 @@ def _diagnosis(jobs: Sequence[Run], row: RowName) -> Diagnosis:
     assert aligned is not None, "asked of rows with an aligned reasoner"
     slices = [slice_name(row, number) for number in range(jobs[0].config.compare.trainings)]
     seeds = []
-    for run in (run_of(job, aligned) for job in jobs):
+    for run in (run_of(job, aligned) for job in jobs_of(row, jobs)):
         first, *others = (Diagnosis.model_validate(run.manifest(name).figures["diagnosis"]) for name in slices)
         read = float(np.mean([found.read for found in (first, *others)]))
         seeds.append(first.model_copy(update={"read": read}))

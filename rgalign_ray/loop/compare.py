@@ -37,7 +37,7 @@ from rgalign_ray.loop import (
     log_stages,
     rank_stages,
 )
-from rgalign_ray.loop.ladder_rows import MOVED, ROWS, LadderRow, check, rows_of, slice_name
+from rgalign_ray.loop.ladder_rows import MOVED, ROWS, LadderRow, check, jobs_of, rows_of, rows_of_each, slice_name
 from rgalign_ray.loop.stage import Outcome, Run, Stage, truth_inputs
 from rgalign_ray.reasoner import models
 
@@ -68,7 +68,8 @@ def run(config: Config) -> report.Report:
         names = [name for name in rows if bool(ROWS[name].ranker_of) == waits]
         if names:
             numbers = range(config.compare.trainings)
-            run_slices(config, what, [slice_of(job, name, n) for n in numbers for job in jobs for name in names])
+            wanted = [(job, name) for job, own in rows_of_each(jobs, names) for name in own]
+            run_slices(config, what, [slice_of(job, name, n) for n in numbers for job, name in wanted])
     made = alignments.with_alignments(jobs, rows, ladder_report.make(config, [row_result(jobs, name) for name in rows]))
     show(config, made)
     return made
@@ -98,11 +99,11 @@ def of_seed(config: Config, seed: int) -> Config:
 
 def prepare(jobs: list[Run], rows: list[RowName]) -> None:
     """Runs, seed by seed, what rows share and what is not done yet."""
-    for job in jobs:
+    for job, own in rows_of_each(jobs, rows):
         if not job.elsewhere:
             controller.console.print(f"[bold]seed {job.config.seed}[/bold]")
-            controller.run_stages(job, preparation(job.config, rows))
-        wanted = alignments.read_by(rows)
+            controller.run_stages(job, preparation(job.config, own))
+        wanted = alignments.read_by(own)
         if wanted:
             controller.console.print(f"[bold]seed {job.config.seed}, rewards[/bold]")
             controller.run_stages(_tuned(job, "qe_rec"), alignments.teaching(job.config))
@@ -321,8 +322,8 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
 
 
 def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
-    """What a row's slices left behind, a job a seed."""
-    places = [place_of(job, name) for job in jobs]
+    """What a row's slices left behind, a job a seed that has it."""
+    places = [place_of(job, name) for job in jobs_of(name, jobs)]
     row = ROWS[name]
     read = [*texts_of(row), *(taught_by(row, 0) if not row.ranker_of else [])]
     if row.aligned:
@@ -339,6 +340,7 @@ def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
         [Verdict.mean([Verdict.load(place.uri(each, VERDICT)) for each in slices]) for place in places],
         [place.manifest(each) for place in places for each in slices],
         float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places]) + np.mean(trained)),
+        exploratory=name in jobs[0].config.compare.exploratory,
     )
 
 

@@ -18,7 +18,7 @@ from rgalign_ray.config import Config, RowName, validate
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import alignments, compare, controller, ladder_report, readers
-from rgalign_ray.loop.ladder_rows import rows_of, slice_name
+from rgalign_ray.loop.ladder_rows import rows_of, rows_of_each, slice_name
 from rgalign_ray.loop.stage import Run
 
 SEED = "seed_"
@@ -27,6 +27,7 @@ APART = ("name", "seed", "run_dir", "cluster", "serve", "tracking")
 APART_IN = {
     "compare": [
         "rows",
+        "exploratory",
         "seeds",
         "first_seed",
         "trainings",
@@ -69,8 +70,10 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     agree(found)
     first = next(storage.join(place, f"{SEED}{seed}") for place, those in found.items() for seed in those)
     config = _as_asked(_made(first), config)
-    jobs = [job for place, those in found.items() for job in runs_in(config, place, those, rows)]
+    made_in = ((config.model_copy(update={"run_dir": place}), those) for place, those in found.items())
+    jobs = [job for settings, those in made_in for job in compare.runs(settings, rows, those)]
     jobs.sort(key=lambda job: job.config.seed)
+    whole(jobs, rows)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
     made = alignments.with_alignments(
         jobs, rows, ladder_report.make(told, [compare.row_result(jobs, name) for name in rows])
@@ -139,18 +142,16 @@ def _made(place: str) -> Config:
     return validate(kept | {name: before | kept[name] for name, before in BEFORE.items()})
 
 
-def runs_in(config: Config, place: str, seeds: Sequence[int], rows: list[RowName]) -> list[Run]:
-    """The runs of a place's seeds.
+def whole(jobs: Sequence[Run], rows: Sequence[RowName]) -> None:
+    """Whether each seed has its rows.
 
     Raises:
         DataError: where one lacks a row, or has one that was made of something else than what is there now.
     """
-    jobs = compare.runs(config.model_copy(update={"run_dir": place}), rows, seeds)
-    for job in jobs:
-        for name in rows:
-            for number in range(config.compare.trainings):
+    for job, own in rows_of_each(jobs, rows):
+        for name in own:
+            for number in range(job.config.compare.trainings):
                 _check(compare.place_of(job, name), slice_name(name, number))
-    return jobs
 
 
 def _check(run: Run, name: str) -> None:

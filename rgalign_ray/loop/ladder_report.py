@@ -37,10 +37,12 @@ class RowResult:
     """Of its slices, as many a seed as it has rankers."""
     before_s: float
     """Seconds of what its slices take up, a seed: texts that were read, and a ranker that another row has trained."""
+    exploratory: bool = False
+    """Of the first seed alone."""
 
     @property
     def title(self) -> str:
-        return ROWS[self.row].title
+        return ROWS[self.row].title + (" (exploratory)" if self.exploratory else "")
 
     @property
     def seconds(self) -> float:
@@ -63,8 +65,7 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
     """The report of a comparison all of whose slices are done."""
     settings = config.evaluate
     by_row = {it.row: it for it in judged}
-    verdicts = judged[0].verdicts
-    first, *others = verdicts
+    first, *others = verdicts = max((it.verdicts for it in judged), key=len)
     found = [metric for metric in first.values if all(metric in verdict.values for verdict in others)]
     meanings = metric_names.meanings(settings)
     metrics = [metric for metric in meanings if metric in found]
@@ -84,6 +85,7 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
     ]
     seeds = len(verdicts)
     claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
+    once = {"exploratory rows": "of the first seed alone"} if any(it.exploratory for it in judged) else {}
     return report.Report(
         title=f"{config.name}: rankers on {config.log.source}, {seeds} seed{'s' if seeds > 1 else ''}",
         lead="Rankers side by side on the same test sessions, equally trained.",
@@ -91,6 +93,7 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
         facts={
             "log": config.log.source,
             "seeds": str(seeds),
+            **once,
             "rankers a row and seed": f"{config.compare.trainings}; figures are their mean",
             "test sessions a seed": f"{len(first.sessions):,}",
             "candidates a session": f"{np.mean(first.weights['GAUC']):,.1f}",
@@ -184,7 +187,7 @@ def _variant_claims(name: RowName) -> list[tuple[RowName, RowName]]:
 
 
 def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -> report.Comparison:
-    found = comparison.difference(better.verdicts, worse.verdicts, metric, config.evaluate)
+    found = comparison.difference(*_together(better, worse), metric, config.evaluate)
     return report.Comparison(
         better=better.title,
         worse=worse.title,
@@ -192,6 +195,12 @@ def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -
         difference=_claimed(found),
         separated=found.separated,
     )
+
+
+def _together(*rows: RowResult) -> list[list[Verdict]]:
+    """Of the seeds that all have: of an exploratory row, the first."""
+    seeds = min(len(row.verdicts) for row in rows)
+    return [row.verdicts[:seeds] for row in rows]
 
 
 def _summary(
@@ -205,10 +214,15 @@ def _summary(
     are worth beside the best rival. Rows that show why stand in the table and the plots.
     """
     told = metric_names.telling(metrics)
-    spoken = {(ROWS[better].title, ROWS[worse].title) for better, worse in pairs if _competes(better, worse)}
-    over = "separated over users" + (" and seeds" if config.compare.seeds > 1 else " (one seed)")
+    spoken = {
+        (by_row[better].title, by_row[worse].title): min(len(by_row[row].verdicts) for row in (better, worse))
+        for better, worse in pairs
+        if _competes(better, worse)
+    }
     lines = [
-        summary.sentence(it, over)
+        summary.sentence(
+            it, "separated over users" + (" and seeds" if spoken[it.better, it.worse] > 1 else " (one seed)")
+        )
         for metric in told
         for it in comparisons
         if it.metric == metric and (it.better, it.worse) in spoken
@@ -216,12 +230,11 @@ def _summary(
     first = {better: worse for better, worse in reversed(pairs) if ROWS[worse].rival}
     for row in [row for row in METHOD if row in first]:
         ours, rival = by_row[row], by_row[first[row]]
-        arguments = (ours.verdicts, rival.verdicts)
-        reduced = comparison.share_of_gap(*arguments, 1.0, metrics[0], config.evaluate)
+        reduced = comparison.share_of_gap(*_together(ours, rival), 1.0, metrics[0], config.evaluate)
         lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
         if CEILING in by_row:
             for metric in told:
-                closed = comparison.share_of_gap(*arguments, by_row[CEILING].verdicts, metric, config.evaluate)
+                closed = comparison.share_of_gap(*_together(ours, rival, by_row[CEILING]), metric, config.evaluate)
                 lines.append(
                     f"{metric}: {ours.title} closes {_share(closed)} of the headroom between {rival.title} and the "
                     "true need."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rgalign_ray import config
 from rgalign_ray.errors import ConfigError
-from rgalign_ray.loop.stage import truth_inputs
+from rgalign_ray.loop.stage import Run, truth_inputs
 
 UNTRAINED: tuple[config.Model, ...] = ("popularity", "cosine")
 
@@ -252,6 +252,18 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
         return list(settings.compare.rows)
     known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
     return [name for name in known if _asked_unnamed(ROWS[name], settings)]
+
+
+def rows_of_each(jobs: Sequence[Run], rows: Sequence[config.RowName]) -> list[tuple[Run, list[config.RowName]]]:
+    """The runs of seeds, each with its rows: the first has all of them, others what is not exploratory."""
+    first, *others = jobs
+    kept = [name for name in rows if name not in first.config.compare.exploratory]
+    return [(first, list(rows)), *((job, kept) for job in others)]
+
+
+def jobs_of(name: config.RowName, jobs: Sequence[Run]) -> list[Run]:
+    """The runs of those seeds that have a row."""
+    return [job for job, rows in rows_of_each(jobs, [name]) if rows]
 
 
 def _asked_unnamed(row: LadderRow, settings: config.Config) -> bool:

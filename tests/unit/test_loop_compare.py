@@ -13,7 +13,7 @@ from rgalign_ray import config, storage
 from rgalign_ray.errors import ConfigError
 from rgalign_ray.evaluate.comparison import Verdict
 from rgalign_ray.loop import alignments, compare, connection, controller, ladder_report, rank_stages, tune
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, check, rows_of
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, check, jobs_of, rows_of, rows_of_each
 from rgalign_ray.loop.stage import Run
 from rgalign_ray.ranker.models import MODELS
 
@@ -172,6 +172,15 @@ def test_reasoners_of_one_log_are_read_with_the_same_random_numbers_under_every_
     jobs = compare.runs(config.validate({"log": parquet, "seed": 7, "compare": {"seeds": 2}}), ["qe_rec", "rg_sft"])
     read = [alignments.run_of(job, "sft").reading_seed for job in jobs]
     assert read == [None, jobs[0].config.seed] and jobs[1].config.seed != jobs[0].config.seed
+
+
+def test_the_first_seed_alone_has_exploratory_rows() -> None:
+    rows: list[config.RowName] = ["lr", "din", "qe_rec"]
+    settings = config.validate({"compare": {"rows": rows, "exploratory": ["din", "bst"], "seeds": 3}})
+    jobs = compare.runs(settings, rows)
+    assert [own for _, own in rows_of_each(jobs, rows)] == [rows, ["lr", "qe_rec"], ["lr", "qe_rec"]]
+    assert [job.config.seed for job in jobs_of("din", jobs)] == [0]
+    assert [job.config.seed for job in jobs_of("lr", jobs)] == [0, 1, 2]
 
 
 def test_a_real_log_is_prepared_once_and_a_world_by_every_seed() -> None:

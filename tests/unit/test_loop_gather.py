@@ -57,6 +57,22 @@ def test_seeds_of_several_places_make_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "together/comparison.html").exists()
 
 
+def test_an_exploratory_row_is_of_the_first_seed_and_held_against_that_alone(tmp_path: Path) -> None:
+    made(tmp_path / "here", 1)
+    made(tmp_path / "there", 2, ["two_tower"])
+    asked = {"rows": ROWS, "exploratory": ["din", "lr"]}
+    settings = config.validate({"compare": asked, "evaluate": {"bootstrap": 100}, "run_dir": str(tmp_path / "all")})
+    report = gather.run(settings, [str(tmp_path / "there"), str(tmp_path / "here")])
+    of_first, of_second = (float(np.mean(np.random.default_rng(seed).random(SESSIONS) / 2)) for seed in (1, 2))
+    gauc = {row.name: row.metrics["GAUC"].value for row in report.rows}
+    assert gauc["DIN (exploratory)"] == pytest.approx(of_first + 0.1)
+    assert gauc["AutoInt+MoE two-tower"] == pytest.approx((of_first + of_second) / 2)
+    assert report.facts["seeds"] == "2" and report.facts["exploratory rows"] == "of the first seed alone"
+    settings = settings.model_copy(update={"compare": settings.compare.model_copy(update={"exploratory": []})})
+    with pytest.raises(DataError, match=r"seed_2/row_din: not there"):
+        gather.run(settings, [str(tmp_path / "there"), str(tmp_path / "here")])
+
+
 def test_a_seed_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
     for place, seed in (("here", 0), ("there", 1)):
         made(tmp_path / place, seed)
@@ -174,4 +190,4 @@ def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
         settings = config.load(after["--config"], sets)
         rows = gather.rows_of(settings)
         place = str(DOCS.parent / after["--from"])
-        assert gather.runs_in(settings, place, gather.seeds_of(place), rows)
+        gather.whole(compare.runs(settings.model_copy(update={"run_dir": place}), rows, gather.seeds_of(place)), rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,19 @@ def test_gains_are_told_as_shares_of_error_and_headroom(report: ladder_report.re
     assert "QE-Rec against DIN: +25" in said, "0.1 of an error of 0.4"
     assert "true CTR@3: QE-Rec closes +33" in said, "0.05 of 0.15"
     assert "over users)" in said
+
+
+def test_a_row_of_one_seed_is_held_against_that_seed_of_others() -> None:
+    rows: list[config.RowName] = ["qe_rec", "rg_dpo"]
+    settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
+    both = judged("qe_rec")
+    once = replace(judged("rg_dpo", seeds=1), exploratory=True)
+    made = ladder_report.make(settings, [both, once])
+    (found,) = [it for it in made.comparisons if it.metric == "GAUC"]
+    first = once.verdicts[0].values["GAUC"] - both.verdicts[0].values["GAUC"]
+    assert found.better == "RG-DPO (exploratory)" and found.difference.value == pytest.approx(first.mean())
+    assert "RG-DPO (exploratory) over QE-Rec" in "\n".join(made.summary)
+    assert "separated over users (one seed)" in "\n".join(made.summary)
 
 
 def test_why_is_shown_and_not_said() -> None:
