@@ -95,7 +95,7 @@ class Reward(Placed):
     """Cut-off of the ndcg reward."""
     resolved_weight: Fraction = 0.0
     """Share of the reward that asks for the clicks that resolved the need instead of all clicks; above 0 it needs a log
-    with the column `resolved`."""
+    with the column `resolved`. RG-CL and SFT on the clicked title, which no reward decides, learn from all clicks."""
     rank_by: RankBy = "click"
     """What the frozen rankers' scores are for as they judge, and as objectives ask them. click: which is clicked, of
     those that were shown. log: which is shown and clicked, of all candidates; a reasoner then learns what was shown, as

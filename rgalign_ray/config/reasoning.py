@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rgalign_ray.config.base import Count, Fraction, Place, Placed, Positive, Settings
 
@@ -71,10 +71,16 @@ class Reasoner(Settings):
     ASIDE: ClassVar[tuple[str, ...]] = ("vllm",)
 
 
+def _without_query(url: str) -> str:
+    if "?" in url:
+        raise ValueError("an endpoint's address ends before '?'; a key belongs in the environment, under key_variable")
+    return url
+
+
 class Endpoint(Settings):
     """An HTTP endpoint that speaks OpenAI's protocol, and how it is treated."""
 
-    base_url: Place | None = None
+    base_url: Annotated[Place, AfterValidator(_without_query)] | None = None
     """As in https://api.openai.com/v1."""
     api: Literal["chat", "completions"] = "chat"
     """chat: the instruction as the system's message, the session as the user's. completions: the prompt as it is."""
@@ -83,12 +89,13 @@ class Endpoint(Settings):
     concurrency: Count = 8
     """Requests in flight."""
     retries: Annotated[int, Field(ge=0)] = 4
-    """Of a request that was refused for load (429), failed on the endpoint's side (5xx) or lost its connection, with
-    growing and jittered pauses."""
+    """Of a request that was refused for load (429), failed on the endpoint's side (5xx), timed out (408), met another
+    (409) or lost its connection, with growing and jittered pauses."""
     deadline_s: Positive = 60.0
     """Longest wait for one answer."""
     max_tokens: Count | None = None
-    """Tokens of a run, prompts included, after which it is asked no more; what it has proposed by then is used."""
+    """Tokens of a run, prompts included, after which it is asked no more; what it has proposed by then is used, and so
+    is what is in flight then, fewer than `concurrency` answers."""
 
 
 class Teacher(Settings):

@@ -22,7 +22,7 @@ from rgalign_ray.errors import DataError
 from rgalign_ray.learner import embedding
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.learner.frozen import FrozenRankers
-from rgalign_ray.ranker.losses import masked_log_softmax
+from rgalign_ray.ranker.losses import log_probability
 from rgalign_ray.ranker.qe_rec import QERec
 
 
@@ -66,21 +66,10 @@ class RankingLoss:
 
         def reward_of(relevant: np.ndarray) -> Tensor:
             wanted = torch.from_numpy(relevant).to(embeddings.device)
-            return torch.stack([log_probability(each, wanted, asked) for each in scores]).mean(dim=0)
+            return torch.stack([log_probability(each, wanted[:, None], asked[:, None]) for each in scores]).mean(dim=0)
 
         reward = reward_of(labels.clicks)
         if labels.resolved is not None:
             weight = self.rankers.settings.resolved_weight
             reward = (1 - weight) * reward + weight * reward_of(labels.resolved)
         return -reward, reward.detach()
-
-
-def log_probability(scores: Tensor, relevant: Tensor, asked: Tensor) -> Tensor:
-    """[B, N], mean log-probability of the relevant candidates by softmax of scores [B, N, C]: the `logprob` reward.
-
-    `relevant` and `asked` are bool [B, C], the latter as `reward.functions.asked_of` has it; 0 where nothing is
-    relevant.
-    """
-    relevant = relevant & asked
-    target = relevant / relevant.sum(dim=-1, keepdim=True).clamp(min=1)
-    return (target[:, None] * masked_log_softmax(scores, asked[:, None].expand(scores.shape))).sum(dim=-1)

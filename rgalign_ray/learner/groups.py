@@ -112,6 +112,7 @@ class Judge:
         vectors = self.encoder.embed(self.sessions.prompts([i for i in session_ids for _ in range(n)]), completions)
         embeddings = torch.from_numpy(vectors.astype(np.float32)).view(len(groups), n, -1)
         invalid = torch.tensor([[fault(sample) is not None for sample in group.samples] for group in groups])
+        invalid |= ~embeddings.isfinite().all(dim=-1)
         told, is_null = embeddings.to(self.task.device), invalid.to(self.task.device)
         rows = [self.sessions.row[i] for i in session_ids]
         rewards = self.rankers.rewards(lambda ranker: ranker.queries(told, is_null), rows).cpu()

@@ -106,14 +106,16 @@ def run(
     engine.forbid_compilation()
     _project_labels_alone()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it finds that DeepSpeed's configuration is ours
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = make(arguments(task, scratch))
-        trainer.warmup_ratio = task.optimisation.warmup_ratio
-        trainer.remove_callback(PrinterCallback)  # the curves are in the figures
-        trainer.add_callback(_ToldToHost(host))
-        trainer.train(resume_from_checkpoint=host.resume_from)
-        engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
-    unset_hf_deepspeed_config()  # while it lives under ZeRO-3, this process loads every model in parts
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = make(arguments(task, scratch))
+            trainer.warmup_ratio = task.optimisation.warmup_ratio
+            trainer.remove_callback(PrinterCallback)  # the curves are in the figures
+            trainer.add_callback(_ToldToHost(host))
+            trainer.train(resume_from_checkpoint=host.resume_from)
+            engine.export(trainer.accelerator.unwrap_model(trainer.model), task)
+    finally:
+        unset_hf_deepspeed_config()  # while it lives under ZeRO-3, this process loads every model in parts
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     told = {name: [entry[key] for entry in log] for name, key in curves.items()}
     # TRL has None in the place of what is not a number

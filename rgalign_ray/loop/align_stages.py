@@ -30,8 +30,6 @@ from rgalign_ray.reward.selection import among_first, pairs, resampled, select
 
 LEARNS_FROM = {"sft": SELECTED, "dpo": PAIRS}
 """Table of an objective of the text; those of the embedding learn from `POSITIVES`."""
-ASKS = {"latent": ("reward",), "grpo": ("reward", "prompt", "rollout")}
-"""Settings of objectives that ask for rewards as they learn."""
 
 
 def stages(config: Config, round_: int) -> list[Stage]:
@@ -57,7 +55,7 @@ def stages(config: Config, round_: int) -> list[Stage]:
                 name,
                 f"{model_card.OBJECTIVES[objective][0]} on DeepSpeed, ZeRO {config.learner.zero_stage}",
                 partial(align, objective=objective, round_=round_, weights=previous),
-                ("reasoner", "learner", objective, *ASKS.get(objective, ())),
+                ("reasoner", "learner", objective),  # prompts, sampling and reward stand in the keys of the inputs
                 tuple(inputs),
                 ray=True,
             )
@@ -182,7 +180,7 @@ def choose(run: Run, out: str, round_: int) -> Outcome:
         if titled:
             selected, paired = titles(run, part), np.full((len(reward), 2), -1)
         else:
-            paired = pairs(reward, config.select, judged.seeds(config, round_))
+            paired = pairs(reward, judged.uplift, config.select, judged.seeds(config, round_))
             picked = part.rollouts.take(pa.array(rows * reward.shape[1] + sample[rows]))
             sources.update(picked["source"].to_pylist())
             chosen = np.take_along_axis(reward, sample[:, None], axis=1)
@@ -298,9 +296,8 @@ def align(run: Run, out: str, objective: str, round_: int, weights: str | None) 
     if "prompt" not in getattr(optimisation, "readouts", ["prompt"]):
         learns -= storage.read_table(table, columns=["completion_ids"])["completion_ids"].null_count
     if not learns:
-        raise DataError(
-            f"align_{round_}_{objective}: no session to learn from; lower select.margin or raise rollout.n."
-        )
+        gap = "select.pair_gap" if objective == "dpo" else "select.margin"
+        raise DataError(f"align_{round_}_{objective}: no session to learn from; lower {gap} or raise rollout.n.")
     steps = math.ceil(rows / optimisation.batch_sessions) * optimisation.epochs
     name, records = f"{objective}_{round_}", run.records
     if objective == "grpo" and config.grpo.sampler == "pool":

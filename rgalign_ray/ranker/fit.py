@@ -8,8 +8,8 @@ holds which session, how many each holds, or how many workers there are:
     gradient            = Σ over workers of the gradient of (Σ of its sessions' losses) / (size of the batch)
 
 Nothing is dropped: the last batch is smaller, and a worker that holds none of a batch adds zero.
-Repeated with the same workers holding the same sessions, in whatever order they came, results are equal to
-the bit. With another number of workers only the order of float additions differs, provided dropout is 0:
+Repeated with the same workers holding the same sessions, in whatever order they came, results on CPUs are equal
+to the bit. With another number of workers only the order of float additions differs, provided dropout is 0:
 dropout masks are drawn per worker (the intents whose id is hidden are drawn alike by all).
 """
 

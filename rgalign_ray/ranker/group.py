@@ -54,4 +54,5 @@ def pack(state: dict) -> bytes:
 
 
 def unpack(data: bytes) -> dict:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    """Its tensors lie in main memory, whatever device the one who packed them had."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

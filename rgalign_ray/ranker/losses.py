@@ -15,10 +15,17 @@ def listnet(scores: Tensor, clicks: Tensor, mask: Tensor) -> Tensor:
 
     `clicks` bool [B, C]; sessions without a click contribute nothing.
     """
+    return -log_probability(scores, clicks, mask).sum()
+
+
+def log_probability(scores: Tensor, clicks: Tensor, mask: Tensor) -> Tensor:
+    """[...], mean log-probability (nats) of what was clicked, by softmax of scores [..., C]; 0 where nothing was.
+
+    `clicks` and `mask` are bool, of a shape that broadcasts to that of the scores.
+    """
     clicks = clicks & mask
     target = clicks / clicks.sum(dim=-1, keepdim=True).clamp(min=1)
-    losses = -(target * masked_log_softmax(scores, mask)).sum(dim=-1)
-    return losses.sum()
+    return (target * masked_log_softmax(scores, mask)).sum(dim=-1)
 
 
 def pointwise(scores: Tensor, shown: Tensor, clicks: Tensor, mask: Tensor) -> Tensor:
@@ -45,6 +52,6 @@ def agreement(teacher: Tensor, student: Tensor, mask: Tensor, is_null: Tensor) -
 
 
 def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """[B, C], log softmax over the candidates of `mask`; zero elsewhere, so that sums need no second mask."""
+    """[..., C], log softmax over the candidates of `mask`; zero elsewhere, so that sums need no second mask."""
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~mask, lowest).log_softmax(dim=-1).masked_fill(~mask, 0.0)

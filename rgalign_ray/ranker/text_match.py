@@ -85,7 +85,7 @@ class TextMatch(nn.Module):
             candidates: rows of the intents [B, C].
             target: the clicks, normalised [B, C].
         """
-        cosine = near(self._cosines(embedding), self.texts[candidates])
+        cosine = (self._cosines(embedding) @ self.texts.T).gather(1, candidates)  # not near(…): [B, C, k] is large
         weight = likeliest_weight(logits, cosine, target, group, (0.0, MAX_WEIGHT))
         with torch.no_grad():
             self.gate.fill_(weight / GATE_LOGITS)

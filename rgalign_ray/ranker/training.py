@@ -162,10 +162,12 @@ def train(job: RankerJob) -> dict[str, TrainedRanker]:
         item_dim=item_dim,
         match_dim=match_dim,
     )
+    # a process that is nobody's worker has been given no GPU
+    settings = job.settings.model_copy(update={"use_gpu": False}) if job.local else job.settings
     worker_config = {
         "rankers": [asdict(spec) for spec in job.rankers],
         "sizes": asdict(sizes),
-        "settings": job.settings.model_dump(),
+        "settings": settings.model_dump(),
         "items": items,
         "starts": {
             spec.name: _start(spec.start_uri, job, intent_ids, MODELS[spec.kind](sizes, job.settings))
@@ -442,5 +444,5 @@ def _reading(
 
 def _block_rows(job: RankerJob) -> int:
     fs, path = storage.filesystem(storage.join(job.log_uri, "sessions"))
-    rows = ds.dataset(path, filesystem=fs, format="parquet").count_rows()
+    rows = ds.dataset(path, filesystem=fs, format="parquet").count_rows(filter=_trains(job))
     return min(MAX_BLOCK_ROWS, max(1, rows // (job.settings.workers * BLOCKS_PER_WORKER)))

@@ -81,7 +81,8 @@ class TransformersEngine:
         queries = [[]] * len(tails) if completions is None else [self._content(ids) for ids in completions]
         rows = [tail + query for tail, query in zip(tails, queries, strict=True)]
         prefill = self._prefill(prompts.prefix, rows)
-        return half(self._pooled(prefill.read, tails, queries))
+        vectors = self._pooled(prefill.read, tails, queries)
+        return finite(vectors) if completions is None else half(vectors)
 
     def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
         completions = [written(self.tokenizer, query, prompts.suffix) for query in queries]
@@ -110,7 +111,7 @@ class TransformersEngine:
         samples = [Sample(**row, seed=seed) for row, seed in zip(decoded, flat_seeds, strict=True)]
         return [
             Group(ids, embedding, samples[i * n : (i + 1) * n])
-            for i, (ids, embedding) in enumerate(zip(self.prompt_ids(prompts), half(read), strict=True))
+            for i, (ids, embedding) in enumerate(zip(self.prompt_ids(prompts), finite(read), strict=True))
         ]
 
     def _decode(
@@ -234,18 +235,23 @@ class TransformersEngine:
 
 
 def half(vectors: torch.Tensor) -> np.ndarray:
-    """As embeddings are kept: float16.
+    """As embeddings are kept: float16. A query whose embedding is beyond that is one that must not be judged."""
+    return vectors.cpu().to(torch.float16).numpy()
+
+
+def finite(vectors: torch.Tensor) -> np.ndarray:
+    """The same of sessions, which all have an e(x).
 
     Raises:
-        ConfigError: for numbers beyond it, which some large models have before their last norm, and for none.
+        ConfigError: for numbers beyond float16, which some large models have before their last norm, and for none.
     """
-    kept = vectors.cpu().to(torch.float16)
-    if not kept.isfinite().all():
+    kept = half(vectors)
+    if not np.isfinite(kept).all():
         raise ConfigError(
             "reasoner.depth: this model's states are too large there to be kept, or no numbers; set it to 1.0, or "
             "reasoner.dtype to float32."
         )
-    return kept.numpy()
+    return kept
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

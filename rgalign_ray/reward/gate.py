@@ -37,7 +37,7 @@ class Gate:
     spread_by_session: list[float]
     noise_by_session: list[float]
     audit: float | None = None
-    """Correlation within sessions of the reward with the auditor's; None without an auditor."""
+    """Correlation within sessions of the reward with the auditor's; None without an auditor that can judge any."""
     best_of_n_audited: list[float] | None = None
     """The choices of `best_of_n` in the auditor's eyes."""
 
@@ -60,8 +60,8 @@ def gate(judged: np.ndarray, users: Sequence[str], audited: np.ndarray | None = 
     first, second = (_centred(judged[usable, :, judge]) for judge in (0, 1))
     spread, noise = _deviation(first), _deviation(first - second) / np.sqrt(2)
     audit, best_of_n_audited = None, None
-    if audited is not None:
-        judged_by_it = np.isfinite(audited[usable]).any(axis=1)
+    judged_by_it = np.isfinite(audited[usable]).any(axis=1) if audited is not None else np.zeros(0, bool)
+    if audited is not None and judged_by_it.any():
         reward, auditor = first[judged_by_it], _centred(audited[usable][judged_by_it])
         audit, best_of_n_audited = _correlation(reward, auditor), best_of(reward, auditor).mean(axis=0).tolist()
     judges = best_of(first, second)

@@ -17,19 +17,14 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         seeds: uint64 [S]; one per session, so that a draw depends on no order.
 
     Returns:
-        int64 [S]: the sample's number, -1 for a session that teaches nothing (no reward more than the margin above
-        the session's mean; with `require_uplift`, no query better than none). Which sessions teach does not depend on
+        int64 [S]: the sample's number, -1 for a session that teaches nothing. Which sessions teach does not depend on
         the method: what is chosen at random is a control of the choice, not of the sessions.
     """
     chosen = np.full(len(reward), -1, dtype=np.int64)
     for i, values in enumerate(reward):
+        if not _teaches(values, uplift[i], settings):
+            continue
         valid = np.flatnonzero(np.isfinite(values))
-        if (
-            not len(valid) or not (values[valid].max() - values[valid]).mean() > settings.margin
-        ):  # 0 where all are equal
-            continue
-        if settings.require_uplift and not (uplift[i, valid] > 0).any():
-            continue
         generator = np.random.Generator(np.random.Philox(int(seeds[i])))
         if settings.method == "random":
             chosen[i] = generator.choice(valid)
@@ -39,6 +34,17 @@ def select(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seed
         else:
             chosen[i] = valid[values[valid].argmax()]
     return chosen
+
+
+def _teaches(reward: np.ndarray, uplift: np.ndarray, settings: config.Select) -> bool:
+    """Whether a session with these [N] teaches: not where no reward stands more than the margin above the mean, nor,
+    with `require_uplift`, where no query is better than none.
+    """
+    valid = np.isfinite(reward)
+    if not valid.any() or (settings.require_uplift and not (uplift[valid] > 0).any()):
+        return False
+    # not the maximum less the mean, which rounding moves off 0 where all are equal
+    return bool((reward[valid].max() - reward[valid]).mean() > settings.margin)
 
 
 def among_first(reward: np.ndarray, n: int | None) -> np.ndarray:
@@ -63,12 +69,12 @@ def resampled(weights: np.ndarray, seed: int) -> np.ndarray:
     return np.searchsorted(np.cumsum(positive) / positive.sum(), places, side="right").clip(max=count - 1)
 
 
-def pairs(reward: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.ndarray:
-    """The best sample of each session and one that is worse.
+def pairs(reward: np.ndarray, uplift: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.ndarray:
+    """The best sample of each session that teaches, and one that is worse.
 
     Args:
-        reward: float [S, N]; nan for queries that were not valid.
-        settings: which worse one, and how much worse it must be.
+        reward, uplift: as in `select`.
+        settings: which worse one, and how much worse it must be; margin and the uplift filter.
         seeds: uint64 [S].
 
     Returns:
@@ -76,7 +82,7 @@ def pairs(reward: np.ndarray, settings: config.Select, seeds: np.ndarray) -> np.
     """
     found = np.full((len(reward), 2), -1, dtype=np.int64)
     for i, values in enumerate(reward):
-        if not np.isfinite(values).any():
+        if not _teaches(values, uplift[i], settings):
             continue
         best = int(np.nanargmax(values))
         below = np.flatnonzero((values < values[best]) & (values <= values[best] - settings.pair_gap))

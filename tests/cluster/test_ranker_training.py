@@ -161,6 +161,19 @@ def test_artefact_scores_sessions_and_the_shuffled_control_learns_less(
     assert ranker.meta.reasoner_version == "r0"
 
 
+def test_a_process_that_is_nobodys_worker_trains_on_its_cpu(log: Path, tmp_path: Path) -> None:
+    """It may be a task that has been given no GPU, where the workers of others have."""
+    settings = SETTINGS.model_copy(update={"use_gpu": True, "epochs": 1})
+    assert len(_train(log, tmp_path / "a", settings, local=True).figures["losses"]) == 1
+
+
+def test_blocks_are_cut_by_the_sessions_that_are_read(log: Path, tmp_path: Path) -> None:
+    job = _job(log, tmp_path)
+    sessions = [i % 6 == 0 for i in range(SESSIONS)].count(True)
+    few = replace(job, train_roles=())
+    assert training._block_rows(few) == sessions // (job.settings.workers * training.BLOCKS_PER_WORKER)
+
+
 def test_rankers_of_one_job_come_out_as_each_would_alone(ray_cluster: object, log: Path, tmp_path: Path) -> None:
     alone = _train(log, tmp_path / "a", local=True)
     second = training.train(_job(log, tmp_path / "b", shuffled=(True, False), local=True))["ranker1"]

@@ -21,7 +21,7 @@ from rgalign_ray.learner import contrastive, embedding, frozen, gradient, latent
 from rgalign_ray.learner.contrastive import info_nce
 from rgalign_ray.learner.engine import Host
 from rgalign_ray.learner.frozen import FrozenRankers, Read
-from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker import losses, scoring
 from rgalign_ray.ranker.qe_rec import QERec
 from rgalign_ray.ranker.sizes import Sizes
 from rgalign_ray.ranker.whitening import Moments
@@ -179,7 +179,7 @@ def test_the_gradient_arm_asks_for_the_reward_of_the_rollouts(folder: Path, tmp_
     clicks = ranker.labels.take(rows).clicks
     clicked = (clicks & exists.numpy()).any(axis=1)
     expected = functions.logprob(scores.numpy(), clicks, exists.numpy())
-    found = gradient.log_probability(scores, torch.from_numpy(clicks), exists).numpy()
+    found = losses.log_probability(scores, torch.from_numpy(clicks)[:, None], exists[:, None]).numpy()
     assert found[clicked] == pytest.approx(expected[clicked], rel=1e-5)
 
 

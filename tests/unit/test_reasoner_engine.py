@@ -16,6 +16,7 @@ from rgalign_ray.errors import ConfigError
 from rgalign_ray.reasoner import models, transformers_engine
 from rgalign_ray.reasoner.engine import Prompts, sample_seed
 from rgalign_ray.reasoner.transformers_engine import TransformersEngine, choose, stop_tokens, uniforms
+from rgalign_ray.reward.functions import fault
 
 SAMPLING = config.Sampling(temperature=0.7, top_p=0.95, max_new_tokens=24)
 TEXTS = ["to receive, 7 days", "paid twice", "refund?", "the parcel was returned to the hub, number unknown"]
@@ -110,6 +111,21 @@ def test_states_that_cannot_be_kept_are_refused() -> None:
         engine.model.model.embed_tokens.weight.mul_(1e7)
     with pytest.raises(ConfigError, match=r"reasoner\.depth: .* set it to 1\.0"):
         engine.embed(prompts(TEXTS))
+
+
+def test_a_query_whose_states_cannot_be_kept_is_one_that_must_not_be_judged(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = engine._pooled
+
+    def beyond(read: torch.Tensor, tails: list[list[int]], queries: list[list[int]]) -> torch.Tensor:
+        large = torch.tensor([1e9 if query else 1.0 for query in queries])
+        return pooled(read, tails, queries) * large[:, None]
+
+    monkeypatch.setattr(engine, "_pooled", beyond)
+    (sample,) = engine.read(prompts(TEXTS[:1]), ["Where is it?"])
+    assert fault(sample) == "non_finite"
+    assert np.isfinite(engine.embed(prompts(TEXTS[:1]))).all()
 
 
 @pytest.mark.parametrize(("suffix", "space"), [("\nQuestion:", " "), ("\nQuestion: ", "")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,12 @@ def engine(server: Server, folder: Path, **endpoint: Any) -> OpenAIEngine:
     return OpenAIEngine(teacher, config.Rollout(top_p=0.9, max_new_tokens=12), str(folder / "answers"))
 
 
+@pytest.mark.parametrize("address", ["https://me:sk-1@host/v1", "https://host/v1?api-key=sk-1"])
+def test_an_address_holds_no_key(address: str) -> None:
+    with pytest.raises(ValueError, match="in the environment"):
+        config.Endpoint(base_url=address)
+
+
 def test_a_chat_is_asked_and_its_first_line_taken(server: Server, tmp_path: Path) -> None:
     found = engine(server, tmp_path).propose(PROMPTS, [[1, 2], [3, 4]])
     assert found == [[Proposal(f"A question, seed {seed}?", "stop") for seed in row] for row in ((1, 2), (3, 4))]
@@ -159,6 +167,11 @@ def test_what_it_has_by_the_end_of_its_budget_is_used(server: Server, tmp_path: 
     assert len(server.asked) == 3, "whoever goes on with a run has what is left of its budget"
 
 
+def test_what_is_in_flight_when_the_budget_ends_is_paid_for_and_no_more(server: Server, tmp_path: Path) -> None:
+    engine(server, tmp_path, max_tokens=100, concurrency=4).propose(PROMPTS, [list(range(8)), list(range(8, 16))])
+    assert 3 <= len(server.asked) <= 3 + 3, "40 tokens each: the third passes 100, three others may be on their way"
+
+
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_an_endpoint_that_counts_no_tokens_has_a_budget_too(server: Server, tmp_path: Path, api: str) -> None:
     server.counts = False
@@ -175,16 +188,18 @@ def test_an_endpoint_that_counts_no_tokens_has_a_budget_too(server: Server, tmp_
     [
         (401, ConfigError, r"teachers\.big: .* refuses the key in \$TEACHER_KEY"),
         (404, ConfigError, r"teachers\.big: .* refuses the request \(404"),
-        (500, InfrastructureError, r"teachers\.big: .* did not answer after 0 retries \(InternalServerError\)"),
+        (500, InfrastructureError, r"teachers\.big: .* did not answer after 1 retries \(InternalServerError\)"),
     ],
 )
-def test_a_refusal_says_who_refused_what(
-    server: Server, tmp_path: Path, status: int, error: type[Exception], says: str
+def test_a_refusal_says_who_refused_what_and_is_final_where_a_retry_would_not_help(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int, error: type[Exception], says: str
 ) -> None:
     server.statuses = [status] * 9
+    caplog.set_level(logging.DEBUG)
     with pytest.raises(error, match=says) as raised:
-        engine(server, tmp_path, retries=0).propose(PROMPTS, [[1], [2]])
-    assert KEY not in str(raised.value)
+        engine(server, tmp_path, retries=1, concurrency=1).propose(replace(PROMPTS, texts=["order late"]), [[1]])
+    assert KEY not in str(raised.value) and KEY not in caplog.text
+    assert len(server.asked) == (2 if status == 500 else 1)
 
 
 @pytest.mark.parametrize("says", [b"<html></html>", b"{", b'{"error": "busy"}', b'{"choices": []}'])
@@ -243,5 +258,5 @@ def test_an_endpoint_that_is_not_there(tmp_path: Path) -> None:
 
 def test_one_that_hangs_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Handler, "do_POST", lambda self: time.sleep(1.0))
-    with pytest.raises(InfrastructureError, match=r"did not answer"):
+    with pytest.raises(InfrastructureError, match=r"did not answer after 0 retries \(APITimeoutError\)"):
         engine(server, tmp_path, retries=0, deadline_s=0.2).propose(PROMPTS, [[1], [2]])

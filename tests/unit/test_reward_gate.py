@@ -76,6 +76,12 @@ def test_the_best_of_more_queries_is_never_worse(seed: int, queries: int, invali
     assert result.sessions == usable.sum() == len(result.spread_by_session) == len(result.noise_by_session)
 
 
+def test_an_auditor_that_can_judge_nothing_says_nothing() -> None:
+    judged = judges(0, 5, 4, shared=0.5)
+    result = gated(judged, np.full(judged.shape[:2], np.nan))
+    assert result.audit is None and result.best_of_n_audited is None
+
+
 def test_figures_by_hand() -> None:
     nan = np.nan
     first = [[1.0, 3.0, nan], [0.0, nan, nan], [5.0, 2.0, 2.0]]

@@ -121,7 +121,7 @@ def test_the_uplift_of_an_invalid_query_does_not_count() -> None:
 def test_a_pair_is_the_best_and_one_that_is_worse(row: list[float], gap: float, rejected: str) -> None:
     reward = np.array([row])
     chosen = config.Select(rejected=rejected, pair_gap=gap)  # type: ignore[arg-type]
-    ((best, worse),) = pairs(reward, chosen, np.array([7], np.uint64)).tolist()
+    ((best, worse),) = pairs(reward, np.ones_like(reward), chosen, np.array([7], np.uint64)).tolist()
     top = max((value for value in row if not np.isnan(value)), default=np.nan)
     below = [value for value in row if value < top and value <= top - gap]
     if not below:
@@ -133,13 +133,27 @@ def test_a_pair_is_the_best_and_one_that_is_worse(row: list[float], gap: float, 
         assert row[worse] == (min(below) if rejected == "worst" else max(below))
 
 
+def test_a_session_that_teaches_no_text_makes_no_pair() -> None:
+    reward, numbers = np.array([[-1.0, -1.5]]), np.zeros(1, np.uint64)
+    for uplift, changes, made in (
+        (1.0, {"margin": 0.2}, True),
+        (1.0, {"margin": 0.3}, False),
+        (0.0, {}, True),
+        (0.0, {"require_uplift": True}, False),
+    ):
+        chosen = config.Select(**changes)  # type: ignore[arg-type]
+        assert (pairs(reward, np.full_like(reward, uplift), chosen, numbers)[0, 0] >= 0) == made
+
+
 def test_a_random_rejected_query_is_the_sessions_own() -> None:
     reward = np.tile([0.0, -1.0, -2.0, -3.0], (64, 1))
     seeds = np.arange(64, dtype=np.uint64)
-    found = pairs(reward, config.Select(rejected="random"), seeds)
+    found = pairs(reward, np.ones_like(reward), config.Select(rejected="random"), seeds)
     assert set(found[:, 1].tolist()) == {1, 2, 3}
     order = np.random.default_rng(0).permutation(64)
-    np.testing.assert_array_equal(pairs(reward, config.Select(rejected="random"), seeds[order]), found[order])
+    np.testing.assert_array_equal(
+        pairs(reward, np.ones_like(reward), config.Select(rejected="random"), seeds[order]), found[order]
+    )
 
 
 @settings(deadline=None)
@@ -162,4 +176,4 @@ def test_the_best_of_fewer_is_chosen_among_the_first() -> None:
     numbers, settings = np.arange(2, dtype=np.uint64), config.Select()
     found = {n: select(among_first(reward, n), np.ones((2, 4)), settings, numbers).tolist() for n in (None, 2, 3)}
     assert found == {None: [3, 1], 2: [1, -1], 3: [1, 1]}, "one query alone is no choice"
-    assert pairs(among_first(reward, 3), settings, numbers).tolist() == [[1, 0], [1, 2]]
+    assert pairs(among_first(reward, 3), np.ones((2, 4)), settings, numbers).tolist() == [[1, 0], [1, 2]]
