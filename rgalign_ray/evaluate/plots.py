@@ -186,7 +186,7 @@ def best_of_n(gate: RewardGate) -> Markup:
         for (label, values), colour in zip(seen.items(), SERIES, strict=False):
             if values:
                 axes.plot(range(1, len(values) + 1), values, "o-", color=colour, markersize=4, label=label)
-        axes.set(xlabel="queries sampled, N", ylabel="mean reward over the session's mean", title="Best of N, seen by")
+        axes.set(xlabel="valid queries, N", ylabel="mean reward over the session's mean", title="Best of N, seen by")
         axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -211,7 +211,7 @@ def true_best_of_n(worth: QueryWorth) -> Markup:
                 axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(worth.null.value, color=MUTED, linestyle="--", linewidth=1, label="no query")
         axes.set(
-            xlabel="queries sampled, N", ylabel=f"{worth.metric} over the session's mean", title="Best of N, in truth"
+            xlabel="valid queries, N", ylabel=f"{worth.metric} over the session's mean", title="Best of N, in truth"
         )
         axes.figure.legend(loc="outside lower center", ncols=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

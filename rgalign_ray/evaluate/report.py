@@ -111,7 +111,7 @@ class RewardGate(Part):
     spread_by_session: list[float]
     noise_by_session: list[float]
     best_of_n: list[float]
-    """Mean reward of the best of the first N queries, N = 1, 2, …; a diagnostic, not a servable gain."""
+    """Mean reward of the best of the first N valid queries, N = 1, 2, …; a diagnostic, not a servable gain."""
     best_of_n_judged: list[float] = []
     """The same choices in the eyes of a judge of another seed."""
     best_of_n_audited: list[float] = []
@@ -121,7 +121,7 @@ class RewardGate(Part):
 
 
 class QueryWorth(Part):
-    """What the choice among the first N queries is truly worth, above the mean of the session's queries."""
+    """What the choice among the first N valid queries is truly worth, above the mean of the session's queries."""
 
     metric: str
     sessions: int

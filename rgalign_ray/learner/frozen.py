@@ -66,6 +66,7 @@ class FrozenRankers:
         self.asked = functions.asked_of(self.settings, arrays)
         """bool [S, C], the candidates from which a click is told."""
         self.models, self.device = [_placed(each, task) for each in loaded], str(task.device)
+        self.loaded = loaded
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Sessions as tensors, padded to the round's longest list of candidates."""

@@ -91,6 +91,9 @@ class Judge:
     Args:
         task: the objective's work.
         on_gpu: where the ranker computes; None: where the learners do, of whom this is then a part.
+
+    Raises:
+        DataError: where a ranker was trained on another reasoner than the pair's.
     """
 
     def __init__(self, task: LearnerTask, on_gpu: bool | None = None) -> None:
@@ -103,6 +106,8 @@ class Judge:
         self.task = task
         self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, pair.encoder)
         self.rankers = FrozenRankers(task)
+        for ranker in self.rankers.loaded:
+            ranker.require(reasoner_version=self.encoder.version)
         self.sessions = Sessions(task, self.rankers.table)
 
     def judge(self, session_ids: Sequence[str], groups: Sequence[Group]) -> list[JudgedGroup]:

@@ -113,10 +113,12 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
         return made
     config = jobs[0].config
     rewards = [job.manifest("rewards_1").figures["gate"] for job in jobs]
-    valid = [job.manifest("rollouts_1").figures["valid_rate"] for job in jobs]
+    rollouts = [job.manifest("rollouts_1") for job in jobs]
+    valid = [manifest.figures["valid_rate"] for manifest in rollouts]
     worth = worth_stages.query_worth_of(jobs, 1)
     diagnoses = [_diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
+    lines += [*summary.unjudged(rollouts), *still_written(jobs, rows)]
     if config.roles.audit:
         lines.append(audit_stages.hearing_sentence([job.manifest(audit_stages.AUDITOR) for job in jobs]))
     as_configured = any("align" not in ALIGNMENTS[name] for name in names)
@@ -130,6 +132,25 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
             "written": _written(jobs[0], rows),
             "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
         }
+    )
+
+
+def still_written(jobs: Sequence[Run], rows: Sequence[RowName]) -> list[str]:
+    """The share of the queries of test sessions that are valid, as each reasoner writes them: a sentence, where they
+    are sampled.
+    """
+    read = {FROZEN: [job.manifest("embeddings_0") for job in jobs]}
+    for name in read_by(rows):
+        aligned = max((jobs_of(row, jobs) for row in rows if ROWS[row].aligned == name), key=len)
+        read[_title(name, rows)] = [run_of(job, name).manifest("embeddings_1") for job in aligned]
+    found = {
+        title: sum(it.rows["valid"] for it in manifests) / sampled
+        for title, manifests in read.items()
+        if (sampled := sum(it.rows["sampled"] for it in manifests))
+    }
+    told = ", ".join(f"{title} {share:.1%}" for title, share in found.items())
+    return (
+        [f"Valid latent queries, of those that each reasoner writes for the sessions it reads: {told}."] if told else []
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,16 @@ def reward_gate(gates: Sequence[Mapping[str, Any]], valid_rates: Sequence[float]
     )
 
 
+def unjudged(rollouts: Sequence[storage.Manifest]) -> list[str]:
+    """How many queries were never judged, by reason: a sentence, or none where all were."""
+    faults = sum((Counter(manifest.figures["faults"]) for manifest in rollouts), Counter[str]())
+    if not faults:
+        return []
+    sampled = sum(manifest.rows["rollouts"] for manifest in rollouts)
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in faults.most_common())
+    return [f"Not judged of {sampled:,} sampled queries: {reasons}."]
+
+
 def _sources(config: Config) -> str:
     """Who wrote how many queries a session."""
     if not config.teachers:
@@ -133,6 +144,7 @@ def _summary(
     lines.append(
         f"Valid latent queries: {first:.1%} before alignment, {', '.join(f'{rate:.1%}' for rate in later)} after."
     )
+    lines += unjudged([manifests[f"rollouts_{round_}"] for round_ in range(1, len(gates) + 1)])
     for round_ in range(1, len(gates) + 1) if run.config.teachers else ():
         chosen = manifests[f"selected_{round_}"].figures["chosen_by_source"]
         valid = manifests[f"rollouts_{round_}"].figures["valid_rate_by_source"]

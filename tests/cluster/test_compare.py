@@ -113,6 +113,8 @@ def test_rows_of_aligned_reasoners_share_what_teaches_them(ray_cluster: object, 
     assert all((one != other).any() for one, other in combinations(values, 2))
     assert made.facts["RGAlign-Rec's objectives"] == "sft"
     assert made.reward is not None and made.worth is not None
+    (valid,) = [line for line in made.summary if line.startswith("Valid latent queries")]
+    assert valid.count("%") == 5, "by the frozen reasoner, and as many alignments"
     assert made.worth.by_reward[0] == made.worth.by_truth[0], "of one query there is no choice"
     diagnosed = [compare.ROWS[name].title for name in (*ALIGNED, "rgalign_warm") if not compare.ROWS[name].shuffled]
     assert [it.name for it in made.diagnoses] == diagnosed, "what reads others' queries has none of its own to lose"

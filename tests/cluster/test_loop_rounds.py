@@ -51,7 +51,13 @@ def test_two_rounds_of_three_objectives(tmp_path: Path) -> None:
         assert rollouts is not None and set(rollouts.figures["valid_rate_by_source"]) == {"policy", "hotter"}
         rewards = storage.read_manifest(str(tmp_path / f"rewards_{round_}"))
         assert rewards is not None and -1 <= rewards.figures["gate"]["audit"] <= 1
-    rows = [row["name"] for row in storage.read_json(str(tmp_path / "evaluation/evaluation.json"))["rows"]]
+    evaluation = storage.read_json(str(tmp_path / "evaluation/evaluation.json"))
+    for found in evaluation["diagnoses"]:
+        assert found["moved"] > 0 and 0 <= found["common"] <= 1 and found["queries"] > 0
+    assert [found["name"] for found in evaluation["diagnoses"]] == ["Round 1", "Round 2"]
+    said = (tmp_path / "report.html").read_text()
+    assert "2 policy + 1 hotter, all of one LLM" in said
+    rows = [row["name"] for row in evaluation["rows"]]
     assert rows[:4] == ["two-tower", "QE-Rec", "RGAlign-Rec, round 1", "RGAlign-Rec"]
     assert rows[-1] == "QE-Rec trained on"
     aligned = {round_: str(tmp_path / f"align_{round_}_{settings.align[-1]}") for round_ in (1, 2)}

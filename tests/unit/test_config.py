@@ -209,6 +209,11 @@ def test_what_models_were_tuned_to_are_settings_of_the_ranker() -> None:
         config.load("ladder", ["compare.tuning_seed=4"])
 
 
+def test_where_sessions_have_several_clicks_the_auditor_hears_others_than_the_reward() -> None:
+    settings = config.load("movielens")
+    assert settings.reward.halves and settings.roles.audit
+
+
 def test_a_ladder_without_alignment_needs_no_queries() -> None:
     settings = config.load("ladder")
     assert settings.encode.query_share == 0 and not settings.align

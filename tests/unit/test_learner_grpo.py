@@ -18,6 +18,7 @@ from learner_data import SESSIONS, WORDS, task, write_round, write_writer
 from transformers import PreTrainedModel
 
 from rgalign_ray import config
+from rgalign_ray.errors import DataError
 from rgalign_ray.learner import engine, groups, grpo, sft, training
 from rgalign_ray.learner.engine import Host, LearnerTask
 from rgalign_ray.logs.catalogue import Catalogue
@@ -73,6 +74,21 @@ def test_the_reference_is_there_where_weights_come_from_an_object_store(
     settings = GRPO.model_copy(update={"epochs": 1, "kl_weight": 0.1})
     figures = grpo.train(replace(start, out=str(tmp_path / "out"), optimisation=settings), Host())
     assert figures["kl"][0] == pytest.approx(0.0, abs=1e-3), "it starts from its reference"
+
+
+def test_a_judge_is_a_pair_and_its_ranker_knows_its_reasoner(start: LearnerTask) -> None:
+    assert start.pair is not None
+    with pytest.raises(DataError, match=r"embeddings are of reasoner '.*', but ranker .* was trained on 'tiny'"):
+        groups.Judge(replace(start, pair=replace(start.pair, encoder=start.weights)))
+
+
+def test_the_reference_holds_the_policy_back(start: LearnerTask, tmp_path: Path) -> None:
+    moved = {}
+    for weight in (0.01, 3.0):
+        settings = GRPO.model_copy(update={"epochs": 2, "kl_weight": weight})
+        work = replace(start, out=str(tmp_path / f"out-{weight}"), optimisation=settings)
+        moved[weight] = np.mean(grpo.train(work, Host())["kl"][-4:])
+    assert moved[0.01] > 0.05 and moved[3.0] < moved[0.01] / 2
 
 
 def test_samples_of_other_weights_are_corrected(

@@ -59,7 +59,7 @@ def test_labels_and_ids_are_hidden() -> None:
 def test_the_text_does_not_depend_on_labels(clicks: list[bool], role: str, query: str) -> None:
     plain = table(session())
     rows = table(session(clicks=clicks, shown=clicks)).append_column("role", pa.array([role]))
-    rows = rows.append_column("query_text", pa.array([query]))
+    rows = rows.append_column("query_text", pa.array([query])).append_column("resolved", pa.array([clicks]))
     assert TEMPLATE.sessions(rows) == TEMPLATE.sessions(plain)
     assert TEMPLATE.sessions(rows.select(TEMPLATE.columns)) == TEMPLATE.sessions(plain)
 

@@ -88,6 +88,21 @@ def test_what_is_chosen_does_not_depend_on_the_parts(tmp_path: Path, chosen: dic
     assert positives["prompt_ids"].to_pylist() == [[i] for i in range(SESSIONS)]
 
 
+def test_what_is_worth_more_than_no_query_teaches_more_often(tmp_path: Path) -> None:
+    run = run_in(tmp_path, weight="uplift")
+    write_round(run, [5, 21])
+    align_stages.choose(run, str(tmp_path / "out"), 1)
+    scored = storage.read_table(run.uri("rewards_1", SCORED)).sort_by(
+        [("session_id", "ascending"), ("sample", "ascending")]
+    )
+    reward, uplift = (scored[name].to_numpy().reshape(SESSIONS, N) for name in ("reward", "uplift"))
+    chosen = np.take_along_axis(uplift, np.nanargmax(reward, axis=1)[:, None], axis=1)[:, 0].clip(0)
+    taught = storage.read_table(str(tmp_path / "out/selected"))["session_id"].to_pylist()
+    counts = np.array([taught.count(f"s{number:03d}") for number in range(SESSIONS)])
+    assert counts.sum() == SESSIONS and counts.max() > 1 and counts.min() == 0
+    assert np.all(np.abs(counts - chosen / chosen.sum() * SESSIONS) < 1 + 1e-5), "in proportion, up to rounding"
+
+
 def test_the_best_query_teaches_and_is_set_against_the_worst(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     write_round(run, [5, 21])
