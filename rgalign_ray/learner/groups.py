@@ -18,7 +18,7 @@ from rgalign_ray import config, storage
 from rgalign_ray.learner import engine
 from rgalign_ray.learner.engine import LearnerTask
 from rgalign_ray.learner.frozen import FrozenRankers
-from rgalign_ray.reasoner.engine import Group, Prompts, sample_seed
+from rgalign_ray.reasoner.engine import Engine, EngineSpec, Group, Prompts, sample_seed
 from rgalign_ray.reward.functions import fault
 
 if TYPE_CHECKING:  # likewise in training.py
@@ -139,17 +139,16 @@ class Sampler:
     Args:
         task: the objective's work.
         steps: the plan.
-        engine: what samples; by default one of its own, with the weights that the objective starts from.
+        policy: what samples; by default an engine of its own, as the reasoner's settings name it, with the weights that
+            the objective starts from.
     """
 
     def __init__(
-        self, task: LearnerTask, steps: Sequence[Sequence[str]], engine: TransformersEngine | None = None
+        self, task: LearnerTask, steps: Sequence[Sequence[str]], policy: TransformersEngine | None = None
     ) -> None:
-        from rgalign_ray.reasoner.transformers_engine import TransformersEngine
-
         assert isinstance(task.optimisation, config.Grpo) and task.pair is not None
         self.task, self.settings, self.steps = task, task.optimisation, steps
-        self.engine = engine or TransformersEngine(task.reasoner, task.prompt.max_session_tokens, task.weights)
+        self.engine: Engine = policy or EngineSpec(task.reasoner, task.prompt.max_session_tokens, task.weights).start()
         self.sessions = Sessions(task, storage.read_table(task.pair.sessions).sort_by("session_id"))
         self._weights = task.weights
 
@@ -180,13 +179,15 @@ class OwnSource:
     def __init__(self, task: LearnerTask, steps: Sequence[Sequence[str]]) -> None:
         self.task, self.steps = task, steps
         self.judge = Judge(task)
-        policy = copy.copy(self.judge.encoder)  # of the same tokenizer and settings; its weights are the trainer's,
-        policy.device = task.device  # and lie where it learns
-        self.sampler = Sampler(task, steps, policy)
+        self.policy = copy.copy(
+            self.judge.encoder
+        )  # of the same tokenizer and settings; its weights are the trainer's,
+        self.policy.device = task.device  # and lie where it learns
+        self.sampler = Sampler(task, steps, self.policy)
 
     def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[JudgedGroup]:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.sampler.engine.use(causal, self.task.version)
+        self.policy.use(causal, self.task.version)
         judged, size = [], self.task.rollout.unit_sessions  # TRL asks for the groups of a whole step at once
         for part in (places[start : start + size] for start in range(0, len(places), size)):
             ids = [self.steps[step][place] for place in part]

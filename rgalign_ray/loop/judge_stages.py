@@ -18,7 +18,7 @@ from rgalign_ray.loop import round_sessions
 from rgalign_ray.loop.audit_stages import AUDITOR, auditor_spec
 from rgalign_ray.loop.log_stages import check_templates
 from rgalign_ray.loop.rank_stages import SENTENCE_READER, judge_names
-from rgalign_ray.loop.readers import engine_spec, reasoner_stage
+from rgalign_ray.loop.readers import engine_spec, interpreter, reasoner_stage
 from rgalign_ray.loop.stage import Outcome, Run, Stage
 from rgalign_ray.reasoner.teachers import TeacherSpec
 from rgalign_ray.reward import actor
@@ -188,11 +188,6 @@ def _proposed(files: list[str], teacher: Teacher, template: Template, config: Co
 
 def _unasked(teacher: Teacher, template: Template) -> Proposed:
     return Proposed(teacher.name, None, "", template.version, teacher.temperature or 0.0)
-
-
-def interpreter(config: Config, engine: str) -> str | None:
-    """Of the workers that sample with an engine, where it is not this one."""
-    return config.reasoner.vllm.python if engine == "vllm" else None
 
 
 def run_pool(pool: RolloutPool, units: Iterator[Unit], context: str, label: str, sessions: int, unit: str) -> None:

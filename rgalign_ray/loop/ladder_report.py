@@ -187,7 +187,8 @@ def _variant_claims(name: RowName) -> list[tuple[RowName, RowName]]:
 
 
 def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -> report.Comparison:
-    found = comparison.difference(*_together(better, worse), metric, config.evaluate)
+    ours, theirs = _together(better, worse)
+    found = comparison.difference(ours, theirs, metric, config.evaluate)
     return report.Comparison(
         better=better.title,
         worse=worse.title,
@@ -230,11 +231,13 @@ def _summary(
     first = {better: worse for better, worse in reversed(pairs) if ROWS[worse].rival}
     for row in [row for row in METHOD if row in first]:
         ours, rival = by_row[row], by_row[first[row]]
-        reduced = comparison.share_of_gap(*_together(ours, rival), 1.0, metrics[0], config.evaluate)
+        mine, theirs = _together(ours, rival)
+        reduced = comparison.share_of_gap(mine, theirs, 1.0, metrics[0], config.evaluate)
         lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
         if CEILING in by_row:
+            mine, theirs, most = _together(ours, rival, by_row[CEILING])
             for metric in told:
-                closed = comparison.share_of_gap(*_together(ours, rival, by_row[CEILING]), metric, config.evaluate)
+                closed = comparison.share_of_gap(mine, theirs, most, metric, config.evaluate)
                 lines.append(
                     f"{metric}: {ours.title} closes {_share(closed)} of the headroom between {rival.title} and the "
                     "true need."

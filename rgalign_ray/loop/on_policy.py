@@ -30,6 +30,7 @@ from rgalign_ray.learner import training
 from rgalign_ray.learner.engine import LearnerTask, Stream
 from rgalign_ray.learner.groups import Judge, Sampler
 from rgalign_ray.learner.groups import plan as plan_of
+from rgalign_ray.loop.readers import interpreter
 from rgalign_ray.rollout.on_policy import OnPolicyStream, Task
 
 POLL_S = 1.0
@@ -162,11 +163,13 @@ class Keeper:
         self.deaths = 0
         self.failure: Exception | None = None
         self._over = threading.Event()
+        python = interpreter(config, task.reasoner.engine)
         self._thread = threading.Thread(target=self._keep, name="keeper of samplers", daemon=True)
         self._actor = ray_stacks.actor(SamplerActor, "do", self.settings.deadline_s).options(
             num_cpus=self.settings.cpus_per_worker,
             num_gpus=self.settings.gpus_per_worker,
             label_selector=self.settings.node_labels,
+            runtime_env={"py_executable": python} if python else None,
         )
         self._at_work: dict[Any, _Member] = {}
 

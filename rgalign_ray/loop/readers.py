@@ -1,4 +1,4 @@
-"""Who reads sessions in a round: its reasoner, or a sentence encoder."""
+"""Who reads sessions in a round: its reasoner, or a sentence encoder; and in which interpreter workers sample."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def engine_of_run(run: Run, round_: int) -> EngineSpec:
 
 def sentence_engine(config: Config) -> EngineSpec:
     return EngineSpec(config.compare.encoder, config.compare.max_text_tokens, None)
+
+
+def interpreter(config: Config, engine: str) -> str | None:
+    """Of the workers that sample with an engine, where it is not this one."""
+    return config.reasoner.vllm.python if engine == "vllm" else None

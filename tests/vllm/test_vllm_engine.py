@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -94,8 +96,9 @@ def test_what_it_samples_is_read_as_transformers_reads_it(engine, reader: Transf
     np.testing.assert_allclose(np.stack([group.samples[1].embedding for group in groups]), read, atol=2e-2)
 
 
-def test_log_probabilities_are_those_of_the_distribution(engine, reader: TransformersEngine, prompts: Prompts) -> None:
+def test_log_probabilities_are_those_of_the_distribution(engine, prompts: Prompts) -> None:
     groups = sample(engine, prompts, seeds(1), temperature=0.8)
+    reader = TransformersEngine(SETTINGS.model_copy(update={"pooling": "last", "depth": 1.0}), 160)
     hidden = torch.from_numpy(reader.embed(prompts).astype(np.float32))
     expected = torch.log_softmax(reader.model.lm_head(hidden).float() / 0.8, dim=-1)
     for row, group in enumerate(groups):
@@ -118,6 +121,48 @@ def test_new_weights_are_taken_without_a_restart(
     assert changed == greedy(reader) != base
     engine.load(None)
     assert greedy(engine) == base, "nothing of the other weights is left in a cache"
+
+
+def test_a_sampler_of_rg_grpo_follows_the_weights_that_learn(
+    engine, prompts: Prompts, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rgalign_ray import schema, storage
+    from rgalign_ray.learner.engine import FrozenPair, LearnerTask
+    from rgalign_ray.learner.groups import Sampler
+
+    monkeypatch.setattr(EngineSpec, "start", lambda _: engine)
+    ts, history = pa.array([None] * 3, schema.TIMESTAMP), pa.array([[]] * 3, pa.list_(schema.EVENT))
+    table = pa.table({"session_id": ["a", "b", "c"], "words": TEXTS, "ts": ts, "history": history})
+    storage.write_table(str(tmp_path / "sessions.parquet"), table)
+    template = Template(version="v", prefix=prompts.prefix, session="{{ words }}", suffix=prompts.suffix, item="")
+    pair = FrozenPair(("",), None, str(tmp_path / "sessions.parquet"), "", config.Reward())
+    work = LearnerTask(
+        objective="grpo",
+        reasoner=SETTINGS,
+        learner=config.Learner(),
+        optimisation=config.Grpo(n=2, temperature=0.8),
+        weights=None,
+        data="",
+        out="",
+        version="v",
+        seed=0,
+        pair=pair,
+        prompt=config.Prompt(),
+        template=template,
+        rollout=config.Rollout(max_new_tokens=12),
+    )
+    sampler = Sampler(work, [["a", "b", "c"]])
+    first = sampler.sample(0, [0, 2])
+    assert [len(group.samples) for group in first] == [2, 2]
+    sampler.take(other)
+    assert engine.version == "other" and written(sampler.sample(0, [0, 2])) != written(first)
+    sampler.take(None)
+    assert written(sampler.sample(0, [0, 2])) == written(first)
+
+
+def test_the_samplers_actor_starts_without_what_learners_need() -> None:
+    """Its class is found by the name of its module."""
+    assert importlib.import_module("rgalign_ray.loop.on_policy").SamplerActor
 
 
 def test_a_worker_writes_what_it_samples(
