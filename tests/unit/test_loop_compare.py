@@ -174,6 +174,15 @@ def test_reasoners_of_one_log_are_read_with_the_same_random_numbers_under_every_
     assert read == [None, jobs[0].config.seed] and jobs[1].config.seed != jobs[0].config.seed
 
 
+@pytest.mark.parametrize("name", ["ladder", "alignment", "movielens"])
+def test_rows_of_a_packaged_comparison_find_what_they_take_from_others(name: str) -> None:
+    settings = config.load(name)
+    rows = rows_of(settings)
+    assert set(settings.compare.exploratory) <= set(rows)
+    for _, own in rows_of_each(compare.runs(settings, rows), rows):
+        check(own, settings)
+
+
 def test_the_first_seed_alone_has_exploratory_rows() -> None:
     rows: list[config.RowName] = ["lr", "din", "qe_rec"]
     settings = config.validate({"compare": {"rows": rows, "exploratory": ["din", "bst"], "seeds": 3}})
