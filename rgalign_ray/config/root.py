@@ -146,11 +146,15 @@ def available() -> list[str]:
 def load(name_or_path: str, overrides: list[str] | None = None) -> Config:
     """The configuration named (inside the package) or at a path, with `a.b=c` overrides applied.
 
+    Who names the rows of a comparison names all of them: the exploratory ones that stand there are left out.
+
     Raises:
         ConfigError: for an unknown name, an unreadable file, an unknown key (with the nearest valid
             one) or an ill-typed value, by the key's full name.
     """
     data = _read(name_or_path)
+    if any(override.partition("=")[0].strip() == "compare.rows" for override in overrides or []):
+        _assign(data, "compare.exploratory", [])
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator:

@@ -74,8 +74,7 @@ class Compare(Settings):
     rows: Annotated[list[RowName], Field(min_length=1), Distinct] | None = None
     """Of the ladder (docs/the-ladder.md). None: every row that the log allows and that needs no alignment."""
     exploratory: Annotated[list[RowName], Distinct] = []
-    """Those of the rows that are run under the first seed alone, too slow for every seed or not expected to win; tables
-    mark them."""
+    """Further rows, run under the first seed alone, since they are slow or not expected to win; tables mark them."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0
@@ -98,6 +97,12 @@ class Compare(Settings):
     """CPUs of one row under one seed; as many run at a time as the cluster holds."""
     slice_deadline_s: Positive = 9000.0
     """Longest wait for any of the slices in work to be done."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Compare:
+        if twice := set(self.rows or []) & set(self.exploratory):
+            raise ValueError(f"'{min(twice)}' stands in rows and in exploratory; name it once")
+        return self
 
     @model_validator(mode="after")
     def _of_the_ranker(self) -> Compare:

@@ -247,11 +247,12 @@ def slice_name(name: config.RowName, number: int) -> str:
 
 
 def rows_of(settings: config.Config) -> list[config.RowName]:
-    """The rows that a comparison has; where it names none, all that need no alignment and whose truth its log knows."""
-    if settings.compare.rows:
-        return list(settings.compare.rows)
+    """The rows that a comparison has under its first seed; where it names none, all that need no alignment and whose
+    truth its log knows.
+    """
     known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
-    return [name for name in known if _asked_unnamed(ROWS[name], settings)]
+    rows = settings.compare.rows or [name for name in known if _asked_unnamed(ROWS[name], settings)]
+    return list(dict.fromkeys([*rows, *settings.compare.exploratory]))
 
 
 def rows_of_each(jobs: Sequence[Run], rows: Sequence[config.RowName]) -> list[tuple[Run, list[config.RowName]]]:

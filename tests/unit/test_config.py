@@ -214,6 +214,16 @@ def test_where_sessions_have_several_clicks_the_auditor_hears_others_than_the_re
     assert settings.reward.halves and settings.roles.audit
 
 
+def test_who_names_the_rows_of_a_comparison_names_all_of_them() -> None:
+    assert config.load("alignment").compare.exploratory
+    named = config.load("alignment", ["compare.rows=[qe_rec]"]).compare
+    assert (named.rows, named.exploratory) == (["qe_rec"], [])
+    both = config.load("alignment", ["compare.exploratory=[rg_dpo]", "compare.rows=[qe_rec]"]).compare
+    assert (both.rows, both.exploratory) == (["qe_rec"], ["rg_dpo"])
+    with pytest.raises(ConfigError, match=r"compare: .*'lr' stands in rows and in exploratory; name it once"):
+        config.load("ladder", ["compare.rows=[lr]", "compare.exploratory=[lr]"])
+
+
 def test_a_ladder_without_alignment_needs_no_queries() -> None:
     settings = config.load("ladder")
     assert settings.encode.query_share == 0 and not settings.align
