@@ -57,7 +57,7 @@ class Embeddings:
         readout = np.asarray(table["readout"].to_pylist())
         keys = session_keys(table["id"].to_pylist())
         sample = table["sample"].to_numpy()
-        vectors = _matrix(table["embedding"], kind.list_size)
+        vectors = matrix(table["embedding"], kind.list_size)
         readouts = {name: _first(keys, sample, vectors, readout == name) for name in sorted(set(readout.tolist()))}
         return cls(versions[0], kind.list_size, readouts)
 
@@ -122,7 +122,8 @@ def _read(uri: str) -> pa.Table:
         return pq.read_table(file)
 
 
-def _matrix(column: pa.ChunkedArray, dim: int) -> np.ndarray:
+def matrix(column: pa.ChunkedArray, dim: int) -> np.ndarray:
+    """float16 [rows, dim], a column of vectors of one length."""
     flat = column.combine_chunks().flatten() if isinstance(column, pa.ChunkedArray) else column.flatten()
     return flat.to_numpy(zero_copy_only=False).astype(np.float16, copy=False).reshape(-1, dim)
 

@@ -29,6 +29,7 @@ from rgalign_ray.logs.catalogue import Catalogue
 from rgalign_ray.logs.examples import examples
 from rgalign_ray.logs.roles import fold_of
 from rgalign_ray.ranker import scoring
+from rgalign_ray.ranker.embeddings import matrix
 from rgalign_ray.reward import functions
 from rgalign_ray.reward.auditor import Auditor, AuditorSpec
 from rgalign_ray.reward.judging import judge_queries
@@ -59,9 +60,8 @@ class QueryUnit:
             f"{embeddings_uri}: not of {rollouts_uri}"
         )
         ids = list(dict.fromkeys(rollouts["session_id"].to_pylist()))
-        embeddings = np.stack(vectors["embedding"].to_numpy()).reshape(
-            len(ids), -1, vectors.schema.field("embedding").type.list_size
-        )
+        dim = vectors.schema.field("embedding").type.list_size
+        embeddings = matrix(vectors["embedding"], dim).reshape(len(ids), -1, dim)
         valid = rollouts["fault"].is_null().to_numpy().reshape(len(ids), -1)
         known = np.where(valid[..., None], embeddings, np.float16(0))
         return cls(rollouts, ids, valid, known, vectors["reasoner_version"][0].as_py())
