@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,6 +44,16 @@ def _placed(loaded: scoring.LoadedRanker, task: LearnerTask) -> QERec:
     return loaded.model.to(task.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some sessions, padded to the longest list of candidates that one of them has."""
+
+    batch: Batch
+    labels: functions.Labels
+    asked: np.ndarray
+    """bool [B, C], the candidates from which a click is told."""
+
+
 class FrozenRankers:
     """Scores and rewards of query vectors; rows are places in the round's sessions, sorted by id.
 
@@ -64,13 +75,16 @@ class FrozenRankers:
         self.settings = task.pair.reward
         self.labels = functions.Labels.of(self.settings, self.table, arrays, catalogue)
         self.asked = functions.asked_of(self.settings, arrays)
-        """bool [S, C], the candidates from which a click is told."""
+        self.lengths = (arrays["candidates"] >= 0).sum(axis=1)
         self.models, self.device = [_placed(each, task) for each in loaded], str(task.device)
         self.loaded = loaded
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """Sessions as tensors, padded to the round's longest list of candidates."""
-        return to_batch(take(self.sessions, np.asarray(rows)), self.device)
+    def part(self, rows: Sequence[int]) -> Part:
+        """The sessions of some rows, where the learner computes."""
+        chosen, width = np.asarray(rows), int(self.lengths[rows].max())
+        sessions = take(self.sessions, chosen)
+        sessions["candidates"] = sessions["candidates"][:, :width]
+        return Part(to_batch(sessions, self.device), self.labels.take(chosen, width), self.asked[chosen, :width])
 
     def scores(self, read: Read, batch: Batch) -> list[Tensor]:
         """[B, N, C] of every ranker; gradients pass through."""
@@ -81,9 +95,9 @@ class FrozenRankers:
     @torch.no_grad()
     def rewards(self, read: Read, rows: Sequence[int]) -> Tensor:
         """float32 [B, N], where the learner computes."""
-        labels, asked = self.labels.take(np.asarray(rows)), self.asked[np.asarray(rows)]
+        part = self.part(rows)
         found = [
-            functions.reward(self.settings, scores.cpu().numpy(), labels, asked)
-            for scores in self.scores(read, self.batch(rows))
+            functions.reward(self.settings, scores.cpu().numpy(), part.labels, part.asked)
+            for scores in self.scores(read, part.batch)
         ]
         return torch.from_numpy(np.mean(found, axis=0).astype(np.float32)).to(self.device)

@@ -53,16 +53,15 @@ class RankingLoss:
         assert self.rankers.table["session_id"].equals(table["session_id"]), "both hold the round's sessions, sorted"
 
     def __call__(self, embeddings: Tensor, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
-        batch = self.rankers.batch(rows)
+        part = self.rankers.part(rows)
         is_null = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
 
         def read(ranker: QERec) -> Tensor:
             z, match = ranker.parted(ranker.queries(embeddings, is_null))
             return torch.cat([z.detach() if self.through == "match" else z, match], dim=-1)
 
-        scores = self.rankers.scores(read, batch)
-        labels = self.rankers.labels.take(np.asarray(rows))
-        asked = torch.from_numpy(self.rankers.asked[np.asarray(rows)]).to(embeddings.device)
+        scores, labels = self.rankers.scores(read, part.batch), part.labels
+        asked = torch.from_numpy(part.asked).to(embeddings.device)
 
         def reward_of(relevant: np.ndarray) -> Tensor:
             wanted = torch.from_numpy(relevant).to(embeddings.device)

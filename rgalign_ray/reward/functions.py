@@ -53,8 +53,9 @@ class Labels:
             resolved = clicks & catalogue.padded(sessions[RESOLVED], arrays["candidates"])
         return cls(clicks, resolved)
 
-    def take(self, rows: np.ndarray) -> Labels:
-        return Labels(self.clicks[rows], None if self.resolved is None else self.resolved[rows])
+    def take(self, rows: np.ndarray, width: int | None = None) -> Labels:
+        """Those of some sessions, of the first `width` candidates."""
+        return Labels(self.clicks[rows, :width], None if self.resolved is None else self.resolved[rows, :width])
 
 
 def asked_of(settings: config.Reward, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -173,10 +173,11 @@ def test_the_gradient_arm_asks_for_the_reward_of_the_rollouts(folder: Path, tmp_
     """Its log-probability is the `logprob` reward."""
     ranker = FrozenRankers(task(folder, tmp_path, config.Gradient()))
     rows = np.arange(3)
-    exists = ranker.batch(rows)["candidates"] >= 0
+    part = ranker.part(rows)
+    exists = part.batch["candidates"] >= 0
     exists[0, 8:] = False  # padding, also where something was clicked
     scores = torch.randn(3, 5, len(INTENTS), generator=torch.Generator().manual_seed(0))
-    clicks = ranker.labels.take(rows).clicks
+    clicks = part.labels.clicks
     clicked = (clicks & exists.numpy()).any(axis=1)
     expected = functions.logprob(scores.numpy(), clicks, exists.numpy())
     found = losses.log_probability(scores, torch.from_numpy(clicks)[:, None], exists[:, None]).numpy()
@@ -204,11 +205,31 @@ def test_what_was_not_shown_is_no_rival_of_a_click_where_rankers_rank_by_clicks(
     def read(ranker: QERec) -> torch.Tensor:
         return ranker.queries(embeddings, null)
 
-    (scores,) = objective.rankers.scores(read, objective.rankers.batch(rows))
+    (scores,) = objective.rankers.scores(read, objective.rankers.part(rows).batch)
     among = np.array(shown[:4]) if by == "click" else np.ones((4, len(INTENTS)), bool)
     expected = functions.logprob(scores.numpy(), np.array(few["clicks"].to_pylist()[:4]), among)
     assert objective(embeddings, rows, 0)[1].numpy() == pytest.approx(expected, rel=1e-4)
     assert objective.rankers.rewards(read, rows).numpy() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_session_with_few_candidates_costs_few_and_is_judged_as_beside_others(folder: Path, tmp_path: Path) -> None:
+    table = storage.read_table(str(folder / "sessions.parquet"))
+    columns = ("candidates", "shown", "clicks", "resolved")
+    lists = {name: table[name].to_pylist() for name in columns}
+    kept = [place for place, click in enumerate(lists["clicks"][0]) if click or place < 4]
+    for name in columns:
+        lists[name][0] = [lists[name][0][place] for place in kept]
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(lists[name]))
+    storage.write_table(str(tmp_path / "sessions.parquet"), table)
+    work = task(folder, tmp_path, config.Gradient())
+    assert work.pair is not None
+    rankers = FrozenRankers(replace(work, pair=replace(work.pair, sessions=str(tmp_path / "sessions.parquet"))))
+    assert rankers.part([0]).batch["candidates"].shape == (1, len(kept))
+    assert rankers.part([0, 1]).batch["candidates"].shape == (2, len(INTENTS))
+    embeddings, is_null = torch.randn(2, 3, 32), torch.zeros(2, 3, dtype=torch.bool)
+    both = rankers.rewards(lambda ranker: ranker.queries(embeddings, is_null), [0, 1])
+    alone = rankers.rewards(lambda ranker: ranker.queries(embeddings[:1], is_null[:1]), [0])
+    torch.testing.assert_close(both[:1], alone)
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
@@ -314,7 +335,7 @@ def test_rankers_are_asked_as_the_reward_says(folder: Path, tmp_path: Path) -> N
         reward = config.Reward(rank_by=by)
         asked = replace(work, pair=replace(work.pair, rankers=(str(tmp_path / "ranker"),), reward=reward))
         both = FrozenRankers(asked)
-        (scores,) = both.scores(read, both.batch([0, 1, 2, 3]))
+        (scores,) = both.scores(read, both.part([0, 1, 2, 3]).batch)
         (ranker,) = frozen.rankers(asked)
         found.append((scores, ranker.query_logits(read(ranker))))
     (log, log_of_all), (click, click_of_all) = found
