@@ -14,7 +14,7 @@ from rgalign_ray.evaluate.statistics import Estimate
 from rgalign_ray.loop import summary
 from rgalign_ray.loop.ladder_rows import ROWS
 
-METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign")
+METHOD: tuple[RowName, ...] = ("qe_rec", "rgalign", "rgalign_warm")
 CEILING: RowName = "true_need"
 TEXT_RIVALS: tuple[RowName, ...] = ("din_sentence", "template")
 """They read the same text as the reasoner: whatever validation says, a reasoner must beat them."""
@@ -150,8 +150,8 @@ def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[Row
         *((rival, "popularity") for rival in best),
         ("qe_rec", "qe_rec_shuffled"),
         ("rgalign", "qe_rec"),
-        *((row, "qe_rec_more") for row in ("rgalign", "gradient")),
-        *(("rgalign", rival) for rival in dict.fromkeys([*rivals[-1:], *best, *TEXT_RIVALS])),
+        *((row, "qe_rec_more") for row in ("rgalign", "rgalign_warm", "gradient")),
+        *((row, rival) for row in METHOD[1:] for rival in [*rivals[-1:], *best, *TEXT_RIVALS]),
         ("rgalign", "rgalign_shuffled"),
         ("rgalign", "gradient"),
         *(("rg_sft", control) for control in SFT_CONTROLS),
@@ -163,7 +163,8 @@ def claims(names: list[RowName], judged: dict[RowName, float]) -> list[tuple[Row
         *((f"rgalign{way}", f"gradient{way}") for way in WAYS),
         *((f"{row}_query", "qe_rec_query") for row in ("rgalign", "rg_sft")),
         ("qe_rec_warm", "judge"),
-        *((f"{row}_warm", rival) for row in ("rgalign", "gradient") for rival in TEXT_RIVALS),
+        *(("gradient_warm", rival) for rival in TEXT_RIVALS),
+        ("rgalign", "judge"),
         *((CEILING, rival) for rival in best),
     ]
     there = [(better, worse) for better, worse in pairs if better in names and worse in names and better != worse]

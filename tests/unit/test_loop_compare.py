@@ -271,6 +271,9 @@ def test_the_best_rival_is_chosen_by_validation_among_what_has_learned_without_a
     assert ("gradient", "gradient_other") in pairs and ("gradient_not_retrained", "gradient_shift") in pairs
     assert ("gradient_warm", "qe_rec_warm") in pairs and ("gradient_warm_query", "qe_rec_warm_query") in pairs
     assert {("gradient_centred", "judge"), ("gradient_centred", "gradient_not_retrained")} <= set(pairs)
+    rivals = {worse for better, worse in pairs if better == "rgalign" and ROWS[worse].rival}
+    assert rivals == {worse for better, worse in pairs if better == "rgalign_warm" and ROWS[worse].rival} != set()
+    assert {("rgalign_warm", "qe_rec_more"), ("rgalign", "judge")} <= set(pairs)
     assert ("gradient_shift", "judge") not in pairs, "it stands beside the row whose control it is"
     assert ("rgalign_warm", "gradient_warm") in pairs and ("rg_sft_warm", "rg_sft_random_warm") in pairs
     assert ("gradient_not_retrained", "judge") in pairs and ("gradient_not_retrained_query", "judge_query") in pairs

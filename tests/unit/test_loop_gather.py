@@ -181,9 +181,10 @@ def test_a_row_that_was_made_of_something_else_is_not_told_of(tmp_path: Path) ->
 
 
 def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
-    text = (DOCS / "alignment-study.md").read_text().replace("\\\n", "")
+    pages = ("alignment-study.md", "earlier-studies.md")
+    text = "\n".join((DOCS / page).read_text() for page in pages).replace("\\\n", "")
     commands = [shlex.split(line) for line in re.findall(r"^rgalign compare .*--from docs/.*", text, re.MULTILINE)]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         after = dict(pairwise(command))
         sets = [value for word, value in pairwise(command) if word == "--set"]
