@@ -179,10 +179,9 @@ class OwnSource:
     def __init__(self, task: LearnerTask, steps: Sequence[Sequence[str]]) -> None:
         self.task, self.steps = task, steps
         self.judge = Judge(task)
-        self.policy = copy.copy(
-            self.judge.encoder
-        )  # of the same tokenizer and settings; its weights are the trainer's,
-        self.policy.device = task.device  # and lie where it learns
+        # of the same tokenizer and settings; its weights are the trainer's, and lie where it learns
+        self.policy = copy.copy(self.judge.encoder)
+        self.policy.device = task.device
         self.sampler = Sampler(task, steps, self.policy)
 
     def take(self, model: PreTrainedModel, step: int, places: Sequence[int]) -> list[JudgedGroup]:

@@ -136,9 +136,7 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
 
 
 def still_written(jobs: Sequence[Run], rows: Sequence[RowName]) -> list[str]:
-    """The share of the queries of test sessions that are valid, as each reasoner writes them: a sentence, where they
-    are sampled.
-    """
+    """The share of valid queries among those that each reasoner writes as it reads sessions: a sentence, if it does."""
     read = {FROZEN: [job.manifest("embeddings_0") for job in jobs]}
     for name in read_by(rows):
         aligned = max((jobs_of(row, jobs) for row in rows if ROWS[row].aligned == name), key=len)

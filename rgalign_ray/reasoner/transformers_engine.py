@@ -82,7 +82,8 @@ class TransformersEngine:
         rows = [tail + query for tail, query in zip(tails, queries, strict=True)]
         prefill = self._prefill(prompts.prefix, rows)
         vectors = self._pooled(prefill.read, tails, queries)
-        return finite(vectors) if completions is None else half(vectors)
+        finite(vectors[[number for number, query in enumerate(queries) if not query]])
+        return half(vectors)
 
     def read(self, prompts: Prompts, queries: Sequence[str]) -> list[Sample]:
         completions = [written(self.tokenizer, query, prompts.suffix) for query in queries]
