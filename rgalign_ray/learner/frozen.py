@@ -59,16 +59,24 @@ class FrozenRankers:
 
     Several rankers are one judge, as in `reward.actor`: the reward is the mean of theirs.
 
+    Args:
+        task: the objective's work.
+        reasoner_version: of the reasoner whose vectors they read; None where that is the one that learns.
+
     Raises:
-        DataError: where a ranker is of another knowledge base, or of other features than the first.
+        DataError: where a ranker is of another knowledge base or reasoner, or of other features than the first.
     """
 
-    def __init__(self, task: LearnerTask) -> None:
+    def __init__(self, task: LearnerTask, reasoner_version: str | None = None) -> None:
         assert task.pair is not None
         loaded = _load(task, task.pair.reward.rank_by)
         catalogue = Catalogue.load(task.pair.log)
         for each in loaded:
-            each.require(space_version=loaded[0].meta.space_version, intent_ids=catalogue.ids)
+            each.require(
+                reasoner_version=reasoner_version,
+                space_version=loaded[0].meta.space_version,
+                intent_ids=catalogue.ids,
+            )
         self.table = storage.read_table(task.pair.sessions).sort_by("session_id")
         arrays = examples(self.table, loaded[0].space, catalogue)
         self.sessions = {name: arrays[name] for name in READ}
@@ -77,7 +85,6 @@ class FrozenRankers:
         self.asked = functions.asked_of(self.settings, arrays)
         self.lengths = (arrays["candidates"] >= 0).sum(axis=1)
         self.models, self.device = [_placed(each, task) for each in loaded], str(task.device)
-        self.loaded = loaded
 
     def part(self, rows: Sequence[int]) -> Part:
         """The sessions of some rows, where the learner computes."""

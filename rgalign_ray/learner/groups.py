@@ -105,9 +105,7 @@ class Judge:
             task = replace(task, learner=task.learner.model_copy(update={"use_gpu": on_gpu}))
         self.task = task
         self.encoder = TransformersEngine(task.reasoner, task.prompt.max_session_tokens, pair.encoder)
-        self.rankers = FrozenRankers(task)
-        for ranker in self.rankers.loaded:
-            ranker.require(reasoner_version=self.encoder.version)
+        self.rankers = FrozenRankers(task, self.encoder.version)
         self.sessions = Sessions(task, self.rankers.table)
 
     def judge(self, session_ids: Sequence[str], groups: Sequence[Group]) -> list[JudgedGroup]:
