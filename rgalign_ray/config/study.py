@@ -74,7 +74,8 @@ class Compare(Settings):
     rows: Annotated[list[RowName], Field(min_length=1), Distinct] | None = None
     """Of the ladder (docs/the-ladder.md). None: every row that the log allows and that needs no alignment."""
     exploratory: Annotated[list[RowName], Distinct] = []
-    """Further rows, run under the first seed alone, since they are slow or not expected to win; tables mark them."""
+    """Further rows, run under the first seed alone, since they are slow or not expected to win; tables mark them. A
+    study of several parts may have some in each."""
     seeds: Count = 5
     """Each draws its own world, initialisation and samples."""
     first_seed: Annotated[int, Field(ge=0)] = 0

@@ -19,7 +19,7 @@ from rgalign_ray.evaluate.ladder import TestSessions
 from rgalign_ray.evaluate.report import Diagnosis, Report, Written
 from rgalign_ray.logs.prompts import Template
 from rgalign_ray.loop import align_stages, audit_stages, judge_stages, rank_stages, summary, worth_stages
-from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, jobs_of, slice_name
+from rgalign_ray.loop.ladder_rows import ALIGNMENTS, ROWS, LadderRow, jobs_of, rows_of_each, slice_name
 from rgalign_ray.loop.stage import Run, Stage
 from rgalign_ray.rollout.encode import written_queries
 
@@ -129,7 +129,7 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
             "reward": summary.reward_gate(rewards, valid),
             "worth": worth,
             "diagnoses": diagnoses,
-            "written": _written(jobs[0], rows),
+            "written": _written(*max(rows_of_each(jobs, rows), key=lambda each: len(each[1]))),
             "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
         }
     )
@@ -187,7 +187,7 @@ def examples(run: Run, test: TestSessions, embeddings_uri: str) -> list[dict[str
 
 
 def _written(job: Run, rows: Sequence[RowName]) -> list[Written]:
-    """The queries that each reasoner writes for the same sessions, as its rows have kept them."""
+    """The queries that each reasoner of a seed writes for the same sessions, as its rows have kept them."""
     wrote = {}
     for reasoner in (None, *read_by(rows)):
         reading = [row for row in rows if ROWS[row].reads == "reasoner" and ROWS[row].aligned == reasoner]

@@ -76,14 +76,21 @@ def run(config: Config) -> report.Report:
 
 
 def runs(config: Config, rows: list[RowName], seeds: Sequence[int] | None = None) -> list[Run]:
-    """A run a seed, those of `compare` if no other are named. A real log is the same under every seed, hence read once:
-    the first run lends what it prepares.
+    """A run a seed, those of `compare` if no other are named; the first alone has exploratory rows. A real log is the
+    same under every seed, hence read once: the first run lends what it prepares.
     """
     first, *others = (Run(of_seed(config, seed)) for seed in seeds or config.compare.judged_seeds)
+    others = [exploring(job, []) for job in others]
     if truth_inputs(config):
         return [first, *others]
     lent = {stage.name: first.uri(stage.name) for stage in preparation(first.config, rows)}
     return [first, *(replace(job, elsewhere=lent, reading_seed=first.config.seed) for job in others)]
+
+
+def exploring(job: Run, rows: list[RowName]) -> Run:
+    """The run of a seed that has some exploratory rows."""
+    compare = job.config.compare.model_copy(update={"exploratory": rows})
+    return replace(job, config=job.config.model_copy(update={"compare": compare}))
 
 
 def of_seed(config: Config, seed: int) -> Config:
@@ -323,7 +330,8 @@ def run_slices(config: Config, what: str, slices: list[tuple[Run, Stage]]) -> No
 
 def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
     """What a row's slices left behind, a job a seed that has it."""
-    places = [place_of(job, name) for job in jobs_of(name, jobs)]
+    own = jobs_of(name, jobs)
+    places = [place_of(job, name) for job in own]
     row = ROWS[name]
     read = [*texts_of(row), *(taught_by(row, 0) if not row.ranker_of else [])]
     if row.aligned:
@@ -337,10 +345,11 @@ def row_result(jobs: list[Run], name: RowName) -> ladder_report.RowResult:
     trained = [place.manifest(slice_name(taken, n)).seconds for place in places for n in numbers] if taken else [0.0]
     return ladder_report.RowResult(
         name,
+        [job.config.seed for job in own],
         [Verdict.mean([Verdict.load(place.uri(each, VERDICT)) for each in slices]) for place in places],
         [place.manifest(each) for place in places for each in slices],
         float(np.mean([sum(place.manifest(stage).seconds for stage in read) for place in places]) + np.mean(trained)),
-        exploratory=name in jobs[0].config.compare.exploratory,
+        exploratory=any(name in job.config.compare.exploratory for job in jobs),
     )
 
 

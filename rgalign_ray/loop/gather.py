@@ -11,10 +11,10 @@ without its weights and vectors:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rgalign_ray import storage
-from rgalign_ray.config import Config, RowName, validate
+from rgalign_ray.config import AlignName, Config, RowName, validate
 from rgalign_ray.errors import ConfigError, DataError
 from rgalign_ray.evaluate import report
 from rgalign_ray.loop import alignments, compare, controller, ladder_report, readers
@@ -23,7 +23,7 @@ from rgalign_ray.loop.stage import Run
 
 SEED = "seed_"
 APART = ("name", "seed", "run_dir", "cluster", "serve", "tracking")
-"""Sections in which seeds of one comparison may differ,"""
+"""Sections in which seeds of one comparison may differ, besides those of objectives that one of them has not used,"""
 APART_IN = {
     "compare": [
         "rows",
@@ -67,12 +67,13 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     twice = [seed for seed in set(seeds) if seeds.count(seed) > 1]
     if twice:
         raise ConfigError(f"--from: seed {twice[0]} stands in two of the places; name each seed once.")
-    agree(found)
+    agree(found, rows)
     first = next(storage.join(place, f"{SEED}{seed}") for place, those in found.items() for seed in those)
     config = _as_asked(_made(first), config)
     made_in = ((config.model_copy(update={"run_dir": place}), those) for place, those in found.items())
     jobs = [job for settings, those in made_in for job in compare.runs(settings, rows, those)]
     jobs.sort(key=lambda job: job.config.seed)
+    jobs = [compare.exploring(job, [name for name in config.compare.exploratory if _has(job, name)]) for job in jobs]
     whole(jobs, rows)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
     made = alignments.with_alignments(
@@ -95,26 +96,28 @@ def seeds_of(place: str) -> list[int]:
     return found
 
 
-def agree(found: dict[str, list[int]]) -> None:
-    """Whether all seeds were made with the same settings.
+def agree(found: dict[str, list[int]], rows: Sequence[RowName]) -> None:
+    """Whether all seeds were made with the same settings, of those that decide one of their rows.
 
     Raises:
-        ConfigError: for the first setting in which one differs from the first.
+        ConfigError: for the first setting in which one differs from an earlier one.
     """
-    places = [storage.join(place, f"{SEED}{seed}") for place, seeds in found.items() for seed in seeds]
-    settings = [_settings(place) for place in places]
-    for place, other in zip(places[1:], settings[1:], strict=True):
-        differing = [name for name in sorted({*settings[0], *other}) if settings[0].get(name) != other.get(name)]
-        if differing:
-            raise ConfigError(
-                f"--from: {place} was made with another {differing[0]} than {places[0]}; they make no one table."
-            )
+    settled: dict[str, tuple[Any, str]] = {}
+    for place in [storage.join(place, f"{SEED}{seed}") for place, seeds in found.items() for seed in seeds]:
+        for name, section in sorted(_settings(place, rows).items()):
+            earlier, where = settled.setdefault(name, (section, place))
+            if section != earlier:
+                raise ConfigError(f"--from: {place} was made with another {name} than {where}; they make no one table.")
 
 
-def _settings(place: str) -> dict[str, Any]:
-    """Those that seeds must agree in."""
+def _settings(place: str, rows: Sequence[RowName]) -> dict[str, Any]:
+    """Those in which the seed of a folder must agree with others that have its rows."""
     made = _made(place)
-    settings = {name: section for name, section in controller.deciding(made).items() if name not in APART}
+    job = Run(made.model_copy(update={"run_dir": place}))
+    aligned = alignments.read_by([name for name in rows if _has(job, name)])
+    used = {objective for name in aligned for objective in alignments.settings_of(made, name).align}
+    apart = {*APART, *(name for name in get_args(AlignName) if name not in used)}
+    settings = {name: section for name, section in controller.deciding(made).items() if name not in apart}
     for name, free in APART_IN.items():
         settings[name] = {key: value for key, value in settings[name].items() if key not in free}
     return settings
@@ -140,6 +143,11 @@ def _made(place: str) -> Config:
         raise DataError(f"{file}: not there; run `rgalign compare` for that seed again, which writes it.")
     kept = storage.read_json(file)
     return validate(kept | {name: before | kept[name] for name, before in BEFORE.items()})
+
+
+def _has(job: Run, name: RowName) -> bool:
+    """Whether a seed has a row's first ranker."""
+    return storage.read_manifest(compare.place_of(job, name).uri(slice_name(name, 0))) is not None
 
 
 def whole(jobs: Sequence[Run], rows: Sequence[RowName]) -> None:

@@ -29,16 +29,17 @@ BY_REGION = ("GAUC", "true CTR")
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row under every seed."""
+    """One row under every seed that has it."""
 
     row: RowName
+    seeds: list[int]
     verdicts: list[Verdict]
     manifests: list[storage.Manifest]
     """Of its slices, as many a seed as it has rankers."""
     before_s: float
     """Seconds of what its slices take up, a seed: texts that were read, and a ranker that another row has trained."""
     exploratory: bool = False
-    """Of the first seed alone."""
+    """Not of all seeds."""
 
     @property
     def title(self) -> str:
@@ -79,13 +80,18 @@ def make(config: Config, judged: list[RowResult]) -> report.Report:
         )
         for it in judged
     ]
-    pairs = claims([it.row for it in judged], validation(judged, settings.rank_by))
+    pairs = [
+        (better, worse)
+        for better, worse in claims([it.row for it in judged], validation(judged, settings.rank_by))
+        if _seeds(by_row[better], by_row[worse])
+    ]
     comparisons = [
         _compare(by_row[better], by_row[worse], metric, config) for better, worse in pairs for metric in metrics
     ]
     seeds = len(verdicts)
     claimed = "the wider of those over users and over seeds" if seeds > 1 else "over users; one seed"
-    once = {"exploratory rows": "of the first seed alone"} if any(it.exploratory for it in judged) else {}
+    explored = sorted({seed for it in judged if it.exploratory for seed in it.seeds})
+    once = {"exploratory rows": f"of seed {' or '.join(map(str, explored))} alone"} if explored else {}
     return report.Report(
         title=f"{config.name}: rankers on {config.log.source}, {seeds} seed{'s' if seeds > 1 else ''}",
         lead="Rankers side by side on the same test sessions, equally trained.",
@@ -199,10 +205,15 @@ def _compare(better: RowResult, worse: RowResult, metric: str, config: Config) -
     )
 
 
+def _seeds(*rows: RowResult) -> list[int]:
+    """Those that all have."""
+    first, *others = rows
+    return [seed for seed in first.seeds if all(seed in row.seeds for row in others)]
+
+
 def _together(*rows: RowResult) -> list[list[Verdict]]:
-    """Of the seeds that all have: of an exploratory row, the first."""
-    seeds = min(len(row.verdicts) for row in rows)
-    return [row.verdicts[:seeds] for row in rows]
+    """Each row's, of the seeds that all have."""
+    return [[row.verdicts[row.seeds.index(seed)] for seed in _seeds(*rows)] for row in rows]
 
 
 def _summary(
@@ -217,7 +228,7 @@ def _summary(
     """
     told = metric_names.telling(metrics)
     spoken = {
-        (by_row[better].title, by_row[worse].title): min(len(by_row[row].verdicts) for row in (better, worse))
+        (by_row[better].title, by_row[worse].title): len(_seeds(by_row[better], by_row[worse]))
         for better, worse in pairs
         if _competes(better, worse)
     }

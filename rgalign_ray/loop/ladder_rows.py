@@ -247,7 +247,7 @@ def slice_name(name: config.RowName, number: int) -> str:
 
 
 def rows_of(settings: config.Config) -> list[config.RowName]:
-    """The rows that a comparison has under its first seed; where it names none, all that need no alignment and whose
+    """The rows that a comparison has, exploratory ones last; where it names none, all that need no alignment and whose
     truth its log knows.
     """
     known = (name for name in ROWS if ROWS[name].reads != "need" or truth_inputs(settings))
@@ -256,10 +256,10 @@ def rows_of(settings: config.Config) -> list[config.RowName]:
 
 
 def rows_of_each(jobs: Sequence[Run], rows: Sequence[config.RowName]) -> list[tuple[Run, list[config.RowName]]]:
-    """The runs of seeds, each with its rows: the first has all of them, others what is not exploratory."""
-    first, *others = jobs
-    kept = [name for name in rows if name not in first.config.compare.exploratory]
-    return [(first, list(rows)), *((job, kept) for job in others)]
+    """The runs of seeds, each with its rows: what is not exploratory, and what its own settings name as that."""
+    explored = {name for job in jobs for name in job.config.compare.exploratory}
+    own = ((job, explored.difference(job.config.compare.exploratory)) for job in jobs)
+    return [(job, [name for name in rows if name not in others]) for job, others in own]
 
 
 def jobs_of(name: config.RowName, jobs: Sequence[Run]) -> list[Run]:

@@ -57,19 +57,19 @@ def test_seeds_of_several_places_make_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "together/comparison.html").exists()
 
 
-def test_an_exploratory_row_is_of_the_first_seed_and_held_against_that_alone(tmp_path: Path) -> None:
-    made(tmp_path / "here", 1)
-    made(tmp_path / "there", 2, ["two_tower"])
+def test_an_exploratory_row_is_of_the_seed_that_has_it(tmp_path: Path) -> None:
+    made(tmp_path / "here", 1, ["two_tower"])
+    made(tmp_path / "there", 2)
     asked = {"rows": ["two_tower"], "exploratory": ["din"]}
     settings = config.validate({"compare": asked, "evaluate": {"bootstrap": 100}, "run_dir": str(tmp_path / "all")})
     report = gather.run(settings, [str(tmp_path / "there"), str(tmp_path / "here")])
     of_first, of_second = (float(np.mean(np.random.default_rng(seed).random(SESSIONS) / 2)) for seed in (1, 2))
     gauc = {row.name: row.metrics["GAUC"].value for row in report.rows}
-    assert gauc["DIN (exploratory)"] == pytest.approx(of_first + 0.1)
+    assert gauc["DIN (exploratory)"] == pytest.approx(of_second + 0.1)
     assert gauc["AutoInt+MoE two-tower"] == pytest.approx((of_first + of_second) / 2)
-    assert report.facts["seeds"] == "2" and report.facts["exploratory rows"] == "of the first seed alone"
+    assert report.facts["seeds"] == "2" and report.facts["exploratory rows"] == "of seed 2 alone"
     settings = config.validate({"compare": {"rows": ROWS}, "run_dir": str(tmp_path / "all")})
-    with pytest.raises(DataError, match=r"seed_2/row_din: not there"):
+    with pytest.raises(DataError, match=r"seed_1/row_din: not there"):
         gather.run(settings, [str(tmp_path / "there"), str(tmp_path / "here")])
 
 
@@ -102,6 +102,21 @@ def test_seeds_may_differ_in_what_decides_no_result(tmp_path: Path) -> None:
     made(tmp_path / "here", 0)
     made(tmp_path / "there", 1, name="mine", encode={"workers": 3, "kept": "/elsewhere"})
     assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
+
+
+def test_settings_of_an_objective_that_no_row_learns_by_may_differ(tmp_path: Path) -> None:
+    made(tmp_path / "here", 0)
+    made(tmp_path / "there", 1, grpo={"n": 4})
+    assert told(tmp_path, [tmp_path / "here", tmp_path / "there"]).facts["seeds"] == "2"
+    rows: list[config.RowName] = ["qe_rec", "rg_grpo"]
+    found = {str(tmp_path / "here"): [0], str(tmp_path / "there"): [1]}
+    aligned = tmp_path / "here/seed_0/aligned_grpo/row_rg_grpo/manifest.json"
+    storage.write_json(str(aligned), storage.Manifest(stage="row_rg_grpo", key="k").model_dump())
+    gather.agree(found, rows)
+    there = tmp_path / "there/seed_1/aligned_grpo/row_rg_grpo/manifest.json"
+    storage.write_json(str(there), storage.Manifest(stage="row_rg_grpo", key="k").model_dump())
+    with pytest.raises(ConfigError, match=r"seed_1 was made with another grpo than .*seed_0"):
+        gather.agree(found, rows)
 
 
 def test_what_is_told_of_seeds_is_how_they_were_made(tmp_path: Path) -> None:

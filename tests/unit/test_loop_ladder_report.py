@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +24,9 @@ QUALITY: dict[config.RowName, float] = {
 }
 
 
-def judged(row: config.RowName, seeds: int = 2) -> RowResult:
+def judged(row: config.RowName, seeds: Sequence[int] = (0, 1)) -> RowResult:
     verdicts, manifests = [], []
-    for seed in range(seeds):
+    for seed in seeds:
         noise = np.random.default_rng(seed).normal(scale=0.02, size=SESSIONS)
         own = np.random.default_rng([seed, *row.encode()]).normal(scale=0.002, size=SESSIONS)
         values = QUALITY.get(row, 0.65) + noise + own
@@ -53,7 +54,7 @@ def judged(row: config.RowName, seeds: int = 2) -> RowResult:
                 peak_memory_mb=500,
             )
         )
-    return RowResult(row, verdicts, manifests, 40.0 if row == "qe_rec" else 0.0)
+    return RowResult(row, list(seeds), verdicts, manifests, 40.0 if row == "qe_rec" else 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +84,21 @@ def test_a_row_of_one_seed_is_held_against_that_seed_of_others() -> None:
     rows: list[config.RowName] = ["qe_rec", "rg_dpo"]
     settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
     both = judged("qe_rec")
-    once = replace(judged("rg_dpo", seeds=1), exploratory=True)
+    once = replace(judged("rg_dpo", seeds=[1]), exploratory=True)
     made = ladder_report.make(settings, [both, once])
     (found,) = [it for it in made.comparisons if it.metric == "GAUC"]
-    first = once.verdicts[0].values["GAUC"] - both.verdicts[0].values["GAUC"]
-    assert found.better == "RG-DPO (exploratory)" and found.difference.value == pytest.approx(first.mean())
+    second = once.verdicts[0].values["GAUC"] - both.verdicts[1].values["GAUC"]
+    assert found.better == "RG-DPO (exploratory)" and found.difference.value == pytest.approx(second.mean())
+    assert made.facts["exploratory rows"] == "of seed 1 alone"
     assert "RG-DPO (exploratory) over QE-Rec" in "\n".join(made.summary)
     assert "separated over users (one seed)" in "\n".join(made.summary)
+
+
+def test_rows_that_have_no_seed_in_common_are_not_compared() -> None:
+    rows: list[config.RowName] = ["gradient", "gradient_shuffled"]
+    settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
+    made = ladder_report.make(settings, [judged("gradient", seeds=[0]), judged("gradient_shuffled", seeds=[1])])
+    assert len(made.rows) == 2 and not made.comparisons
 
 
 def test_why_is_shown_and_not_said() -> None:

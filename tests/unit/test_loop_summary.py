@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rgalign_ray import config, storage
-from rgalign_ray.loop import alignments, summary
+from rgalign_ray.loop import alignments, compare, summary
 from rgalign_ray.loop.stage import Run
 
 
@@ -29,11 +29,9 @@ def test_prompts_that_stand_for_several_teachers_are_said_to(model: str | None, 
 
 
 def test_what_becomes_of_the_text_is_said_of_every_reasoner() -> None:
-    settings = config.validate({"compare": {"exploratory": ["rg_dpo"], "seeds": 2}})
-    jobs, wrote = [], {"embeddings_0": (90, 90), "aligned_sft": (99, 97), "aligned_dpo": (50, 0)}
-    for seed in range(2):
-        jobs.append(Run(settings.model_copy(update={"seed": seed, "run_dir": f"memory://{seed}"})))
-    found = {}
+    settings = config.validate({"run_dir": "memory://run", "compare": {"exploratory": ["rg_dpo"], "seeds": 2}})
+    jobs = compare.runs(settings, ["qe_rec", "rg_sft", "rg_dpo"])
+    wrote, found = {"embeddings_0": (90, 90), "aligned_sft": (99, 97), "aligned_dpo": (50, 0)}, {}
     for number, job in enumerate(jobs):
         found[job.uri("embeddings_0")] = wrote["embeddings_0"][number]
         for name in ("sft", "dpo"):
