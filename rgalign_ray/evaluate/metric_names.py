@@ -8,7 +8,9 @@ from rgalign_ray.config import Evaluate
 
 SHOWN = "GAUC shown"
 TRUE_QUALITY = ("need Recall", "true CTR")
-"""Metrics, by what they begin with, that the simulated shop's truth gives."""
+"""Metrics, by what they begin with, that claims are about where the simulated shop's truth is known,"""
+BESIDE = ("resolved",)
+"""and what must not fall."""
 MEANINGS = {
     "GAUC": "Mean over sessions of the AUC of clicked against unclicked candidates, weighted by candidates.",
     "Recall@{k}": "Share of a session's clicked intents among the first {k}; sessions with a click.",
@@ -34,3 +36,11 @@ def telling(metrics: Sequence[str]) -> list[str]:
     first.
     """
     return [name for name in metrics if name.startswith(TRUE_QUALITY)] or list(metrics[:1])
+
+
+def in_short(metrics: Sequence[str]) -> list[str]:
+    """Of metrics in their order of importance those in which a terminal tells differences: where the true quality is
+    known that, what stands beside it, and the first that a log gives; else all.
+    """
+    true = [name for name in metrics if name.startswith((*TRUE_QUALITY, *BESIDE))]
+    return list(dict.fromkeys([*metrics[:1], *true])) if true else list(metrics)

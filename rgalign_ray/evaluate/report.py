@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +17,20 @@ from rgalign_ray.evaluate import metric_names
 ABSENT = "–"
 
 
-def number(value: float) -> str:
+def number(value: float, decimals: int = 4) -> str:
     """Four decimals, as small gains of GAUC need them; a value that is no number is a dash."""
-    return f"{value:.4f}" if math.isfinite(value) else ABSENT
+    return f"{value:.{decimals}f}" if math.isfinite(value) else ABSENT
 
 
-def signed(value: float) -> str:
-    """A difference with its sign, +0.012 or −0.003."""
-    text = number(abs(value))
+def signed(value: float, decimals: int = 4) -> str:
+    """A difference with its sign, +0.0120 or −0.0030."""
+    text = number(abs(value), decimals)
     return text if not math.isfinite(value) else f"{'−' if value < 0 else '+'}{text}"
+
+
+def _short(text: str) -> str:
+    """Without the nought before the point."""
+    return re.sub(r"(?<!\d)0\.", ".", text)
 
 
 class Part(BaseModel):
@@ -52,6 +58,16 @@ class Estimate(Part):
     def signed_interval(self) -> str:
         """The interval of a difference, or nothing."""
         return self._interval(signed)
+
+    @property
+    def short_interval(self) -> str:
+        """The interval for narrow columns, .601 … .698, or nothing."""
+        return self._interval(lambda bound: _short(number(bound, 3)))
+
+    @property
+    def short_signed_interval(self) -> str:
+        """The interval of a difference for narrow columns, or nothing."""
+        return self._interval(lambda bound: _short(signed(bound, 3)))
 
     def _interval(self, written: Callable[[float], str]) -> str:
         return "" if self.low is None or self.high is None else f"{written(self.low)} … {written(self.high)}"
@@ -245,6 +261,20 @@ class Report(Part):
     @property
     def telling(self) -> list[str]:
         return metric_names.telling(self.columns)
+
+    @property
+    def pairs(self) -> dict[tuple[str, str], dict[str, Comparison]]:
+        """Comparisons of rows, by (better, worse) and then by metric."""
+        found: dict[tuple[str, str], dict[str, Comparison]] = {}
+        for it in self.comparisons:
+            if it.metric in self.columns:
+                found.setdefault((it.better, it.worse), {})[it.metric] = it
+        return found
+
+    @property
+    def others(self) -> list[Comparison]:
+        """Comparisons of something else than rows: their metric is none of the table's."""
+        return [it for it in self.comparisons if it.metric not in self.columns]
 
     def best(self, metric: str) -> float | None:
         """The highest value among the rows that compete; None where fewer than two do."""

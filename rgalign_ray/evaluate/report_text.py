@@ -10,7 +10,11 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from rgalign_ray.evaluate.report import ABSENT, Estimate, Example, Report, Row, signed
+from rgalign_ray.evaluate import metric_names
+from rgalign_ray.evaluate.report import ABSENT, Comparison, Estimate, Example, Report, Row, signed
+
+SEPARATED = "*"
+"""Behind a difference whose interval excludes zero."""
 
 
 def headline(report: Report) -> Table:
@@ -88,17 +92,26 @@ def examples(report: Report) -> RenderableType:
 
 
 def comparisons(report: Report) -> RenderableType:
-    """The paired differences, one line each; one whose interval holds zero is called not separated."""
-    table = Table.grid(padding=(0, 2))
-    for it in report.comparisons:
-        verdict = "" if it.separated else "[yellow]not separated[/]"
-        table.add_row(
-            f"{escape(it.metric)}: {escape(it.better)} − {escape(it.worse)}",
-            signed(it.difference.value),
-            f"[dim]{it.difference.signed_interval}[/]",
-            verdict,
-        )
-    return table
+    """The paired differences as a table for the terminal: pairs by metric, intervals below. A star stands where the
+    interval excludes zero.
+    """
+    pairs = report.pairs
+    metrics = metric_names.in_short([name for name in report.columns if any(name in found for found in pairs.values())])
+    table = Table(
+        caption=f"{SEPARATED} separated from zero; a difference without it may be chance",
+        caption_justify="left",
+        header_style="bold",
+    )
+    table.add_column("difference", min_width=18)
+    for metric in metrics:
+        table.add_column(escape(metric), justify="right")
+    for (better, worse), found in pairs.items():
+        table.add_row(f"{escape(better)}\n− {escape(worse)}", *(_difference(found.get(metric)) for metric in metrics))
+    others = Table.grid(padding=(0, 2))
+    for it in report.others:
+        named = f"{escape(it.metric)}: {escape(it.better)} − {escape(it.worse)}"
+        others.add_row(named, _marked(it), f"[dim]{it.difference.signed_interval}[/]")
+    return Group(*([table] if pairs else []), *([others] if report.others else []))
 
 
 def _panel(number: int, example: Example) -> Panel:
@@ -125,7 +138,17 @@ def _cell(row: Row, metric: str, best: float | None) -> str:
     if estimate is None:
         return ABSENT
     value = f"[bold]{estimate}[/]" if not row.control and estimate.value == best else str(estimate)
-    if estimate.low is None or estimate.high is None:
-        return value
-    low, high = (f"{bound:.3f}".replace("0.", ".", 1) for bound in (estimate.low, estimate.high))
-    return f"{value}\n[dim]{low}–{high}[/]"
+    return value + _below(estimate.short_interval)
+
+
+def _difference(found: Comparison | None) -> str:
+    return ABSENT if found is None else _marked(found) + _below(found.difference.short_signed_interval)
+
+
+def _marked(found: Comparison) -> str:
+    value = signed(found.difference.value)
+    return f"[bold]{value}{SEPARATED}[/]" if found.separated else value
+
+
+def _below(interval: str) -> str:
+    return f"\n[dim]{interval}[/]" if interval else ""

@@ -116,8 +116,11 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
     rollouts = [job.manifest("rollouts_1") for job in jobs]
     valid = [manifest.figures["valid_rate"] for manifest in rollouts]
     worth = worth_stages.query_worth_of(jobs, 1)
-    diagnoses = [_diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])]
-    lines = [*made.summary, *(diagnosis.sentence(found) for found in diagnoses)]
+    diagnoses = {row: _diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])}
+    told = [
+        found for row, found in diagnoses.items() if ROWS[row].variant_of not in diagnoses
+    ]  # a warm start says it again
+    lines = [*made.summary, *(diagnosis.sentence(found) for found in told)]
     lines += [*summary.unjudged(rollouts), *still_written(jobs, rows)]
     if config.roles.audit:
         lines.append(audit_stages.hearing_sentence([job.manifest(audit_stages.AUDITOR) for job in jobs]))
@@ -128,7 +131,7 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
             "facts": made.facts | objectives,
             "reward": summary.reward_gate(rewards, valid),
             "worth": worth,
-            "diagnoses": diagnoses,
+            "diagnoses": list(diagnoses.values()),
             "written": _written(*max(rows_of_each(jobs, rows), key=lambda each: len(each[1]))),
             "summary": [*lines, *([query_worth.sentence(worth)] if worth else [])],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -227,39 +228,37 @@ def _summary(
     are worth beside the best rival. Rows that show why stand in the table and the plots.
     """
     told = metric_names.telling(metrics)
-    spoken = {
-        (by_row[better].title, by_row[worse].title): len(_seeds(by_row[better], by_row[worse]))
-        for better, worse in pairs
-        if _competes(better, worse)
-    }
-    lines = [
-        summary.sentence(
-            it, "separated over users" + (" and seeds" if spoken[it.better, it.worse] > 1 else " (one seed)")
-        )
-        for metric in told
-        for it in comparisons
-        if it.metric == metric and (it.better, it.worse) in spoken
-    ]
+    lines = []
+    for better, worse in [pair for pair in pairs if _spoken(*pair, by_row)]:
+        one, other = by_row[better], by_row[worse]
+        found = [it for it in comparisons if (it.better, it.worse) == (one.title, other.title) and it.metric in told]
+        over = "over users and seeds" if len(_seeds(one, other)) > 1 else "over users (one seed)"
+        lines.append(summary.sentence(found, f"separated {over}"))
     first = {better: worse for better, worse in reversed(pairs) if ROWS[worse].rival}
     for row in [row for row in METHOD if row in first]:
         ours, rival = by_row[row], by_row[first[row]]
         mine, theirs = _together(ours, rival)
         reduced = comparison.share_of_gap(mine, theirs, 1.0, metrics[0], config.evaluate)
-        lines.append(f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone.")
+        line = f"{ours.title} against {rival.title}: {_share(reduced)} of the error 1 − {metrics[0]} is gone"
         if CEILING in by_row:
             mine, theirs, most = _together(ours, rival, by_row[CEILING])
-            for metric in told:
-                closed = comparison.share_of_gap(mine, theirs, most, metric, config.evaluate)
-                lines.append(
-                    f"{metric}: {ours.title} closes {_share(closed)} of the headroom between {rival.title} and the "
-                    "true need."
-                )
+            closed = [
+                f"{_share(comparison.share_of_gap(mine, theirs, most, metric, config.evaluate))} in {metric}"
+                for metric in told
+            ]
+            line += f"; of the headroom to the true need it closes {', '.join(closed)}"
+        lines.append(f"{line}.")
     return lines
 
 
-def _competes(better: RowName, worse: RowName) -> bool:
-    """Whether a pair is about what ranks better, and not about why."""
-    return all(ROWS[name].ranker_of is None and ROWS[name].retrained for name in (better, worse))
+def _spoken(better: RowName, worse: RowName, by_row: Mapping[RowName, RowResult]) -> bool:
+    """Whether a pair says what the method and its objectives are worth, and not why. Of what starts warm that is the
+    method as a whole, which then stands against rivals for what is trained from scratch.
+    """
+    trained = all(ROWS[name].ranker_of is None and ROWS[name].retrained for name in (better, worse))
+    own = ROWS[better].reads == "reasoner" and (better in METHOD or not ROWS[better].warm)
+    again = better == METHOD[1] and METHOD[2] in by_row and ROWS[worse].rival
+    return trained and own and not again
 
 
 def _share(found: Estimate) -> str:

@@ -115,9 +115,10 @@ def _summary(
     there = {comparison.metric for comparison in comparisons}
     first = next(name for name in metric_names.meanings(run.config.evaluate) if name in there)
     named = (first, f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
-    for comparison in comparisons:
-        if comparison.metric in named:
-            lines.append(sentence(comparison, "separated over users (one seed)"))
+    pairs = dict.fromkeys((it.better, it.worse) for it in comparisons)
+    for pair in pairs:
+        found = [it for it in comparisons if (it.better, it.worse) == pair and it.metric in named]
+        lines += [sentence(found, "separated over users (one seed)")] if found else []
     for round_, gate in enumerate(gates, 1):
         which = f"Reward gate, round {round_}" if len(gates) > 1 else "Reward gate"
         lines.append(
@@ -155,12 +156,17 @@ def _summary(
     return lines
 
 
-def sentence(found: Comparison, separated: str) -> str:
-    """A difference with its interval, and whether it may be chance; `separated` says over what it is none."""
-    gap = found.difference
-    interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
-    verdict = separated if found.separated else "not separated"
-    return f"{found.better} over {found.worse}: {found.metric} {interval}, {verdict}."
+def sentence(found: Sequence[Comparison], separated: str) -> str:
+    """How two rows differ in some metrics, with intervals, and where that may be chance; `separated` says over what it
+    is none.
+    """
+    told = ", ".join(
+        f"{it.metric} {it.difference.value:+.4f} ({it.difference.low:+.4f} to {it.difference.high:+.4f})"
+        for it in found
+    )
+    sure = [it.metric for it in found if it.separated]
+    alone = f" in {' and '.join(sure)} alone" if len(sure) < len(found) else ""
+    return f"{found[0].better} over {found[0].worse}: {told}; {separated + alone if sure else 'not separated'}."
 
 
 def _curves(manifests: dict[str, storage.Manifest]) -> list[Curves]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rgalign_ray.evaluate import plots, report_page
+from rgalign_ray.evaluate import metric_names, plots, report_page
 from rgalign_ray.evaluate.report import (
     Breakdown,
     Calibration,
@@ -159,9 +159,9 @@ def test_the_page_holds_every_figure(page_text: str) -> None:
     assert page.open == []
     for figure in (
         "0.9123",
-        "0.6000 … 0.8000",
-        "not separated",
+        ".600 … .800",
         "−0.0030",
+        "−.010 … +.004",
         "25 %",
         "0.7500",
         "1 min 15 s",
@@ -281,7 +281,7 @@ def test_a_report_survives_a_round_trip_through_json() -> None:
 def test_the_terminal_shows_rows_intervals_and_controls_last() -> None:
     rows = report().rows
     text = shown(headline(report(rows=[rows[2], rows[0], rows[1]])))
-    assert ".600–.800" in text
+    assert ".600 … .800" in text
     assert "0.9123" in text
     assert text.index("aligned") < text.index("base rate")
 
@@ -294,6 +294,36 @@ def test_texts_are_no_markup_in_the_terminal(render_part: Any) -> None:
 def test_the_terminal_marks_the_wanted_intent_and_the_unseparated_difference() -> None:
     assert "✓ Speed up parcel delivery" in shown(examples(report()))
     assert "✓ Cancel" not in shown(examples(report()))
-    assert "not separated" in shown(comparisons(report()))
+    assert "−0.0030 │" in shown(comparisons(report()))
     separated = report().comparisons[0].model_copy(update={"separated": True})
-    assert "not separated" not in shown(comparisons(report(comparisons=[separated])))
+    assert "−0.0030* │" in shown(comparisons(report(comparisons=[separated])))
+
+
+def test_a_pair_of_rows_is_one_line_of_differences_and_what_no_row_has_stands_below() -> None:
+    gauc = report().comparisons[0]
+    plain = gauc.model_copy(update={"metric": "plain", "difference": Estimate(value=0.25, low=0.1, high=0.4)})
+    hits = gauc.model_copy(update={"better": "aligned reasoner", "metric": "Intent Hit Rate", "separated": True})
+    it = report(comparisons=[gauc, plain, hits])
+    text = shown(comparisons(it))
+    (line,) = [line for line in text.splitlines() if "−0.0030 │" in line]
+    assert "+0.2500" in line and "│ plain" in line
+    assert "│ − frozen" in text and "+.100 … +.400" in text
+    assert "Intent Hit Rate: aligned reasoner − frozen" in text and "−0.0030*" in text
+    page = render(it)
+    assert page.count('class="chance">−0.0030') == 1 and page.count('class="claimed">−0.0030') == 1
+    assert "Intent Hit Rate" in page
+
+
+def test_a_short_interval_leaves_out_the_nought_alone() -> None:
+    assert Estimate(value=10, low=0.6014, high=10.5).short_interval == ".601 … 10.500"
+    assert Estimate(value=0, low=-0.0104, high=20).short_signed_interval == "−.010 … +20.000"
+    assert (
+        Estimate(value=0).short_interval == "" and Estimate(value=0, low=math.nan, high=1).short_interval == "– … 1.000"
+    )
+
+
+def test_a_terminal_tells_differences_of_the_truth_where_it_is_known() -> None:
+    known = ["GAUC shown", "GAUC", "need Recall@3", "true CTR@3", "resolved@3", "GAUC uniform"]
+    assert metric_names.in_short(known) == ["GAUC shown", "need Recall@3", "true CTR@3", "resolved@3"]
+    assert metric_names.in_short(["need Recall@3", "true CTR@3"]) == ["need Recall@3", "true CTR@3"]
+    assert metric_names.in_short(["GAUC", "Recall@3"]) == ["GAUC", "Recall@3"]

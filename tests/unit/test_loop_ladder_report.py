@@ -76,7 +76,7 @@ def test_gains_are_told_as_shares_of_error_and_headroom(report: ladder_report.re
     said = "\n".join(report.summary)
     assert "QE-Rec over DIN: true CTR@3 +0.05" in said and "GAUC +" not in said, "the truth is known"
     assert "QE-Rec against DIN: +25" in said, "0.1 of an error of 0.4"
-    assert "true CTR@3: QE-Rec closes +33" in said, "0.05 of 0.15"
+    assert "of the headroom to the true need it closes +33" in said, "0.05 of 0.15"
     assert "over users)" in said
 
 
@@ -108,6 +108,26 @@ def test_why_is_shown_and_not_said() -> None:
     assert "QE-Rec over QE-Rec shuffled" in "\n".join(made.summary)
     assert "another's query" not in "\n".join(made.summary)
     assert [it for it in made.comparisons if it.worse == "QE-Rec, another's query" and it.metric == "true CTR@3"]
+
+
+def test_of_warm_starts_the_methods_own_is_said() -> None:
+    rows: list[config.RowName] = ["qe_rec", "rg_sft", "rg_sft_warm", "rgalign_warm"]
+    settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
+    said = "\n".join(ladder_report.make(settings, [judged(row) for row in rows]).summary)
+    assert "RGAlign-Rec, warm start over QE-Rec:" in said and "RG-SFT, best of N over QE-Rec:" in said
+    assert "RG-SFT, best of N, warm start over" not in said
+
+
+def test_the_method_as_a_whole_is_held_against_rivals_where_it_starts_warm() -> None:
+    def said(*rows: config.RowName) -> str:
+        settings = config.validate({"compare": {"rows": rows, "seeds": 2}, "evaluate": {"bootstrap": 200}})
+        return "\n".join(ladder_report.make(settings, [judged(row) for row in rows]).summary)
+
+    cold = said("popularity", "din", "qe_rec", "rgalign")
+    assert "RGAlign-Rec over DIN:" in cold and "DIN over popularity" not in cold
+    warm = said("popularity", "din", "qe_rec", "rgalign", "rgalign_warm")
+    assert "RGAlign-Rec over DIN:" not in warm and "RGAlign-Rec, warm start over DIN:" in warm
+    assert "RGAlign-Rec over QE-Rec:" in warm
 
 
 def test_details_are_shown_of_the_rows_that_are_compared(report: ladder_report.report.Report) -> None:

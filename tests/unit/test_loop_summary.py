@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rgalign_ray import config, storage
+from rgalign_ray.evaluate.report import Comparison, Estimate
 from rgalign_ray.loop import alignments, compare, summary
 from rgalign_ray.loop.stage import Run
 
@@ -44,3 +45,17 @@ def test_what_becomes_of_the_text_is_said_of_every_reasoner() -> None:
     told = [Told(job.config) for job in jobs]
     (line,) = alignments.still_written(told, ["qe_rec", "rg_sft", "rg_dpo"])
     assert line.endswith("frozen reasoner 90.0%, RG-SFT, best of N 98.0%, RG-DPO 50.0%.")
+
+
+def test_two_rows_are_told_apart_in_all_metrics_at_once() -> None:
+    def found(metric: str, value: float, separated: bool) -> Comparison:
+        width = Estimate(value=value, low=value - 0.02, high=value + 0.02)
+        return Comparison(better="A", worse="B", metric=metric, difference=width, separated=separated)
+
+    sure, chance = found("true CTR@3", 0.05, True), found("GAUC", -0.01, False)
+    told = "GAUC -0.0100 (-0.0300 to +0.0100), true CTR@3 +0.0500 (+0.0300 to +0.0700)"
+    assert summary.sentence([chance, sure], "separated over users") == (
+        f"A over B: {told}; separated over users in true CTR@3 alone."
+    )
+    assert summary.sentence([sure], "separated over users").endswith("; separated over users.")
+    assert summary.sentence([chance], "separated over users").endswith("; not separated.")
