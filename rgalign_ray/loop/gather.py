@@ -167,7 +167,10 @@ def _check(run: Run, name: str) -> None:
     made = run.uri(name)
     manifest = storage.read_manifest(made)
     if manifest is None or not storage.exists(storage.join(made, compare.VERDICT)):
-        raise DataError(f"{made}: not there; finish that seed, or name rows and compare.trainings that all seeds have.")
+        raise DataError(
+            f"{made}: not there; finish that seed, or name compare.rows and compare.trainings that all seeds have, and "
+            "compare.exploratory that one has."
+        )
     for read, key in manifest.inputs.items():
         if run.manifest(read).key != key:
             raise DataError(f"{made}: made of another {read} than {run.uri(read)}; finish that seed.")

@@ -173,7 +173,7 @@ def test_seeds_of_other_settings_make_no_table(tmp_path: Path, changes: dict[str
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     made(tmp_path / "here", 0, ["two_tower"])
     with pytest.raises(
-        DataError, match=r"row_din: not there; finish that seed, or name rows and compare\.trainings that all"
+        DataError, match=r"row_din: not there; finish that seed, or name compare\.rows and compare\.trainings that all"
     ):
         told(tmp_path, [tmp_path / "here"])
     assert told(tmp_path, [tmp_path / "here"], ["two_tower"]).facts["seeds"] == "1"
