@@ -70,10 +70,7 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     agree(found, rows)
     first = next(storage.join(place, f"{SEED}{seed}") for place, those in found.items() for seed in those)
     config = _as_asked(_made(first), config)
-    made_in = ((config.model_copy(update={"run_dir": place}), those) for place, those in found.items())
-    jobs = [job for settings, those in made_in for job in compare.runs(settings, rows, those)]
-    jobs.sort(key=lambda job: job.config.seed)
-    jobs = [compare.exploring(job, [name for name in config.compare.exploratory if _has(job, name)]) for job in jobs]
+    jobs = runs(config, rows, found)
     whole(jobs, rows)
     told = config.model_copy(update={"compare": config.compare.model_copy(update={"seeds": len(seeds)})})
     made = alignments.with_alignments(
@@ -81,6 +78,14 @@ def run(config: Config, places: Sequence[str]) -> report.Report:
     )
     compare.show(told, made)
     return made
+
+
+def runs(config: Config, rows: list[RowName], found: dict[str, list[int]]) -> list[Run]:
+    """The runs of the seeds that places have, each with the exploratory rows that it has."""
+    made_in = ((config.model_copy(update={"run_dir": place}), those) for place, those in found.items())
+    jobs = [job for settings, those in made_in for job in compare.runs(settings, rows, those)]
+    jobs.sort(key=lambda job: job.config.seed)
+    return [compare.exploring(job, [name for name in config.compare.exploratory if _has(job, name)]) for job in jobs]
 
 
 def seeds_of(place: str) -> list[int]:

@@ -206,4 +206,4 @@ def test_what_the_documents_tell_of_kept_seeds_can_be_told() -> None:
         settings = config.load(after["--config"], sets)
         rows = gather.rows_of(settings)
         place = str(DOCS.parent / after["--from"])
-        gather.whole(compare.runs(settings.model_copy(update={"run_dir": place}), rows, gather.seeds_of(place)), rows)
+        gather.whole(gather.runs(settings, rows, {place: gather.seeds_of(place)}), rows)
