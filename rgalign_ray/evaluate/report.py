@@ -266,15 +266,17 @@ class Report(Part):
     def pairs(self) -> dict[tuple[str, str], dict[str, Comparison]]:
         """Comparisons of rows, by (better, worse) and then by metric."""
         found: dict[tuple[str, str], dict[str, Comparison]] = {}
+        columns = self.columns
         for it in self.comparisons:
-            if it.metric in self.columns:
+            if it.metric in columns:
                 found.setdefault((it.better, it.worse), {})[it.metric] = it
         return found
 
     @property
     def others(self) -> list[Comparison]:
         """Comparisons of something else than rows: their metric is none of the table's."""
-        return [it for it in self.comparisons if it.metric not in self.columns]
+        columns = self.columns
+        return [it for it in self.comparisons if it.metric not in columns]
 
     def best(self, metric: str) -> float | None:
         """The highest value among the rows that compete; None where fewer than two do."""

@@ -117,9 +117,8 @@ def with_alignments(jobs: Sequence[Run], rows: Sequence[RowName], made: Report) 
     valid = [manifest.figures["valid_rate"] for manifest in rollouts]
     worth = worth_stages.query_worth_of(jobs, 1)
     diagnoses = {row: _diagnosis(jobs, row) for row in rows if has_diagnosis(ROWS[row])}
-    told = [
-        found for row, found in diagnoses.items() if ROWS[row].variant_of not in diagnoses
-    ]  # a warm start says it again
+    # a warm start would say what the row that it differs from has said
+    told = [found for row, found in diagnoses.items() if ROWS[row].variant_of not in diagnoses]
     lines = [*made.summary, *(diagnosis.sentence(found) for found in told)]
     lines += [*summary.unjudged(rollouts), *still_written(jobs, rows)]
     if config.roles.audit:

@@ -257,7 +257,7 @@ def _spoken(better: RowName, worse: RowName, by_row: Mapping[RowName, RowResult]
     """
     trained = all(ROWS[name].ranker_of is None and ROWS[name].retrained for name in (better, worse))
     own = ROWS[better].reads == "reasoner" and (better in METHOD or not ROWS[better].warm)
-    again = better == METHOD[1] and METHOD[2] in by_row and ROWS[worse].rival
+    again = better == "rgalign" and "rgalign_warm" in by_row and ROWS[worse].rival
     return trained and own and not again
 
 

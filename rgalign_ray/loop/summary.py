@@ -115,10 +115,10 @@ def _summary(
     there = {comparison.metric for comparison in comparisons}
     first = next(name for name in metric_names.meanings(run.config.evaluate) if name in there)
     named = (first, f"true CTR@{run.config.evaluate.k}")  # the second where the truth is known
-    pairs = dict.fromkeys((it.better, it.worse) for it in comparisons)
-    for pair in pairs:
-        found = [it for it in comparisons if (it.better, it.worse) == pair and it.metric in named]
-        lines += [sentence(found, "separated over users (one seed)")] if found else []
+    spoken = [it for it in comparisons if it.metric in named]
+    for pair in dict.fromkeys((it.better, it.worse) for it in spoken):
+        found = [it for it in spoken if (it.better, it.worse) == pair]
+        lines.append(sentence(found, "separated over users (one seed)"))
     for round_, gate in enumerate(gates, 1):
         which = f"Reward gate, round {round_}" if len(gates) > 1 else "Reward gate"
         lines.append(
